@@ -1,0 +1,1 @@
+"""AudioLDM 2 on Triton: the contract, the settings and the client."""

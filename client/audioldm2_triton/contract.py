@@ -1,0 +1,92 @@
+"""The public contract of `audioldm2` and `audioldm2_stream`: tensors, defaults and limits.
+
+Shared by the client and by the stages, so that neither can drift from the other. `B` is the number of rows of a
+request, `N` the number of waveforms per prompt, `S` the number of samples.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+ENSEMBLE: Final = "audioldm2"
+STREAM: Final = "audioldm2_stream"
+
+SCHEDULERS: Final = (
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DDIMScheduler",
+    "DEISMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)
+
+MAX_BATCH_SIZE: Final = 8  # rows of one request
+MAX_PROMPT_CHARACTERS: Final = 2000
+MIN_AUDIO_LENGTH_IN_S: Final = 0.1
+MAX_GUIDANCE_SCALE: Final = 50.0
+MAX_SEED: Final = 2**63 - 1
+
+DEFAULT_NEGATIVE_PROMPT: Final = ""
+DEFAULT_NUM_INFERENCE_STEPS: Final = 20
+DEFAULT_GUIDANCE_SCALE: Final = 3.5
+DEFAULT_NUM_WAVEFORMS_PER_PROMPT: Final = 1
+DEFAULT_SCHEDULER: Final = SCHEDULERS[0]
+
+INPUTS: Final[Mapping[str, str]] = {
+    "prompt": "BYTES",
+    "negative_prompt": "BYTES",
+    "audio_length_in_s": "FP32",
+    "num_inference_steps": "INT32",
+    "guidance_scale": "FP32",
+    "num_waveforms_per_prompt": "INT32",
+    "seed": "INT64",
+    "scheduler": "BYTES",
+    "return_scores": "BOOL",
+}
+"""Input tensors, each [B, 1], and their Triton types. All but `prompt` are optional."""
+
+OUTPUTS: Final[Mapping[str, str]] = {"audio": "FP32", "score": "FP32", "sampling_rate": "INT32", "seed": "INT64"}
+"""Output tensors: `audio` [B, N, S], `score` [B, N], `sampling_rate` and `seed` [B, 1]."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server accepts, as far as it can be configured."""
+
+    max_audio_length_in_s: float = 300.0
+    max_num_inference_steps: int = 200
+    max_num_waveforms_per_prompt: int = 8
+
+
+@dataclass(frozen=True)
+class GenerationRow:
+    """One row of a request, checked, with every default filled in."""
+
+    prompt: str
+    negative_prompt: str
+    audio_length_in_s: float  # the shortest decimal of the FP32 value that travelled
+    num_inference_steps: int
+    guidance_scale: float
+    num_waveforms_per_prompt: int
+    seed: int
+    scheduler: str
+    return_scores: bool
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """As in the reference: a scale of up to 1 means no guidance."""
+        return self.guidance_scale > 1.0
+
+
+def shortest_decimal(value: np.float32 | float) -> float:
+    """The shortest decimal that rounds to `value` in FP32: 1.93 for the FP32 number 1.92999994755.
+
+    Lengths travel as FP32. Taken literally, half of all lengths on a 10 ms grid would lose a sample or a frame
+    against the reference, which truncates.
+    """
+    return float(str(np.float32(value)))

@@ -1,0 +1,123 @@
+"""Where the checkpoint, the device, the dtype and the limits come from.
+
+Each setting is a parameter of the models' `config.pbtxt`; an environment variable of the same name in capitals, with
+the prefix `AUDIOLDM2_`, overrides it for all models at once.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Final
+
+from audioldm2_triton.contract import Limits
+
+if TYPE_CHECKING:
+    import torch
+
+ENVIRONMENT_PREFIX: Final = "AUDIOLDM2_"
+DEVICES: Final = "auto, cpu, cuda or cuda:INDEX"
+DTYPES: Final = ("auto", "float32", "float16", "bfloat16")
+
+
+class SettingsError(ValueError):
+    """A setting has a value that the server cannot start with."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a server; every field is a parameter of the same name."""
+
+    checkpoint: str  # a local directory in the layout of `AudioLDM2Pipeline.save_pretrained`
+    device: str = "auto"  # CUDA where there is a GPU, else CPU
+    dtype: str = "auto"  # float16 on CUDA, float32 on a CPU
+    max_audio_length_in_s: float = 300.0
+    max_num_inference_steps: int = 200
+    max_num_waveforms_per_prompt: int = 8
+    max_active_rows: int = 0  # UNet batch items in flight in one engine; 0: derived from the device
+    max_waiting: int = 0  # requests that may wait for a place; 0: derived from the device
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_audio_length_in_s, self.max_num_inference_steps, self.max_num_waveforms_per_prompt)
+
+
+_RANGES: Final[Mapping[str, tuple[float, float]]] = {
+    "max_audio_length_in_s": (0.1, 3600),
+    "max_num_inference_steps": (1, 1000),
+    "max_num_waveforms_per_prompt": (1, 64),
+    "max_active_rows": (0, 4096),
+    "max_waiting": (0, 1_000_000),
+}
+
+
+def environment_name(setting: str) -> str:
+    return ENVIRONMENT_PREFIX + setting.upper()
+
+
+def read_settings(parameters: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> Settings:
+    """Settings from a model's parameters, overridden by the environment; an empty value counts as not given.
+
+    Raises `SettingsError`, which names the setting, what was given and what is accepted.
+    """
+    values: dict[str, str | int | float] = {}
+    for field in fields(Settings):
+        given = environ.get(environment_name(field.name)) or parameters.get(field.name, "")
+        if not given:
+            continue
+        if field.name in _RANGES:
+            values[field.name] = _number(field.name, given, whole=field.type is int)
+        else:
+            values[field.name] = given
+    if "checkpoint" not in values:
+        raise SettingsError(f"checkpoint: set the parameter or {environment_name('checkpoint')} to a directory")
+    settings = Settings(**values)  # type: ignore[arg-type]
+    if settings.dtype not in DTYPES:
+        raise SettingsError(f"dtype: got {settings.dtype!r} but expected one of {', '.join(DTYPES)}")
+    device, _, index = settings.device.partition(":")
+    if device not in ("auto", "cpu", "cuda") or (index and (device != "cuda" or not index.isdigit())):
+        raise SettingsError(f"device: got {settings.device!r} but expected {DEVICES}")
+    if device == "cpu" and settings.dtype == "float16":
+        raise SettingsError("dtype: got 'float16' on a CPU but expected float32 or bfloat16 (float16 needs a GPU)")
+    return settings
+
+
+def _number(name: str, given: str, whole: bool) -> int | float:
+    low, high = _RANGES[name]
+    try:
+        value = int(given) if whole else float(given)
+    except ValueError:
+        value = float("nan")
+    if not low <= value <= high:
+        kind = "a whole number" if whole else "a number"
+        raise SettingsError(f"{name}: got {given!r} but expected {kind} from {low:g} to {high:g}")
+    return value
+
+
+def resolve_device(settings: Settings, instance_kind: str = "", instance_id: int = 0) -> "torch.device":
+    """The device of one model instance: what is set, else the GPU that Triton dealt the instance, else the CPU.
+
+    Raises `SettingsError` where CUDA is asked for and there is none.
+    """
+    import torch
+
+    if settings.device == "auto":
+        if not torch.cuda.is_available() or instance_kind == "CPU":
+            return torch.device("cpu")
+        return torch.device("cuda", instance_id if instance_kind == "GPU" else 0)
+    if settings.device.startswith("cuda") and not torch.cuda.is_available():
+        raise SettingsError(f"device: got {settings.device!r} but expected cpu: there is no CUDA device here")
+    if settings.device == "cuda":
+        return torch.device("cuda", instance_id if instance_kind == "GPU" else 0)
+    return torch.device(settings.device)
+
+
+def resolve_dtype(settings: Settings, device: "torch.device") -> "torch.dtype":
+    """float16 on CUDA and float32 on a CPU, unless set. Raises `SettingsError` for float16 on a CPU."""
+    import torch
+
+    if settings.dtype == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if settings.dtype == "float16" and device.type == "cpu":
+        raise SettingsError("dtype: got 'float16' on a CPU but expected float32 or bfloat16 (float16 needs a GPU)")
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    return dtype
