@@ -50,8 +50,11 @@ INPUTS: Final[Mapping[str, str]] = {
 }
 """Input tensors, each [B, 1], and their Triton types. All but `prompt` are optional."""
 
-OUTPUTS: Final[Mapping[str, str]] = {"audio": "FP32", "score": "FP32", "sampling_rate": "INT32", "seed": "INT64"}
-"""Output tensors: `audio` [B, N, S], `score` [B, N], `sampling_rate` and `seed` [B, 1]."""
+OUTPUTS: Final[Mapping[str, str]] = {"audio": "FP32", "score": "FP32", "sampling_rate": "INT32", "seed_used": "INT64"}
+"""Output tensors: `audio` [B, N, S], `score` [B, N], `sampling_rate` and `seed_used` [B, 1].
+
+Not `seed`: an ensemble whose output has the name of an input feeds it back to its first step, for ever.
+"""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,63 @@
+"""What the models' `model.py` share: Triton requests to NumPy and back, exceptions to Triton's error codes.
+
+Imports `triton_python_backend_utils`, which exists only inside Triton's Python backend.
+"""
+
+import json
+import logging
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from audioldm2_triton.errors import AudioLDM2Error, InternalError, UnavailableError
+from audioldm2_triton.settings import Settings, read_settings
+
+logger = logging.getLogger(__name__)
+
+
+def model_settings(args: Mapping[str, str]) -> Settings:
+    """The settings of a model from the `args` of its `initialize`. Raises `SettingsError`."""
+    parameters = json.loads(args["model_config"]).get("parameters", {})
+    return read_settings({name: value["string_value"] for name, value in parameters.items()})
+
+
+def input_arrays(request: Any) -> dict[str, np.ndarray]:
+    """The tensors of a request by name; BYTES arrive as object arrays of `bytes`."""
+    return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+
+
+def response(outputs: Mapping[str, np.ndarray]) -> Any:
+    return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in outputs.items()])
+
+
+def error_response(error: BaseException, stage: str) -> Any:
+    """The response for a request that failed in `stage`; the neighbours in its batch are not concerned."""
+    known = as_known_error(error, stage)
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(known), getattr(pb_utils.TritonError, known.code)))
+
+
+def as_known_error(error: BaseException, stage: str) -> AudioLDM2Error:
+    """An error of the contract as it is; out of memory as unavailable; all else as internal, logged in full."""
+    if isinstance(error, AudioLDM2Error):
+        return error
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return UnavailableError(f"{stage} is out of memory; try again later, or ask for less")
+    logger.error("%s failed\n%s", stage, "".join(traceback.format_exception(error)))
+    return InternalError(f"{stage} failed: {type(error).__name__}: {error}")
+
+
+def deadline_ns(request: Any) -> int:
+    """The absolute deadline of a request that has just arrived, on the monotonic clock in ns; 0 where it has none."""
+    timeout_us: int = request.timeout()
+    return time.monotonic_ns() + timeout_us * 1000 if timeout_us > 0 else 0
+
+
+def respond_each(requests: Sequence[Any], results: Sequence[Mapping[str, np.ndarray] | BaseException], stage: str) -> list[Any]:
+    """One response per request, in order: its outputs, or its own error."""
+    if len(requests) != len(results):
+        raise InternalError(f"{stage}: got {len(results)} results but expected {len(requests)}")
+    return [error_response(item, stage) if isinstance(item, BaseException) else response(item) for item in results]

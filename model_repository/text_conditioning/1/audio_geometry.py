@@ -1,0 +1,46 @@
+"""How seconds become latent frames and samples, for one checkpoint."""
+
+import json
+from dataclasses import dataclass
+from math import ceil, prod
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class AudioGeometry:
+    sampling_rate: int  # Hz
+    samples_per_frame: int  # of the mel spectrogram: the vocoder's upsampling
+    vae_scale_factor: int  # mel frames per latent frame
+    native_latent_frames: int  # what the UNet was trained on
+
+    @property
+    def frame_length_in_s(self) -> float:
+        return self.samples_per_frame / self.sampling_rate
+
+    @property
+    def native_audio_length_in_s(self) -> float:
+        return self.native_latent_frames * self.vae_scale_factor * self.frame_length_in_s
+
+    def latent_frames(self, audio_length_in_s: float) -> int:
+        """Truncated to whole mel frames, then rounded up to whole latent frames, as the reference does."""
+        return ceil(int(audio_length_in_s / self.frame_length_in_s) / self.vae_scale_factor)
+
+    def num_samples(self, audio_length_in_s: float) -> int:
+        """Exactly this many samples are returned, as in the reference."""
+        return int(audio_length_in_s * self.sampling_rate)
+
+
+def read_audio_geometry(checkpoint: Path) -> AudioGeometry:
+    vocoder, vae, unet = (_read_config(checkpoint / part / "config.json") for part in ("vocoder", "vae", "unet"))
+    return AudioGeometry(
+        sampling_rate=vocoder["sampling_rate"],
+        samples_per_frame=prod(vocoder["upsample_rates"]),
+        vae_scale_factor=2 ** (len(vae["block_out_channels"]) - 1),
+        native_latent_frames=unet["sample_size"],
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(path.read_text())
+    return config

@@ -1,0 +1,122 @@
+"""The only place where a request is parsed, defaulted and validated; the later stages trust what comes out."""
+
+import math
+import secrets
+from collections.abc import Mapping
+
+import numpy as np
+
+from audioldm2_triton import contract
+from audioldm2_triton.contract import GenerationRow, Limits
+from audioldm2_triton.errors import invalid
+
+
+def parse_rows(
+    inputs: Mapping[str, np.ndarray], limits: Limits, native_audio_length_in_s: float
+) -> tuple[GenerationRow, ...]:
+    """The checked rows of one request.
+
+    Args:
+        inputs: the tensors of the contract by name, each [B, 1]; BYTES as object arrays of `bytes`.
+        limits: what this server accepts.
+        native_audio_length_in_s: the default length.
+
+    Raises `InvalidArgumentError`, which names the argument, what was given and what is accepted.
+    """
+    if "prompt" not in inputs:
+        raise invalid("prompt", None, "one text per row")
+    rows = inputs["prompt"].shape[0]
+    for name, array in inputs.items():
+        if array.shape != (rows, 1):
+            raise invalid(name, list(array.shape), f"the shape [{rows}, 1], one value per row of `prompt`")
+    parsed = tuple(_parse_row(inputs, row, limits, native_audio_length_in_s) for row in range(rows))
+    for name in ("audio_length_in_s", "num_waveforms_per_prompt"):
+        given = [getattr(row, name) for row in parsed]
+        if len(set(given)) > 1:
+            raise invalid(name, given, "the same value in all rows of one request")
+    return parsed
+
+
+def _parse_row(
+    inputs: Mapping[str, np.ndarray], row: int, limits: Limits, native_audio_length_in_s: float
+) -> GenerationRow:
+    prompt = _text(inputs, "prompt", row, "")
+    if not prompt.strip():
+        raise invalid("prompt", prompt, "a text that is not blank")
+    num_waveforms = _whole_number(
+        inputs,
+        "num_waveforms_per_prompt",
+        row,
+        contract.DEFAULT_NUM_WAVEFORMS_PER_PROMPT,
+        1,
+        limits.max_num_waveforms_per_prompt,
+    )
+    scheduler = _text(inputs, "scheduler", row, contract.DEFAULT_SCHEDULER)
+    if scheduler not in contract.SCHEDULERS:
+        raise invalid("scheduler", scheduler, f"one of {', '.join(contract.SCHEDULERS)}")
+    return_scores = bool(inputs["return_scores"][row, 0]) if "return_scores" in inputs else False
+    return GenerationRow(
+        prompt=prompt,
+        negative_prompt=_text(inputs, "negative_prompt", row, contract.DEFAULT_NEGATIVE_PROMPT),
+        audio_length_in_s=_audio_length(inputs, row, limits, native_audio_length_in_s),
+        num_inference_steps=_whole_number(
+            inputs,
+            "num_inference_steps",
+            row,
+            contract.DEFAULT_NUM_INFERENCE_STEPS,
+            1,
+            limits.max_num_inference_steps,
+        ),
+        guidance_scale=_guidance_scale(inputs, row),
+        num_waveforms_per_prompt=num_waveforms,
+        seed=_seed(inputs, row),
+        scheduler=scheduler,
+        # Ranking needs the scores.
+        return_scores=return_scores or num_waveforms > 1,
+    )
+
+
+def _text(inputs: Mapping[str, np.ndarray], name: str, row: int, default: str) -> str:
+    if name not in inputs:
+        return default
+    given: bytes = inputs[name][row, 0]
+    try:
+        text = given.decode()
+    except UnicodeDecodeError:
+        raise invalid(name, given, "UTF-8 text") from None
+    if len(text) > contract.MAX_PROMPT_CHARACTERS:
+        raise invalid(name, f"{len(text)} characters", f"at most {contract.MAX_PROMPT_CHARACTERS} characters")
+    return text
+
+
+def _whole_number(inputs: Mapping[str, np.ndarray], name: str, row: int, default: int, low: int, high: int) -> int:
+    value = int(inputs[name][row, 0]) if name in inputs else default
+    if not low <= value <= high:
+        raise invalid(name, value, f"an integer from {low} to {high}")
+    return value
+
+
+def _audio_length(inputs: Mapping[str, np.ndarray], row: int, limits: Limits, native: float) -> float:
+    name = "audio_length_in_s"
+    value = contract.shortest_decimal(inputs[name][row, 0]) if name in inputs else native
+    low, high = contract.MIN_AUDIO_LENGTH_IN_S, limits.max_audio_length_in_s
+    if not (math.isfinite(value) and low <= value <= high):
+        raise invalid(name, value, f"a finite number of seconds from {low:g} to {high:g}")
+    return value
+
+
+def _guidance_scale(inputs: Mapping[str, np.ndarray], row: int) -> float:
+    name = "guidance_scale"
+    value = contract.shortest_decimal(inputs[name][row, 0]) if name in inputs else contract.DEFAULT_GUIDANCE_SCALE
+    if not (math.isfinite(value) and 0 <= value <= contract.MAX_GUIDANCE_SCALE):
+        raise invalid(name, value, f"a finite number from 0 to {contract.MAX_GUIDANCE_SCALE:g}")
+    return value
+
+
+def _seed(inputs: Mapping[str, np.ndarray], row: int) -> int:
+    if "seed" not in inputs:
+        return secrets.randbelow(contract.MAX_SEED + 1)
+    value = int(inputs["seed"][row, 0])
+    if value < 0:
+        raise invalid("seed", value, f"an integer from 0 to {contract.MAX_SEED}")
+    return value
