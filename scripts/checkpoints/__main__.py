@@ -1,0 +1,47 @@
+"""`scripts/checkpoint`: build a checkpoint of random weights, fetch one from the hub, verify one."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .shapes import SIZES
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status, 0 for success."""
+    options = _parser().parse_args(arguments)
+    status: int = options.command(options)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="checkpoint", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    build = commands.add_parser("build", help="build a checkpoint of random weights")
+    build.add_argument("size", choices=SIZES, help="the shape: one of the official ones, or a tiny one for tests")
+    build.add_argument("--out", type=Path, required=True, help="the new directory")
+    build.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
+    build.set_defaults(command=_build)
+    return parser
+
+
+def _build(options: argparse.Namespace) -> int:
+    from .building import build
+
+    try:
+        build(
+            options.size, options.out, options.seed, lambda component: print(f"building {component}", file=sys.stderr)
+        )
+    except OSError as error:
+        return _fail(str(error))
+    print(f"OK: {options.out}: {options.size} built with seed {options.seed}")
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"checkpoint: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

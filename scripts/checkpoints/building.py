@@ -1,0 +1,149 @@
+"""Checkpoints of random weights, in the layout that `AudioLDM2Pipeline.from_pretrained` reads."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.pipelines.audioldm2 import AudioLDM2ProjectionModel, AudioLDM2UNet2DConditionModel
+from torch import nn
+from transformers import (
+    ClapConfig,
+    ClapFeatureExtractor,
+    ClapModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    SpeechT5HifiGan,
+    SpeechT5HifiGanConfig,
+    T5Config,
+    T5EncoderModel,
+)
+
+from .calibration import centre_clap, decode_noise, scale_waveform
+from .random_weights import damp_attention, generator, pass_noise_through, randomise
+from .shapes import CONFIG_FILES, SIZES, Config, component_config, model_index
+from .vocabularies import SENTENCES, roberta_tokenizer, t5_tokenizer
+
+_PEAK: Final = 0.3  # of the waveform, where full scale is 1
+_PERTURBATION: Final = 0.05
+_CLIPS: Final = 6
+_CLIP_LENGTH: Final = 100  # latent frames: 4 s
+
+
+def build(size: str, out: Path, seed: int = 0, report: Callable[[str], None] = lambda _: None) -> None:
+    """Builds a checkpoint in the new directory `out`; the same `size` and `seed` give the same weights.
+
+    One component is in memory at a time, but for the VAE and the vocoder, which is scaled on the VAE's mels. `report`
+    hears which component comes next.
+
+    Raises `ValueError` for an unknown size and `FileExistsError` where `out` is there and not empty.
+    """
+    if size not in SIZES:
+        raise ValueError(f"size: got {size!r} but expected one of {', '.join(SIZES)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out}: got something that is there already but expected a new directory")
+    out.mkdir(parents=True, exist_ok=True)
+    for component in ("scheduler", "feature_extractor"):
+        _write_config(size, component, out)
+    tokenizer = roberta_tokenizer()
+    tokenizer.save_pretrained(out / "tokenizer")
+    t5_tokenizer().save_pretrained(out / "tokenizer_2")
+
+    for component, construct in _CONSTRUCTORS.items():
+        report(component)
+        _save(construct(component_config(size, component), generator(seed, component)), size, component, out)
+
+    report("vae")
+    vae = _vae(component_config(size, "vae"), generator(seed, "vae"))
+    _save(vae, size, "vae", out)
+    report("vocoder")
+    vocoder = _vocoder(component_config(size, "vocoder"), generator(seed, "vocoder"))
+    mels = decode_noise(vae, (_CLIPS, _CLIP_LENGTH, vocoder.config.model_in_dim), generator(seed, "calibration"))
+    del vae
+    waveforms = scale_waveform(vocoder, mels, _PEAK)
+    _save(vocoder, size, "vocoder", out)
+    sampling_rate = vocoder.config.sampling_rate
+    del vocoder
+    report("text_encoder")
+    clap = _clap(component_config(size, "text_encoder"), generator(seed, "text_encoder"))
+    extractor = ClapFeatureExtractor(**component_config(size, "feature_extractor"))
+    centre_clap(
+        clap, waveforms, sampling_rate, extractor, tokenizer(list(SENTENCES), padding=True, return_tensors="pt")
+    )
+    _save(clap, size, "text_encoder", out)
+    # Last, so that an interrupted build does not look whole.
+    _write_json(model_index(), out / "model_index.json")
+
+
+def _projection_model(config: Config, generator: torch.Generator) -> nn.Module:
+    model = AudioLDM2ProjectionModel.from_config(config)
+    randomise(model, generator)
+    return model
+
+
+def _language_model(config: Config, generator: torch.Generator) -> nn.Module:
+    model = GPT2LMHeadModel(GPT2Config(**config))
+    randomise(model, generator, gain=1.5)
+    return model
+
+
+def _t5(config: Config, generator: torch.Generator) -> nn.Module:
+    model = T5EncoderModel(T5Config(**config))
+    randomise(model, generator)
+    damp_attention(model, config["d_kv"])
+    return model
+
+
+def _unet(config: Config, generator: torch.Generator) -> nn.Module:
+    model = AudioLDM2UNet2DConditionModel.from_config(config)
+    randomise(model, generator)
+    pass_noise_through(model, _PERTURBATION)
+    return model
+
+
+def _vae(config: Config, generator: torch.Generator) -> nn.Module:
+    model = AutoencoderKL.from_config(config)
+    randomise(model, generator)
+    return model
+
+
+def _vocoder(config: Config, generator: torch.Generator) -> nn.Module:
+    model = SpeechT5HifiGan(SpeechT5HifiGanConfig(**config))
+    randomise(model, generator)
+    return model
+
+
+def _clap(config: Config, generator: torch.Generator) -> nn.Module:
+    model = ClapModel(ClapConfig(**config))
+    randomise(model, generator)
+    for scale in (model.logit_scale_a, model.logit_scale_t):
+        torch.nn.init.constant_(scale, torch.tensor(config["logit_scale_init_value"]).log().item())
+    return model
+
+
+_CONSTRUCTORS: Final[dict[str, Callable[[Config, torch.Generator], nn.Module]]] = {
+    "projection_model": _projection_model,
+    "language_model": _language_model,
+    "text_encoder_2": _t5,
+    "unet": _unet,
+}
+
+
+def _save(model: Any, size: str, component: str, out: Path) -> None:
+    model.save_pretrained(out / component, safe_serialization=True) if isinstance(
+        model, nn.Module
+    ) and "diffusers" in type(model).__module__ else model.save_pretrained(out / component)
+    (out / component / "generation_config.json").unlink(missing_ok=True)
+    # The config as it is on the hub, without what this version of the library adds.
+    _write_config(size, component, out)
+
+
+def _write_config(size: str, component: str, out: Path) -> None:
+    (out / component).mkdir(exist_ok=True)
+    _write_json(component_config(size, component), out / component / CONFIG_FILES[component])
+
+
+def _write_json(content: Config, path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

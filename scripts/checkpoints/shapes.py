@@ -1,0 +1,102 @@
+"""The shapes a checkpoint can be built in: the component configs of the official ones, and a tiny one for tests."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+Config = dict[str, Any]
+
+REFERENCE_CONFIGS: Final = Path(__file__).parent / "reference_configs"
+
+# Music differs from base in its training data only. A component without a config of its own has the one of base.
+_OFFICIAL: Final = {"base": "audioldm2", "music": "audioldm2", "large": "audioldm2-large"}
+SIZES: Final = ("tiny", *_OFFICIAL)
+
+CONFIG_FILES: Final[Mapping[str, str]] = {
+    "feature_extractor": "preprocessor_config.json",
+    "language_model": "config.json",
+    "projection_model": "config.json",
+    "scheduler": "scheduler_config.json",
+    "text_encoder": "config.json",
+    "text_encoder_2": "config.json",
+    "unet": "config.json",
+    "vae": "config.json",
+    "vocoder": "config.json",
+}
+"""The components that have a config, and the name of its file. The two tokenizers have files of their own."""
+
+# The topology of base, as narrow as it gets. All widths that meet differ, so that no mix-up goes unnoticed.
+_TINY_CLAP: Final = 40
+_TINY_T5: Final = 48
+_TINY_GPT2: Final = 32
+_TINY: Final[Mapping[str, Config]] = {
+    "language_model": {"n_embd": _TINY_GPT2, "n_head": 2, "n_layer": 2, "vocab_size": 64}
+    | {"bos_token_id": 63, "eos_token_id": 63},
+    "projection_model": {
+        "text_encoder_dim": _TINY_CLAP,
+        "text_encoder_1_dim": _TINY_T5,
+        "langauge_model_dim": _TINY_GPT2,
+    },
+    "text_encoder": {
+        "projection_dim": _TINY_CLAP,
+        "audio_config": {
+            "depths": [2, 1, 1, 1],
+            "hidden_size": 128,
+            "num_attention_heads": [1, 2, 4, 8],
+            "patch_embeds_hidden_size": 16,
+        },
+        "text_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 2,
+            "vocab_size": 640,
+        },
+    },
+    "text_encoder_2": {
+        "d_ff": 96,
+        "d_kv": 8,
+        "d_model": _TINY_T5,
+        "num_decoder_layers": 2,
+        "num_heads": 4,
+        "num_layers": 2,
+        "vocab_size": 640,
+    },
+    "unet": {
+        "attention_head_dim": 2,
+        "block_out_channels": [16, 16, 24, 32],
+        "cross_attention_dim": [[None, _TINY_GPT2, _TINY_T5]] * 4,
+        "norm_num_groups": 8,
+    },
+    "vae": {"block_out_channels": [16, 24, 32], "norm_num_groups": 8},
+    "vocoder": {"upsample_initial_channel": 64},
+}
+
+
+def model_index() -> Config:
+    """The `model_index.json` of every shape."""
+    return _read(REFERENCE_CONFIGS / "audioldm2" / "model_index.json")
+
+
+def component_config(size: str, component: str) -> Config:
+    """The config of one component in one of `SIZES`."""
+    if size not in SIZES:
+        raise ValueError(f"size: got {size!r} but expected one of {', '.join(SIZES)}")
+    file = CONFIG_FILES[component]
+    own = REFERENCE_CONFIGS / _OFFICIAL.get(size, "audioldm2") / component / file
+    config = _read(own if own.exists() else REFERENCE_CONFIGS / "audioldm2" / component / file)
+    return _merged(config, _TINY.get(component, {})) if size == "tiny" else config
+
+
+def _merged(config: Config, changes: Config) -> Config:
+    """`config` with `changes`, key by key in the nested ones."""
+    merged = dict(config)
+    for key, value in changes.items():
+        merged[key] = _merged(config[key], value) if isinstance(value, dict) else value
+    return merged
+
+
+def _read(path: Path) -> Config:
+    config: Config = json.loads(path.read_text(encoding="utf-8"))
+    return config

@@ -1,0 +1,61 @@
+"""Two small tokenizers of the kinds that AudioLDM 2 uses, trained on a few sentences."""
+
+import json
+from collections import Counter
+from math import log
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from transformers import RobertaTokenizer, T5Tokenizer
+
+SENTENCES: Final = (
+    "The sound of a hammer hitting a wooden surface.",
+    "Techno music with a strong, upbeat tempo and high melodic riffs",
+    "A dog barks twice while rain falls on a tin roof",
+    "Birds sing in the forest and a river flows in the distance",
+    "Low quality, average quality, noise, distortion",
+    "A female reporter is speaking in a quiet room",
+    "Waves crash on the shore and seagulls call",
+    "An orchestra plays a slow, sad melody with violins and a cello",
+    "A car engine starts, idles and drives away on gravel",
+    "Church bells ring while a crowd applauds",
+    "Soft piano over vinyl crackle, lo-fi hip hop beat",
+    "Thunder rolls far away, then wind and heavy rain",
+)
+_PRINTABLE_ASCII: Final = tuple(map(chr, range(33, 127)))
+
+
+def roberta_tokenizer() -> "RobertaTokenizer":
+    """Byte-level BPE with RoBERTa's special ids (<s> 0, <pad> 1, </s> 2, <unk> 3) and a `model_max_length` of 512."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import RobertaTokenizer
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    trained.train_from_iterator(SENTENCES, trainer)
+    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
+    return RobertaTokenizer(vocab=trained.get_vocab(), merges=merges, model_max_length=512)
+
+
+def t5_tokenizer() -> "T5Tokenizer":
+    """Unigram pieces with T5's special ids (<pad> 0, </s> 1, <unk> 2) and a `model_max_length` of 128.
+
+    The pieces are the words of the sentences and all printable ASCII characters, by their frequency: the library's
+    own trainer drops rare characters.
+    """
+    from transformers import T5Tokenizer
+
+    words = Counter("▁" + word for sentence in SENTENCES for word in sentence.split())
+    characters = Counter(character for word in words.elements() for character in word)
+    pieces = words + characters + Counter(("▁", *_PRINTABLE_ASCII))
+    total = pieces.total()
+    # A character alone must lose against the word it is part of.
+    scores = sorted((piece, log(count / total) - 4 * (len(piece) == 1)) for piece, count in pieces.items())
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    return T5Tokenizer(vocab=[*special, *scores], extra_ids=0, model_max_length=128)
