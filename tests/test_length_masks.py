@@ -1,0 +1,341 @@
+"""Rows of different lengths in one forward of the UNet: each as if it were alone."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+DENOISER = str(Path(__file__).parents[1] / "model_repository" / "denoiser" / "1")
+if DENOISER not in sys.path:
+    sys.path.append(DENOISER)
+
+import length_masks  # noqa: E402
+from length_masks import LengthMasks, MaskedUNet, level_sizes, masked_group_norm  # noqa: E402
+
+TOPOLOGIES = {"base": [None, 24, 32], "large": [None, 24, 32, None]}
+GPT2, T5, T5_TOKENS = 24, 32, 9
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def build_unet(topology: str = "base", seed: int = 0, **changes: Any) -> AudioLDM2UNet2DConditionModel:
+    torch.manual_seed(seed)
+    config = {
+        "in_channels": 8,
+        "out_channels": 8,
+        "block_out_channels": (16, 32, 48, 64),
+        "norm_num_groups": 8,
+        "attention_head_dim": 2,
+        "down_block_types": ("DownBlock2D", *["CrossAttnDownBlock2D"] * 3),
+        "up_block_types": (*["CrossAttnUpBlock2D"] * 3, "UpBlock2D"),
+        "cross_attention_dim": [TOPOLOGIES[topology]] * 4,
+    }
+    return AudioLDM2UNet2DConditionModel(**config | changes).eval()
+
+
+UNETS = {topology: build_unet(topology) for topology in TOPOLOGIES}
+MASKED = {topology: MaskedUNet(unet) for topology, unet in UNETS.items()}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a forward takes, each row with a timestep and a T5 mask of its own; noise on the padded frames."""
+
+    lengths: Sequence[int]
+    sample: Tensor
+    timestep: Tensor
+    gpt2: Tensor
+    t5: Tensor
+    t5_mask: Tensor
+
+    @property
+    def frames(self) -> int:
+        return self.sample.shape[2]
+
+    def conditioning(self) -> dict[str, Tensor]:
+        return {
+            "timestep": self.timestep,
+            "encoder_hidden_states": self.gpt2,
+            "encoder_hidden_states_1": self.t5,
+            "encoder_attention_mask_1": self.t5_mask,
+        }
+
+    def to(self, dtype: torch.dtype) -> "Rows":
+        return replace(self, sample=self.sample.to(dtype), gpt2=self.gpt2.to(dtype), t5=self.t5.to(dtype))
+
+
+def random_rows(lengths: Sequence[int], frames: int, seed: int = 0) -> Rows:
+    generator = torch.Generator().manual_seed(seed)
+    rows = len(lengths)
+    tokens = torch.randint(1, T5_TOKENS + 1, (rows, 1), generator=generator)
+    return Rows(
+        lengths,
+        3 * torch.randn(rows, 8, frames, 16, generator=generator),
+        torch.randint(0, 1000, (rows,), generator=generator),
+        torch.randn(rows, 8, GPT2, generator=generator),
+        torch.randn(rows, T5_TOKENS, T5, generator=generator),
+        (torch.arange(T5_TOKENS) < tokens).long(),
+    )
+
+
+def run_masked(unet: MaskedUNet, rows: Rows, masks: LengthMasks | None = None) -> Tensor:
+    masks = masks or unet.masks(rows.lengths, rows.frames)
+    return unet(masks, rows.sample, **rows.conditioning())
+
+
+def run_plain(unet: AudioLDM2UNet2DConditionModel, rows: Rows) -> Tensor:
+    return unet(rows.sample, **rows.conditioning()).sample
+
+
+def run_alone(unet: AudioLDM2UNet2DConditionModel, rows: Rows) -> list[Tensor]:
+    """The output of each row run by itself, without padding: `[8, length, 16]` each."""
+    return [
+        unet(
+            rows.sample[row : row + 1, :, :length],
+            **{name: tensor[row : row + 1] for name, tensor in rows.conditioning().items()},
+        ).sample[0]
+        for row, length in enumerate(rows.lengths)
+    ]
+
+
+def difference(batch: Tensor, alone: list[Tensor]) -> float:
+    """The largest relative difference of a row's valid frames to the row alone."""
+    return max(
+        ((row[:, : other.shape[1]] - other).abs().max() / other.abs().max()).item()
+        for row, other in zip(batch.double(), alone, strict=True)
+    )
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@settings(max_examples=20, deadline=None)
+@given(
+    lengths=st.lists(st.one_of(st.integers(1, 3), st.integers(1, 45)), min_size=1, max_size=4),
+    extra=st.integers(0, 9),
+    seed=st.integers(0, 2**31),
+)
+def test_each_row_is_what_it_is_alone(topology: str, lengths: list[int], extra: int, seed: int) -> None:
+    rows = random_rows(lengths, max(lengths) + extra, seed)
+    output = run_masked(MASKED[topology], rows)
+    assert difference(output, run_alone(UNETS[topology], rows)) < 1e-5
+    for row, length in zip(output, lengths, strict=True):
+        assert not row[:, length:].any()
+
+
+@pytest.mark.parametrize("lengths", [(256, 123, 37), (64, 3, 50, 25)])
+def test_longer_rows(lengths: tuple[int, ...]) -> None:
+    rows = random_rows(lengths, max(lengths))
+    assert difference(run_masked(MASKED["base"], rows), run_alone(UNETS["base"], rows)) < 1e-5
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_plain_padding_is_wrong(topology: str) -> None:
+    rows = random_rows((25, 50, 3), 64)
+    zeroed = rows.sample.masked_fill(MASKED[topology].masks(rows.lengths, rows.frames).levels[0].padding, 0)
+    alone = run_alone(UNETS[topology], rows)
+    for row in range(3):
+        one = [alone[row]]
+        assert difference(run_plain(UNETS[topology], replace(rows, sample=zeroed))[row : row + 1], one) > 1e-2
+
+
+@pytest.mark.parametrize("measure", ["keys", "convolutions", "statistics"])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_each_measure_is_needed(topology: str, measure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = MASKED[topology]
+    rows = random_rows((25, 50, 3), 64)
+    masks = unet.masks(rows.lengths, rows.frames)
+    if measure == "keys":
+        masks = LengthMasks(tuple(replace(level, keys=torch.zeros_like(level.keys)) for level in masks.levels))
+    elif measure == "statistics":
+        whole = unet.masks([rows.frames] * 3, rows.frames)
+        masks = LengthMasks(
+            tuple(
+                replace(level, positions=other.positions)
+                for level, other in zip(masks.levels, whole.levels, strict=True)
+            )
+        )
+    else:
+        monkeypatch.setattr(length_masks.MaskedConv2d, "forward", torch.nn.Conv2d.forward)
+    assert difference(run_masked(unet, rows, masks), run_alone(UNETS[topology], rows)) > 1e-3
+
+
+def test_padding_may_hold_anything() -> None:
+    rows = random_rows((25, 50, 3), 64)
+    padding = MASKED["base"].masks(rows.lengths, rows.frames).levels[0].padding
+    expected = run_masked(MASKED["base"], rows)
+    for filling in (float("nan"), float("inf"), 0.0):
+        filled = replace(rows, sample=rows.sample.masked_fill(padding, filling))
+        assert torch.equal(run_masked(MASKED["base"], filled), expected)
+
+
+def test_full_rows_are_as_without_masks() -> None:
+    rows = random_rows((24, 24), 24)
+    plain = run_plain(UNETS["base"], rows)
+    assert difference(run_masked(MASKED["base"], rows), list(plain)) < 1e-5
+
+
+def test_one_timestep_for_all_rows() -> None:
+    rows = replace(random_rows((5, 20), 20), timestep=torch.tensor(981))
+    output = run_masked(MASKED["base"], rows)
+    alone = run_alone(UNETS["base"], replace(rows, timestep=torch.tensor([981, 981])))
+    assert difference(output, alone) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_accurate_as_alone(dtype: torch.dtype) -> None:
+    rows = random_rows((40, 3, 17, 1), 40)
+    exact = run_alone(UNETS["base"], rows)
+    unet = build_unet().to(dtype)
+    masked = MaskedUNet(unet)
+    output = run_masked(masked, rows.to(dtype))
+    assert output.dtype == dtype
+    for row, (one, truth) in enumerate(zip(run_alone(unet, rows.to(dtype)), exact, strict=True)):
+        error = (output[row, :, : rows.lengths[row]] - truth).abs().mean()
+        assert error < 2 * (one - truth).abs().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_statistics_are_as_accurate_as_group_norm(
+    dtype: torch.dtype, layout: torch.memory_format, offset: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = (64, 33, 2, 1)
+    x = (torch.randn(4, 64, 64, 16, generator=generator) + offset).to(dtype).contiguous(memory_format=layout)
+    weight, bias = torch.randn(2, 64, generator=generator).to(dtype)
+    masks = MASKED["base"].masks(lengths, 64).levels[0]
+    output = masked_group_norm(x, 8, weight, bias, 1e-5, masks)
+    assert output.dtype == dtype
+    for row, length in enumerate(lengths):
+        valid = x[row : row + 1, :, :length]
+        truth = torch.nn.functional.group_norm(valid.double(), 8, weight.double(), bias.double())
+        native = torch.nn.functional.group_norm(valid, 8, weight, bias)
+        error = (output[row : row + 1, :, :length] - truth).abs().max()
+        assert error <= 2 * (native - truth).abs().max() + 1e-6
+
+
+def test_two_unets_do_not_disturb_each_other() -> None:
+    unets = [build_unet(seed=1), build_unet(seed=2)]
+    masked = [MaskedUNet(unet) for unet in unets]
+    batches = [random_rows((9, 30), 30, seed=1), random_rows((12, 1, 7), 14, seed=2)]
+    expected = [run_masked(unet, rows) for unet, rows in zip(masked, batches, strict=True)]
+    alone = [run_alone(unet, rows) for unet, rows in zip(unets, batches, strict=True)]
+    for _ in range(2):
+        for index in (0, 1):
+            assert torch.equal(run_masked(masked[index], batches[index]), expected[index])
+
+    def run_often(index: int) -> list[Tensor]:
+        with torch.inference_mode():
+            return [run_masked(masked[index], batches[index]) for _ in range(6)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for index, outputs in enumerate(pool.map(run_often, (0, 1))):
+            assert max(difference(output, alone[index]) for output in outputs) < 1e-5
+
+
+def test_the_original_stays_as_it_was() -> None:
+    fresh, used = build_unet(seed=3), build_unet(seed=3)
+    classes = [type(module) for module in fresh.modules()]
+    masked = MaskedUNet(used)
+    rows = random_rows((9, 30), 30)
+    run_masked(masked, rows)
+    assert torch.equal(run_plain(used, rows), run_plain(fresh, rows))
+    assert [type(module) for module in used.modules()] == classes
+
+
+def test_parameters_are_shared() -> None:
+    unet = build_unet()
+    masked = MaskedUNet(unet)
+    assert {id(parameter) for parameter in masked.parameters()} == {id(parameter) for parameter in unet.parameters()}
+    unet.to(torch.bfloat16)
+    assert masked.masks([3], 4).levels[1].keys.dtype == torch.bfloat16
+
+
+def test_one_trace_serves_all_lengths() -> None:
+    # 32 frames: the UNet logs that it forwards the upsample size at others than multiples of 8, which breaks the graph.
+    torch._dynamo.reset()
+    unet = MaskedUNet(build_unet(layers_per_block=1))
+    compiled = torch.compile(unet, backend="eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed, lengths in enumerate([(9, 30), (31, 1), (32, 32)]):
+            rows = random_rows(lengths, 32, seed)
+            masks = unet.masks(lengths, 32)
+            assert torch.equal(compiled(masks, rows.sample, **rows.conditioning()), run_masked(unet, rows))
+
+
+def test_masks_are_overwritten_in_place() -> None:
+    unet = MASKED["base"]
+    masks, other = unet.masks((9, 30), 30), unet.masks((30, 2), 30)
+    storage = [level.keys.data_ptr() for level in masks.levels]
+    masks.copy_(other)
+    assert [level.keys.data_ptr() for level in masks.levels] == storage
+    rows = random_rows((30, 2), 30)
+    assert torch.equal(run_masked(unet, rows, masks), run_masked(unet, rows, other))
+
+
+def test_masks_of_each_level() -> None:
+    masks = MASKED["base"].masks((5, 13), 13)
+    assert MASKED["base"].heads == (0, 2, 2, 2)
+    assert level_sizes(13, 4) == (13, 7, 4, 2)
+    valid = [(~level.padding).sum((1, 2, 3)).tolist() for level in masks.levels]
+    assert valid == [[5, 13], [3, 7], [2, 4], [1, 2]]
+    for level, height, width in zip(masks.levels[1:], (7, 4, 2), (8, 4, 2), strict=True):
+        assert level.keys.shape == (4, 1, height * width)
+        assert level.keys.stride(0) % length_masks.MASK_ALIGNMENT == 0
+        assert level.keys.isfinite().all()
+        unmasked = (level.keys == 0).sum((1, 2)).tolist()
+        per_row = level.positions.flatten().tolist()
+        assert unmasked == [per_row[0], per_row[0], per_row[1], per_row[1]]
+
+
+@pytest.mark.parametrize("lengths", [(), (0,), (5, 14), (-1, 3)])
+def test_impossible_lengths_are_refused(lengths: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="valid_frames"):
+        MASKED["base"].masks(lengths, 13)
+
+
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(ValueError, match="resnet_time_scale_shift"):
+        MaskedUNet(build_unet(resnet_time_scale_shift="scale_shift"))
+
+
+def test_modules_are_not_called_by_themselves() -> None:
+    with pytest.raises(RuntimeError, match="outside"):
+        MASKED["base"].unet.conv_in(torch.zeros(1, 8, 4, 16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_captured_graph_follows_its_masks(dtype: torch.dtype) -> None:
+    unet = build_unet().to("cuda", dtype)
+    masked = MaskedUNet(unet)
+
+    lengths, other_lengths = (41, 7, 20), (1, 41, 3)
+    rows = random_rows(lengths, 41).to(dtype)
+    rows = replace(rows, **{name: value.cuda() for name, value in vars(rows).items() if name != "lengths"})
+    masks = masked.masks(lengths, 41)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run_masked(masked, rows, masks)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run_masked(masked, rows, masks)
+    masks.copy_(masked.masks(other_lengths, 41))
+    graph.replay()
+    expected = run_alone(unet, replace(rows, lengths=other_lengths))
+    assert difference(output.cpu(), [row.cpu() for row in expected]) < (1e-4 if dtype == torch.float32 else 3e-2)
