@@ -7,8 +7,8 @@ import json
 import logging
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -17,6 +17,9 @@ from audioldm2_triton.errors import AudioLDM2Error, InternalError, UnavailableEr
 from audioldm2_triton.settings import Settings, read_settings
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def model_settings(args: Mapping[str, str]) -> Settings:
@@ -56,8 +59,38 @@ def deadline_ns(request: Any) -> int:
     return time.monotonic_ns() + timeout_us * 1000 if timeout_us > 0 else 0
 
 
-def respond_each(requests: Sequence[Any], results: Sequence[Mapping[str, np.ndarray] | BaseException], stage: str) -> list[Any]:
-    """One response per request, in order: its outputs, or its own error."""
-    if len(requests) != len(results):
-        raise InternalError(f"{stage}: got {len(results)} results but expected {len(requests)}")
-    return [error_response(item, stage) if isinstance(item, BaseException) else response(item) for item in results]
+def respond_together(
+    requests: Sequence[Any],
+    parse: Callable[[Any], T],
+    compute: Callable[[list[T]], list[dict[str, np.ndarray]]],
+    stage: str,
+) -> list[Any]:
+    """One response per request, in order, with those that parse computed in one call.
+
+    A request that does not parse fails alone. Where the common call fails, each is computed alone, so that only the
+    one that cannot be computed fails.
+    """
+    parsed = [_caught(parse, request) for request in requests]
+    good = [item for item in parsed if not isinstance(item, Exception)]
+    computed = iter(_compute_isolated(compute, good))
+    results = [item if isinstance(item, Exception) else next(computed) for item in parsed]
+    return [error_response(item, stage) if isinstance(item, Exception) else response(item) for item in results]
+
+
+def _compute_isolated(
+    compute: Callable[[list[T]], list[dict[str, np.ndarray]]], items: list[T]
+) -> list[dict[str, np.ndarray] | Exception]:
+    results = _caught(compute, items) if items else []
+    if not isinstance(results, Exception):
+        return list(results)
+    if len(items) == 1:
+        return [results]
+    logger.warning("a batch of %d requests failed (%s); computing each alone", len(items), results)
+    return [result for item in items for result in _compute_isolated(compute, [item])]
+
+
+def _caught(function: Callable[[T], R], argument: T) -> R | Exception:
+    try:
+        return function(argument)
+    except Exception as error:
+        return error

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from audio_geometry import AudioGeometry
-from text_encoders import EncodedTexts, TextEncoders, encode_texts, tokenize_t5
 from torch import Tensor
 
 from audioldm2_triton.contract import GenerationRow
 from audioldm2_triton.errors import InternalError
+from audioldm2_triton.geometry import AudioGeometry
+from text_encoders import EncodedTexts, TextEncoders, encode_texts, tokenize_t5
 
 MAX_TEXTS_PER_CALL = 64
 
@@ -32,7 +32,9 @@ def condition(
     return results
 
 
-def _encode_rows(encoders: TextEncoders, rows: Sequence[GenerationRow]) -> list[tuple[EncodedTexts, EncodedTexts | None]]:
+def _encode_rows(
+    encoders: TextEncoders, rows: Sequence[GenerationRow]
+) -> list[tuple[EncodedTexts, EncodedTexts | None]]:
     """Prompt and, where there is guidance, negative prompt of each row; each of M = 1, as long as its T5 length."""
     texts: list[str] = []
     tokens: list[list[int]] = []
@@ -56,7 +58,9 @@ def _encode_rows(encoders: TextEncoders, rows: Sequence[GenerationRow]) -> list[
 
 
 def _split(encoded: EncodedTexts, lengths: Sequence[int]) -> list[EncodedTexts]:
-    on_host = [_to_host(tensor) for tensor in (encoded.text_embeds, encoded.prompt_embeds, encoded.generated_prompt_embeds)]
+    on_host = [
+        _to_host(tensor) for tensor in (encoded.text_embeds, encoded.prompt_embeds, encoded.generated_prompt_embeds)
+    ]
     if not all(bool(torch.isfinite(tensor).all()) for tensor in on_host):
         raise InternalError("text_conditioning: an encoder gave non-finite values")
     text_embeds, prompt_embeds, generated = on_host
@@ -89,7 +93,7 @@ def _resolved(
 
     def stack(parts: Sequence[EncodedTexts | None], field: str, pad: bool, dtype: type = np.float32) -> np.ndarray:
         shape = getattr(prompts[0], field).shape[1:]
-        stacked = np.zeros((len(parts), longest, *shape[1:]) if pad else (len(parts), *shape), dtype)
+        stacked: np.ndarray = np.zeros((len(parts), longest, *shape[1:]) if pad else (len(parts), *shape), dtype)
         for row, part in enumerate(parts):
             if part is not None:
                 values = getattr(part, field)[0].numpy()

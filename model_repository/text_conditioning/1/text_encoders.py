@@ -72,8 +72,9 @@ def tokenize_t5(encoders: TextEncoders, text: str, length: int | None = None) ->
 
 
 @torch.inference_mode()
-def encode_texts(encoders: TextEncoders, texts: Sequence[str], t5_tokens: Sequence[Sequence[int]],
-                 t5_lengths: Sequence[int]) -> EncodedTexts:
+def encode_texts(
+    encoders: TextEncoders, texts: Sequence[str], t5_tokens: Sequence[Sequence[int]], t5_lengths: Sequence[int]
+) -> EncodedTexts:
     """Encodes M texts in one call, each as if it were alone.
 
     Args:
@@ -100,7 +101,9 @@ def _encode_clap(encoders: TextEncoders, texts: Sequence[str]) -> Tensor:
         max_length=encoders.clap_tokenizer.model_max_length,
         return_tensors="pt",
     ).to(encoders.device)
-    features: Tensor = encoders.clap.get_text_features(batch.input_ids, attention_mask=batch.attention_mask).pooler_output
+    features: Tensor = encoders.clap.get_text_features(
+        batch.input_ids, attention_mask=batch.attention_mask
+    ).pooler_output
     return features
 
 
@@ -114,8 +117,13 @@ def _encode_t5(encoders: TextEncoders, tokens: Sequence[Sequence[int]], length: 
     return encoders.t5(ids.to(encoders.device), attention_mask=mask).last_hidden_state, mask
 
 
-def _project(encoders: TextEncoders, text_embeds: Tensor, prompt_embeds: Tensor, attention_mask: Tensor,
-             t5_lengths: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+def _project(
+    encoders: TextEncoders,
+    text_embeds: Tensor,
+    prompt_embeds: Tensor,
+    attention_mask: Tensor,
+    t5_lengths: Sequence[int],
+) -> tuple[list[Tensor], list[Tensor]]:
     """GPT-2's input of each text alone: [sos, clap, eos, sos1, t5 ..., eos1], with its mask."""
     sequences, masks = [], []
     for row, length in enumerate(t5_lengths):

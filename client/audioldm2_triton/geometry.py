@@ -1,4 +1,4 @@
-"""How seconds become latent frames and samples, for one checkpoint."""
+"""How seconds become latent frames and samples in one checkpoint, read from its configurations."""
 
 import json
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ class AudioGeometry:
     samples_per_frame: int  # of the mel spectrogram: the vocoder's upsampling
     vae_scale_factor: int  # mel frames per latent frame
     native_latent_frames: int  # what the UNet was trained on
+    latent_channels: int
+    latent_width: int  # mel bins over the VAE scale factor
 
     @property
     def frame_length_in_s(self) -> float:
@@ -32,12 +34,16 @@ class AudioGeometry:
 
 
 def read_audio_geometry(checkpoint: Path) -> AudioGeometry:
+    """Reads the components' `config.json`. Raises `OSError` and `KeyError` for a checkpoint that is not whole."""
     vocoder, vae, unet = (_read_config(checkpoint / part / "config.json") for part in ("vocoder", "vae", "unet"))
+    vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
     return AudioGeometry(
         sampling_rate=vocoder["sampling_rate"],
         samples_per_frame=prod(vocoder["upsample_rates"]),
-        vae_scale_factor=2 ** (len(vae["block_out_channels"]) - 1),
+        vae_scale_factor=vae_scale_factor,
         native_latent_frames=unet["sample_size"],
+        latent_channels=unet["in_channels"],
+        latent_width=vocoder["model_in_dim"] // vae_scale_factor,
     )
 
 

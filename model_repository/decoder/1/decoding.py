@@ -1,0 +1,94 @@
+"""The stage: latents of several requests in; each request's audio out, ranked within each prompt."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from audioldm2_triton.errors import InternalError, invalid
+from audioldm2_triton.geometry import AudioGeometry
+from clap_scores import ClapScorer, score_waveforms
+from waveform_decoder import WaveformDecoder, decode_waveforms
+
+
+def decode(
+    decoder: WaveformDecoder, scorer: ClapScorer, requests: Sequence[Mapping[str, np.ndarray]]
+) -> list[dict[str, np.ndarray]]:
+    """The stage's output tensors of each request, by name; see the table in `model_repository/README.md`.
+
+    All waveforms of all requests are decoded together, equal lengths in one call. Raises `InternalError` for
+    non-finite latents or audio.
+    """
+    audios = _decode_all(decoder, requests)
+    scores = _score_all(scorer, requests, audios, decoder.sampling_rate)
+    return [_ranked(audio, score, decoder.sampling_rate) for audio, score in zip(audios, scores, strict=True)]
+
+
+def check_decodable(inputs: Mapping[str, np.ndarray]) -> None:
+    """Other people may call this stage with latents of their own. Raises `InvalidArgumentError`."""
+    samples = inputs["num_samples"][:, 0]
+    if len(set(samples.tolist())) > 1:
+        raise invalid("num_samples", samples.tolist(), "the same value in all rows of one request")
+    if not np.isfinite(inputs["latents"]).all():
+        raise invalid("latents", "non-finite values", "finite values")
+
+
+def _decode_all(decoder: WaveformDecoder, requests: Sequence[Mapping[str, np.ndarray]]) -> list[np.ndarray]:
+    """Each request's audio [B, N, S], in generation order."""
+    flat = [torch.from_numpy(latent) for request in requests for row in request["latents"] for latent in row]
+    waveforms = iter(decode_waveforms(decoder, flat))
+    audios = []
+    for request in requests:
+        rows, num_waveforms = request["latents"].shape[:2]
+        samples = int(request["num_samples"][0, 0])
+        audio = torch.stack([next(waveforms)[:samples] for _ in range(rows * num_waveforms)]).numpy()
+        if audio.shape[1] != samples:
+            raise InternalError(f"decoder: got {audio.shape[1]} samples but expected {samples}")
+        audios.append(audio.reshape(rows, num_waveforms, samples))
+    return audios
+
+
+def _score_all(
+    scorer: ClapScorer, requests: Sequence[Mapping[str, np.ndarray]], audios: Sequence[np.ndarray], sampling_rate: int
+) -> list[np.ndarray]:
+    """Each request's scores [B, N]; zeros for the rows that asked for none."""
+    scores = [np.zeros(audio.shape[:2], np.float32) for audio in audios]
+    wanted = [
+        (index, row) for index, request in enumerate(requests) for row in np.flatnonzero(request["return_scores"])
+    ]
+    waveforms = [waveform for index, row in wanted for waveform in audios[index][row]]
+    texts = [torch.from_numpy(requests[index]["text_embeds"][row]) for index, row in wanted for _ in audios[index][row]]
+    if waveforms:
+        values = iter(score_waveforms(scorer, waveforms, texts, sampling_rate))
+        for index, row in wanted:
+            scores[index][row] = [next(values) for _ in audios[index][row]]
+    return scores
+
+
+def _ranked(audio: np.ndarray, score: np.ndarray, sampling_rate: int) -> dict[str, np.ndarray]:
+    """Best score first within each prompt, ties by generation order."""
+    order = np.argsort(-score, axis=1, kind="stable")
+    return {
+        "audio": np.take_along_axis(audio, order[:, :, None], axis=1),
+        "score": np.take_along_axis(score, order, axis=1),
+        "order": order.astype(np.int32),
+        "sampling_rate": np.full((len(audio), 1), sampling_rate, np.int32),
+    }
+
+
+def warm_up(decoder: WaveformDecoder, scorer: ClapScorer, geometry: AudioGeometry) -> None:
+    """Decodes and scores one short clip, so that the first request does not pay for what happens once."""
+    shape = (1, 1, geometry.latent_channels, geometry.latent_frames(1.0), geometry.latent_width)
+    text_dim = scorer.clap.config.projection_dim
+    decode(
+        decoder,
+        scorer,
+        [
+            {
+                "latents": np.zeros(shape, np.float32),
+                "num_samples": np.array([[geometry.num_samples(1.0)]], np.int32),
+                "return_scores": np.array([[True]]),
+                "text_embeds": np.ones((1, text_dim), np.float32),
+            }
+        ],
+    )

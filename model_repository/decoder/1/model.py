@@ -1,0 +1,37 @@
+"""Triton adapter of the decoder: tensors in, tensors out, errors to codes."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from audioldm2_triton import triton_adapter as adapter
+from audioldm2_triton.geometry import read_audio_geometry
+from audioldm2_triton.settings import resolve_device, resolve_dtype
+from clap_scores import load_clap_scorer
+from decoding import check_decodable, decode, warm_up
+from waveform_decoder import load_waveform_decoder
+
+STAGE = "decoder"
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        settings = adapter.model_settings(args)
+        device = resolve_device(settings, args["model_instance_kind"], int(args["model_instance_device_id"]))
+        dtype = resolve_dtype(settings, device)
+        checkpoint = Path(settings.checkpoint)
+        self.decoder = load_waveform_decoder(checkpoint, device, dtype)
+        self.scorer = load_clap_scorer(checkpoint, device, dtype)
+        warm_up(self.decoder, self.scorer, read_audio_geometry(checkpoint))
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        return adapter.respond_together(requests, _parse, partial(decode, self.decoder, self.scorer), STAGE)
+
+
+def _parse(request: Any) -> dict[str, np.ndarray]:
+    inputs = adapter.input_arrays(request)
+    check_decodable(inputs)
+    return inputs

@@ -1,0 +1,142 @@
+"""Any linear diffusers scheduler as a table of coefficients, so that one fused update serves a mixed batch.
+
+For a fixed schedule, a deterministic scheduler's next sample is a linear combination of the last few pairs of sample
+and model output. No solver is written here: the diffusers scheduler itself runs once on unit vectors, and the
+coefficients are read off what it returns.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+import diffusers
+import numpy as np
+import torch
+from torch import Tensor
+
+WINDOW: Final = 4
+"""Pairs of (sample, model output) that a scheduler may look back on; LMS needs all four."""
+
+_FIT_TOLERANCE: Final = 1e-6
+"""How well the coefficients must reproduce the scheduler's own result, relative."""
+
+_FLOAT32_ROUNDING: Final = 3e-7
+"""Many schedulers compute in float32 inside. A fit this good is complete: a longer window would fit the rounding."""
+
+
+class ScheduleError(ValueError):
+    """The scheduler cannot run this number of steps, or is not linear within the window."""
+
+
+@dataclass(frozen=True)
+class ScheduleTable:
+    """One scheduler at one number of steps; `E` is its number of UNet evaluations."""
+
+    init_noise_sigma: float
+    timesteps: Tensor  # [E] float32, what the UNet is told
+    input_scales: Tensor  # [E] float32, the sample is multiplied by this before the UNet
+    coefficients: Tensor  # [E, WINDOW, 2] float32, for (sample, model output) of this evaluation, the last, ...
+
+    @property
+    def num_evaluations(self) -> int:
+        return len(self.timesteps)
+
+
+class ScheduleTables:
+    """The tables of one checkpoint, built on first use. Safe to use from several threads."""
+
+    def __init__(self, scheduler_config: dict[str, Any], max_entries: int = 4096) -> None:
+        self._cached = lru_cache(max_entries)(lambda name, steps: build_schedule_table(scheduler_config, name, steps))
+
+    def get(self, scheduler: str, num_inference_steps: int) -> ScheduleTable:
+        """Raises `ScheduleError`."""
+        return self._cached(scheduler, num_inference_steps)
+
+
+def build_schedule_table(scheduler_config: dict[str, Any], scheduler: str, num_inference_steps: int) -> ScheduleTable:
+    """Reads the table off the diffusers class `scheduler`, built `from_config` of the checkpoint's.
+
+    Raises `ScheduleError`, which names the scheduler, where diffusers refuses the number of steps, and where the
+    scheduler is not linear within `WINDOW` pairs (clipping and thresholding are not).
+    """
+    solver = getattr(diffusers, scheduler).from_config(scheduler_config)
+    try:
+        solver.set_timesteps(num_inference_steps)
+        run = _run_on_unit_vectors(solver)
+    except Exception as error:
+        raise ScheduleError(f"{scheduler} cannot run {num_inference_steps} steps: {error}") from error
+    coefficients, residual = _fit(run.samples)
+    if not residual < _FIT_TOLERANCE or not _is_linear(run):
+        raise ScheduleError(
+            f"{scheduler} is not linear in its last {WINDOW} samples and model outputs at {num_inference_steps} steps"
+        )
+    return ScheduleTable(
+        init_noise_sigma=float(solver.init_noise_sigma),
+        timesteps=solver.timesteps.to(torch.float32),
+        input_scales=torch.from_numpy(run.input_scales).float(),
+        coefficients=torch.from_numpy(coefficients).float(),
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One pass of a scheduler over unit vectors, and over random data in the same tensors."""
+
+    samples: np.ndarray  # [E + 1, E + 1], as combinations of the first sample and the E model outputs
+    input_scales: np.ndarray  # [E]
+    data: np.ndarray  # [E + 1, P] a first sample and E model outputs, random
+    result: np.ndarray  # [P] the last sample that the scheduler made of `data`
+
+
+def _run_on_unit_vectors(solver: Any) -> _Run:
+    evaluations = len(solver.timesteps)
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(evaluations + 1, 64, generator=generator, dtype=torch.float64)
+    data[0] *= float(solver.init_noise_sigma)
+    given = torch.cat([torch.eye(evaluations + 1, dtype=torch.float64), data], dim=1)
+    given = given[:, None, None, None]  # some schedulers want the four axes of latents
+    samples, scales = [given[0]], []
+    for index, timestep in enumerate(solver.timesteps):
+        scales.append(float(solver.scale_model_input(torch.ones(1, dtype=torch.float64), timestep)))
+        samples.append(solver.step(given[index + 1], timestep, samples[-1]).prev_sample.double())
+    ran = torch.stack(samples).flatten(1).numpy()
+    return _Run(ran[:, : evaluations + 1], np.array(scales), data.numpy(), ran[-1, evaluations + 1 :])
+
+
+def _is_linear(run: _Run) -> bool:
+    """Whether random data of the size of real latents went through the scheduler as the unit vectors did."""
+    expected = run.samples[-1] @ run.data
+    return bool(np.abs(run.result - expected).max() <= 1e-4 * np.abs(expected).max())
+
+
+def _fit(samples: np.ndarray) -> tuple[np.ndarray, float]:
+    """Coefficients [E, WINDOW, 2] that give each sample from the pairs before it, and their worst relative residual.
+
+    Each step takes the shortest window that fits. A longer one has many solutions, with large weights that cancel.
+    """
+    evaluations = len(samples) - 1
+    coefficients = np.zeros((evaluations, WINDOW, 2))
+    worst = 0.0
+    for index in range(evaluations):
+        best = np.inf
+        for window in range(1, min(WINDOW, index + 1) + 1):
+            fitted, residual = _fit_step(samples, index, window)
+            if residual < best:
+                best = residual
+                coefficients[index] = 0
+                coefficients[index, :window] = fitted
+            if best < _FLOAT32_ROUNDING:
+                break
+        worst = max(worst, best)
+    return coefficients, worst
+
+
+def _fit_step(samples: np.ndarray, index: int, window: int) -> tuple[np.ndarray, float]:
+    target = samples[index + 1]
+    pairs = samples[index - np.arange(window)]  # [window, E + 1], latest first
+    # Model outputs older than the window can only come in through the samples, which fixes the samples' weights.
+    old = index - window + 2
+    weights = np.linalg.lstsq(pairs[:, :old].T, target[:old], rcond=None)[0]
+    rest = target - weights @ pairs
+    residual = float(np.abs(rest[:old]).max() / np.abs(target).max())
+    return np.stack([weights, rest[index + 1 - np.arange(window)]], axis=1), residual

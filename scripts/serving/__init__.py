@@ -1,0 +1,1 @@
+"""Starting a Triton server on this model repository."""

@@ -1,0 +1,131 @@
+"""`scripts/serve`: a Triton server on this repository, in the foreground."""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Final
+
+from audioldm2_triton.settings import Settings, SettingsError, read_settings
+from serving.installation import InstallationError, find_triton
+from serving.repository import write_repository
+from serving.supervision import EXIT_TIMEOUT_IN_S, ServerError, check_ports_free, run_server
+
+SCRIPTS: Final = Path(__file__).resolve().parent.parent
+MODEL_REPOSITORY: Final = SCRIPTS.parent / "model_repository"
+DEFAULT_CACHE: Final = "~/.cache/audioldm2-triton"
+
+_HELP: Final = {
+    "checkpoint": "a directory, or a hub id such as cvssp/audioldm2, which is fetched first",
+    "device": "auto, cpu, cuda or cuda:INDEX (default: auto)",
+    "dtype": "auto, float32, float16 or bfloat16 (default: auto: float16 on a GPU, else float32)",
+    "max_active_rows": "UNet batch items in flight (default: derived from the device)",
+    "max_waiting": "requests that may wait for room (default: derived from the device)",
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/serve",
+        description="Serves AudioLDM 2 in the foreground. Each setting may also come from the environment, "
+        "as AUDIOLDM2_ and its name in capitals.",
+    )
+    for field in fields(Settings):
+        option = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(option, default="", help=_HELP.get(field.name, f"default: {field.default}"))
+    parser.add_argument("--http-port", type=int, default=8000)
+    parser.add_argument("--grpc-port", type=int, default=8001)
+    parser.add_argument("--metrics-port", type=int, default=8002)
+    parser.add_argument(
+        "--cache-dir", default=DEFAULT_CACHE, help=f"where hub checkpoints go (default: {DEFAULT_CACHE})"
+    )
+    parser.add_argument("triton_arguments", nargs="*", help="after --: further arguments of tritonserver")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    ports = {
+        "--http-port": arguments.http_port,
+        "--grpc-port": arguments.grpc_port,
+        "--metrics-port": arguments.metrics_port,
+    }
+    try:
+        check_ports_free(ports)
+        given = {field.name: getattr(arguments, field.name) for field in fields(Settings)}
+        settings = read_settings(_with_local_checkpoint(given, Path(arguments.cache_dir).expanduser()), {})
+        with tempfile.TemporaryDirectory(prefix="audioldm2-triton-") as directory:
+            _serve(settings, Path(directory), ports, arguments.triton_arguments)
+    except (SettingsError, ServerError, InstallationError, OSError) as error:
+        print(f"scripts/serve: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _with_local_checkpoint(given: dict[str, str], cache: Path) -> dict[str, str]:
+    """The settings as text, of the command line before the environment, with a verified local checkpoint."""
+    resolved = {name: value or os.environ.get(f"AUDIOLDM2_{name.upper()}", "") for name, value in given.items()}
+    checkpoint = resolved["checkpoint"]
+    if not checkpoint:
+        raise SettingsError("--checkpoint: got nothing but expected a directory or a hub id")
+    path = Path(checkpoint).expanduser()
+    if not path.exists() and checkpoint.count("/") == 1 and not checkpoint.startswith((".", "~", "/")):
+        path = cache / checkpoint
+        if not path.exists():
+            _run_checkpoint_command("fetch", checkpoint, "--out", str(path))
+    if not path.is_dir():
+        raise SettingsError(f"--checkpoint: got {checkpoint!r} but expected a directory or a hub id")
+    _run_checkpoint_command("verify", str(path))
+    return {**resolved, "checkpoint": str(path.resolve())}
+
+
+def _run_checkpoint_command(*arguments: str) -> None:
+    """In a process of its own, so that the memory of what it imports is free again when the server runs."""
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
+    command = [sys.executable, "-m", "checkpoints", *arguments]
+    # Standard output is this command's; progress bars and faults go to standard error.
+    if subprocess.run(command, env=environment, stdout=sys.stderr).returncode:
+        raise ServerError(f"--checkpoint: {' '.join(arguments[:2])} failed, see above")
+
+
+def _serve(settings: Settings, run_directory: Path, ports: dict[str, int], triton_arguments: list[str]) -> None:
+    triton = find_triton(run_directory)
+    repository = run_directory / "models"
+    write_repository(MODEL_REPOSITORY, repository, settings)
+    # The settings are in the configurations now; the environment would override them.
+    environment = {name: value for name, value in triton.environment.items() if not name.startswith("AUDIOLDM2_")}
+    # Idle OpenMP threads must not spin: the stages are processes that share the cores (ten times slower otherwise).
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Progress bars of the libraries that load the weights do not belong in a server's log.
+    environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    environment.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    environment.setdefault("DIFFUSERS_VERBOSITY", "error")
+    command = [
+        str(triton.binary),
+        *triton.arguments,
+        f"--model-repository={repository}",
+        f"--http-port={ports['--http-port']}",
+        f"--grpc-port={ports['--grpc-port']}",
+        f"--metrics-port={ports['--metrics-port']}",
+        "--disable-auto-complete-config",
+        "--model-control-mode=none",
+        "--backend-config=python,stub-timeout-seconds=120",
+        f"--exit-timeout-secs={EXIT_TIMEOUT_IN_S}",
+        *triton_arguments,
+    ]
+    run_server(command, environment, ports["--http-port"], lambda: _report_ready(ports))
+
+
+def _report_ready(ports: dict[str, int]) -> None:
+    print(
+        f"ready: grpc://localhost:{ports['--grpc-port']} http://localhost:{ports['--http-port']}"
+        f" metrics http://localhost:{ports['--metrics-port']}/metrics",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The model repository as one server runs it: the models as they are, with the resolved settings as parameters.
+
+Triton does not expand the environment in `config.pbtxt`, and a client can read only what stands there. So what was
+resolved from the command line and the environment is written into a copy of each configuration; the version folders
+are links.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from audioldm2_triton.contract import ENSEMBLE, SCHEDULERS, STREAM
+from audioldm2_triton.geometry import read_audio_geometry
+from audioldm2_triton.settings import Settings
+
+FRONTS = (ENSEMBLE, STREAM)
+
+
+def write_repository(source: Path, target: Path, settings: Settings) -> None:
+    """Makes `target` a model repository that runs the models of `source` with `settings`."""
+    parameters = {name: _text(value) for name, value in asdict(settings).items()}
+    public = {**parameters, **_public_parameters(settings)}
+    for config_path in sorted(source.glob("*/config.pbtxt")):
+        model = config_path.parent
+        config = text_format.Parse(config_path.read_text(), model_config_pb2.ModelConfig())
+        # Only what a model declares: the rest does not concern it.
+        for name in config.parameters:
+            config.parameters[name].string_value = (public if model.name in FRONTS else parameters).get(
+                name, config.parameters[name].string_value
+            )
+        _place(config, settings.device)
+        copy = target / model.name
+        copy.mkdir(parents=True)
+        (copy / "config.pbtxt").write_text(text_format.MessageToString(config))
+        for version in model.iterdir():
+            if version.name.isdigit():
+                (copy / version.name).symlink_to(version.resolve(), target_is_directory=True)
+
+
+def _public_parameters(settings: Settings) -> dict[str, str]:
+    """What clients are told about the checkpoint."""
+    checkpoint = Path(settings.checkpoint)
+    geometry = read_audio_geometry(checkpoint)
+    return {
+        "checkpoint": checkpoint.name,
+        "native_audio_length_in_s": _text(geometry.native_audio_length_in_s),
+        "sampling_rate": _text(geometry.sampling_rate),
+        "schedulers": ",".join(SCHEDULERS),
+    }
+
+
+def _place(config: Any, device: str) -> None:
+    """Keeps instances of automatic kind off the devices that are not asked for."""
+    for group in config.instance_group:
+        if group.kind != group.KIND_AUTO:
+            continue
+        if device == "cpu":
+            group.kind = group.KIND_CPU
+        elif ":" in device:
+            group.kind = group.KIND_GPU
+            group.gpus.append(int(device.partition(":")[2]))
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

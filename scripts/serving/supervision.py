@@ -1,0 +1,86 @@
+"""Running `tritonserver` in the foreground, and stopping it cleanly."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+EXIT_TIMEOUT_IN_S: Final = 30
+_LOAD_FAILURE: Final = re.compile(r"failed to load '(\w+)' version \d+: (.*)")
+
+
+class ServerError(RuntimeError):
+    """The server did not start, or stopped by itself."""
+
+
+def check_ports_free(ports: Mapping[str, int]) -> None:
+    """Raises `ServerError`, which names the option and the port that is in use."""
+    for option, port in ports.items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("0.0.0.0", port))
+            except OSError:
+                raise ServerError(f"{option}: port {port} is in use") from None
+
+
+def run_server(
+    command: Sequence[str], environment: Mapping[str, str], http_port: int, on_ready: Callable[[], None]
+) -> None:
+    """Runs the server until SIGTERM or Ctrl-C. Raises `ServerError` where it stops by itself."""
+    process = subprocess.Popen(
+        command,
+        env=dict(environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # Ctrl-C is for us; we tell the server
+    )
+    stopping = threading.Event()
+
+    def stop(*_: object) -> None:
+        # Once: a second signal makes Triton exit at once, with requests in flight.
+        if not stopping.is_set():
+            stopping.set()
+            process.terminate()
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    failures: list[str] = []
+    log = threading.Thread(target=_forward_log, args=(process, failures), daemon=True)
+    log.start()
+    threading.Thread(target=_report_ready, args=(process, http_port, on_ready), daemon=True).start()
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    log.join(timeout=5)
+    if not stopping.is_set():
+        raise ServerError(failures[0] if failures else f"tritonserver stopped by itself with exit code {code}")
+
+
+def _forward_log(process: subprocess.Popen[str], failures: list[str]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        sys.stderr.write(line)
+        sys.stderr.flush()
+        if match := _LOAD_FAILURE.search(line):
+            failures.append(f"{match[1]} did not load: {match[2].strip()}")
+
+
+def _report_ready(process: subprocess.Popen[str], http_port: int, on_ready: Callable[[], None]) -> None:
+    while process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://localhost:{http_port}/v2/health/ready", timeout=5):
+                on_ready()
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)

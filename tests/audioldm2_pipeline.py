@@ -1,0 +1,86 @@
+"""The reference: `diffusers.AudioLDM2Pipeline`, one call per row, and an independent computation of the CLAP score."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import librosa
+import numpy as np
+import torch
+from audioldm2_triton.contract import DEFAULT_SCHEDULER
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of the pipeline."""
+
+    prompt: str
+    negative_prompt: str = ""
+    audio_length_in_s: float = 1.0
+    num_inference_steps: int = 4
+    guidance_scale: float = 3.5
+    num_waveforms_per_prompt: int = 1
+    seed: int = 0
+    scheduler: str = DEFAULT_SCHEDULER
+
+
+class Reference:
+    def __init__(self, checkpoint: Path) -> None:
+        self.pipeline: Any = diffusers.AudioLDM2Pipeline.from_pretrained(checkpoint)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.scheduler_config = self.pipeline.scheduler.config
+
+    def generate(self, call: Call) -> np.ndarray:
+        """The audio [N, S], in generation order: the reference's own ranking is checked by itself."""
+        self.pipeline.scheduler = getattr(diffusers, call.scheduler).from_config(self.scheduler_config)
+        score_waveforms = self.pipeline.score_waveforms
+        self.pipeline.score_waveforms = lambda audio, **_: audio
+        try:
+            audio: np.ndarray = self.pipeline(
+                call.prompt,
+                negative_prompt=call.negative_prompt,
+                audio_length_in_s=call.audio_length_in_s,
+                num_inference_steps=call.num_inference_steps,
+                guidance_scale=call.guidance_scale,
+                num_waveforms_per_prompt=call.num_waveforms_per_prompt,
+                generator=torch.Generator("cpu").manual_seed(call.seed),
+            ).audios
+        finally:
+            self.pipeline.score_waveforms = score_waveforms
+        return audio
+
+    @torch.no_grad()
+    def score(self, prompt: str, audio: np.ndarray) -> np.ndarray:
+        """Cosine similarities [N] by the pipeline's own path (at most 10 s of audio; longer is cropped by chance)."""
+        pipe = self.pipeline
+        inputs = pipe.tokenizer(prompt, return_tensors="pt", padding=True)
+        target = pipe.feature_extractor.sampling_rate
+        resampled = librosa.resample(audio, orig_sr=pipe.vocoder.config.sampling_rate, target_sr=target)
+        inputs["input_features"] = pipe.feature_extractor(
+            list(resampled), return_tensors="pt", sampling_rate=target
+        ).input_features
+        output = pipe.text_encoder(**inputs)
+        return (output.logits_per_text / pipe.text_encoder.logit_scale_t.exp())[0].numpy()
+
+
+def difference(audio: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference as a share of the peak."""
+    assert audio.shape == expected.shape, f"got {audio.shape} but expected {expected.shape}"
+    return float(np.abs(audio - expected).max() / np.abs(expected).max())
+
+
+def random_call(generator: random.Random, **fixed: Any) -> Call:
+    """A call that differs from others in everything that is not fixed."""
+    words = "rain thunder a dog barks softly and then birds sing over deep water while an engine idles".split()
+    drawn: dict[str, Any] = {
+        "prompt": " ".join(generator.sample(words, generator.randint(1, 12))),
+        "negative_prompt": " ".join(generator.sample(words, generator.choice([0, 2, 14]))),
+        "audio_length_in_s": generator.choice([0.37, 0.64, 1.0, 1.93]),
+        "num_inference_steps": generator.choice([2, 4, 7]),
+        "guidance_scale": generator.choice([1.0, 2.5, 3.5]),
+        "num_waveforms_per_prompt": generator.choice([1, 1, 2]),
+        "seed": generator.randrange(2**63),
+    }
+    return Call(**{**drawn, **fixed})
