@@ -10,7 +10,10 @@ from .shapes import SIZES
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status, 0 for success."""
     options = _parser().parse_args(arguments)
-    status: int = options.command(options)
+    try:
+        status: int = options.command(options)
+    except KeyboardInterrupt:
+        return 130
     return status
 
 
@@ -22,6 +25,14 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--out", type=Path, required=True, help="the new directory")
     build.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
     build.set_defaults(command=_build)
+    fetch = commands.add_parser("fetch", help="download a checkpoint from the Hugging Face hub")
+    fetch.add_argument("repository", metavar="REPO_ID", help="for example cvssp/audioldm2")
+    fetch.add_argument("--revision", default="main", help="a branch, a tag or a commit (default: %(default)s)")
+    fetch.add_argument("--out", type=Path, required=True, help="the new directory")
+    fetch.set_defaults(command=_fetch)
+    verify = commands.add_parser("verify", help="check that a checkpoint is whole and that its shapes fit its configs")
+    verify.add_argument("directory", type=Path, metavar="DIR")
+    verify.set_defaults(command=_verify)
     return parser
 
 
@@ -36,6 +47,28 @@ def _build(options: argparse.Namespace) -> int:
         return _fail(str(error))
     print(f"OK: {options.out}: {options.size} built with seed {options.seed}")
     return 0
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from .hub import FetchError, fetch
+
+    try:
+        sha = fetch(options.repository, options.revision, options.out)
+    except FetchError as error:
+        return _fail(str(error))
+    print(f"OK: {options.out}: {options.repository} at {sha}")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from .verification import verify
+
+    faults = verify(options.directory)
+    for fault in faults:
+        print(fault)
+    if not faults:
+        print(f"OK: {options.directory}")
+    return 1 if faults else 0
 
 
 def _fail(message: str) -> int:

@@ -8,7 +8,6 @@ from typing import Any, Final
 import torch
 from diffusers import AutoencoderKL
 from diffusers.pipelines.audioldm2 import AudioLDM2ProjectionModel, AudioLDM2UNet2DConditionModel
-from torch import nn
 from transformers import (
     ClapConfig,
     ClapFeatureExtractor,
@@ -22,18 +21,21 @@ from transformers import (
 )
 
 from .calibration import centre_clap, decode_noise, scale_waveform
+from .layout import CONFIG_FILES, MODEL_INDEX
 from .random_weights import damp_attention, generator, pass_noise_through, randomise
-from .shapes import CONFIG_FILES, SIZES, Config, component_config, model_index
+from .shapes import SIZES, Config, component_config, model_index
 from .vocabularies import SENTENCES, roberta_tokenizer, t5_tokenizer
 
 _PEAK: Final = 0.3  # of the waveform, where full scale is 1
 _PERTURBATION: Final = 0.05
-_CLIPS: Final = 6
-_CLIP_LENGTH: Final = 100  # latent frames: 4 s
+_CLIPS: Final = 4
+_CLIP_LENGTH: Final = 250  # latent frames: 10 s
 
 
 def build(size: str, out: Path, seed: int = 0, report: Callable[[str], None] = lambda _: None) -> None:
     """Builds a checkpoint in the new directory `out`; the same `size` and `seed` give the same weights.
+
+    The same to the last bit on the same machine with the same number of threads, else within rounding.
 
     One component is in memory at a time, but for the VAE and the vocoder, which is scaled on the VAE's mels. `report`
     hears which component comes next.
@@ -47,14 +49,20 @@ def build(size: str, out: Path, seed: int = 0, report: Callable[[str], None] = l
     out.mkdir(parents=True, exist_ok=True)
     for component in ("scheduler", "feature_extractor"):
         _write_config(size, component, out)
-    tokenizer = roberta_tokenizer()
-    tokenizer.save_pretrained(out / "tokenizer")
+    roberta_tokenizer().save_pretrained(out / "tokenizer")
     t5_tokenizer().save_pretrained(out / "tokenizer_2")
 
     for component, construct in _CONSTRUCTORS.items():
         report(component)
         _save(construct(component_config(size, component), generator(seed, component)), size, component, out)
 
+    _build_calibrated(size, out, seed, report)
+    # Last, so that an interrupted build does not look whole.
+    _write_json(model_index(), out / MODEL_INDEX)
+
+
+def _build_calibrated(size: str, out: Path, seed: int, report: Callable[[str], None]) -> None:
+    """The components that are adjusted to what they are fed with: the VAE's mels, the vocoder's waveforms."""
     report("vae")
     vae = _vae(component_config(size, "vae"), generator(seed, "vae"))
     _save(vae, size, "vae", out)
@@ -69,53 +77,50 @@ def build(size: str, out: Path, seed: int = 0, report: Callable[[str], None] = l
     report("text_encoder")
     clap = _clap(component_config(size, "text_encoder"), generator(seed, "text_encoder"))
     extractor = ClapFeatureExtractor(**component_config(size, "feature_extractor"))
-    centre_clap(
-        clap, waveforms, sampling_rate, extractor, tokenizer(list(SENTENCES), padding=True, return_tensors="pt")
-    )
+    tokens = roberta_tokenizer()(list(SENTENCES), padding=True, return_tensors="pt")
+    centre_clap(clap, waveforms, sampling_rate, extractor, tokens)
     _save(clap, size, "text_encoder", out)
-    # Last, so that an interrupted build does not look whole.
-    _write_json(model_index(), out / "model_index.json")
 
 
-def _projection_model(config: Config, generator: torch.Generator) -> nn.Module:
+def _projection_model(config: Config, generator: torch.Generator) -> Any:
     model = AudioLDM2ProjectionModel.from_config(config)
     randomise(model, generator)
     return model
 
 
-def _language_model(config: Config, generator: torch.Generator) -> nn.Module:
+def _language_model(config: Config, generator: torch.Generator) -> Any:
     model = GPT2LMHeadModel(GPT2Config(**config))
     randomise(model, generator, gain=1.5)
     return model
 
 
-def _t5(config: Config, generator: torch.Generator) -> nn.Module:
+def _t5(config: Config, generator: torch.Generator) -> Any:
     model = T5EncoderModel(T5Config(**config))
     randomise(model, generator)
     damp_attention(model, config["d_kv"])
     return model
 
 
-def _unet(config: Config, generator: torch.Generator) -> nn.Module:
+def _unet(config: Config, generator: torch.Generator) -> Any:
     model = AudioLDM2UNet2DConditionModel.from_config(config)
     randomise(model, generator)
     pass_noise_through(model, _PERTURBATION)
     return model
 
 
-def _vae(config: Config, generator: torch.Generator) -> nn.Module:
+def _vae(config: Config, generator: torch.Generator) -> Any:
     model = AutoencoderKL.from_config(config)
     randomise(model, generator)
     return model
 
 
-def _vocoder(config: Config, generator: torch.Generator) -> nn.Module:
+def _vocoder(config: Config, generator: torch.Generator) -> Any:
     model = SpeechT5HifiGan(SpeechT5HifiGanConfig(**config))
     randomise(model, generator)
     return model
 
 
-def _clap(config: Config, generator: torch.Generator) -> nn.Module:
+def _clap(config: Config, generator: torch.Generator) -> Any:
     model = ClapModel(ClapConfig(**config))
     randomise(model, generator)
     for scale in (model.logit_scale_a, model.logit_scale_t):
@@ -123,7 +128,7 @@ def _clap(config: Config, generator: torch.Generator) -> nn.Module:
     return model
 
 
-_CONSTRUCTORS: Final[dict[str, Callable[[Config, torch.Generator], nn.Module]]] = {
+_CONSTRUCTORS: Final[dict[str, Callable[[Config, torch.Generator], Any]]] = {
     "projection_model": _projection_model,
     "language_model": _language_model,
     "text_encoder_2": _t5,
@@ -132,9 +137,7 @@ _CONSTRUCTORS: Final[dict[str, Callable[[Config, torch.Generator], nn.Module]]] 
 
 
 def _save(model: Any, size: str, component: str, out: Path) -> None:
-    model.save_pretrained(out / component, safe_serialization=True) if isinstance(
-        model, nn.Module
-    ) and "diffusers" in type(model).__module__ else model.save_pretrained(out / component)
+    model.save_pretrained(out / component)
     (out / component / "generation_config.json").unlink(missing_ok=True)
     # The config as it is on the hub, without what this version of the library adds.
     _write_config(size, component, out)

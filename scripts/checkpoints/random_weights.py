@@ -5,7 +5,7 @@ CLAP), silence (the vocoder: peaks of 1e-6) and latents of a hundred times their
 """
 
 import hashlib
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ def _fan_in(layer: nn.Module, weight: Tensor) -> float:
 
 
 @torch.no_grad()
-def pass_noise_through(unet: nn.Module, perturbation: float) -> None:
+def pass_noise_through(unet: Any, perturbation: float) -> None:
     """Makes the UNet predict its own input as the noise, plus about `perturbation` times what the random weights say.
 
     A sampler divides by the signal level, 0.014 at the first step, so the error of a purely random prediction would

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from .layout import CONFIG_FILES, MODEL_INDEX
+
 Config = dict[str, Any]
 
 REFERENCE_CONFIGS: Final = Path(__file__).parent / "reference_configs"
@@ -12,19 +14,6 @@ REFERENCE_CONFIGS: Final = Path(__file__).parent / "reference_configs"
 # Music differs from base in its training data only. A component without a config of its own has the one of base.
 _OFFICIAL: Final = {"base": "audioldm2", "music": "audioldm2", "large": "audioldm2-large"}
 SIZES: Final = ("tiny", *_OFFICIAL)
-
-CONFIG_FILES: Final[Mapping[str, str]] = {
-    "feature_extractor": "preprocessor_config.json",
-    "language_model": "config.json",
-    "projection_model": "config.json",
-    "scheduler": "scheduler_config.json",
-    "text_encoder": "config.json",
-    "text_encoder_2": "config.json",
-    "unet": "config.json",
-    "vae": "config.json",
-    "vocoder": "config.json",
-}
-"""The components that have a config, and the name of its file. The two tokenizers have files of their own."""
 
 # The topology of base, as narrow as it gets. All widths that meet differ, so that no mix-up goes unnoticed.
 _TINY_CLAP: Final = 40
@@ -76,7 +65,7 @@ _TINY: Final[Mapping[str, Config]] = {
 
 def model_index() -> Config:
     """The `model_index.json` of every shape."""
-    return _read(REFERENCE_CONFIGS / "audioldm2" / "model_index.json")
+    return _read(REFERENCE_CONFIGS / "audioldm2" / MODEL_INDEX)
 
 
 def component_config(size: str, component: str) -> Config:

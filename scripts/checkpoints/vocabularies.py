@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from math import log
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from transformers import RobertaTokenizer, T5Tokenizer
@@ -39,7 +39,7 @@ def roberta_tokenizer() -> "RobertaTokenizer":
         show_progress=False,
     )
     trained.train_from_iterator(SENTENCES, trainer)
-    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
+    merges: list[Any] = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     return RobertaTokenizer(vocab=trained.get_vocab(), merges=merges, model_max_length=512)
 
 

@@ -1,0 +1,255 @@
+"""Checkpoints from the Hugging Face hub: safetensors only, resumable, and never half there.
+
+`huggingface_hub.snapshot_download` throws a half-finished file away when its process ends, which is gigabytes here,
+and takes what lies in the directory for the whole when the network is down. So the files are asked for one by one.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn
+
+from .layout import MODEL_INDEX, REVISION_FILE, WEIGHTS, belongs, is_pickle
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
+    from tqdm import tqdm
+
+_UNFINISHED: Final = ".unfinished"
+_LOCK: Final = ".lock"
+_BLOCK: Final = 1 << 20  # bytes
+_TIMEOUT: Final = 30.0  # s without a byte
+_ATTEMPTS: Final = 3  # that bring no byte
+
+
+class FetchError(Exception):
+    """A checkpoint could not be fetched; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Revision:
+    """Which files a directory holds; written beside them."""
+
+    repo_id: str
+    revision: str  # as it was asked for
+    sha: str  # the commit that it was
+
+
+@dataclass(frozen=True)
+class _File:
+    path: str
+    size: int  # bytes
+    sha256: str | None  # of the large files
+    blob_id: str | None  # git's hash, of the others
+
+
+def fetch(repo_id: str, revision: str, out: Path) -> str:
+    """Downloads a checkpoint into the new directory `out` and returns the commit.
+
+    It grows in `out` + ".partial" and is renamed when it is whole and verified. After a failure the same call goes on
+    where it stopped. The endpoint is that of the environment (HF_ENDPOINT), and so is the token (HF_TOKEN).
+
+    Raises `FetchError`.
+    """
+    try:
+        return _fetch(repo_id, revision, out)
+    except OSError as error:
+        raise FetchError(_explain(error, repo_id, revision)) from error
+    except ValueError as error:
+        raise FetchError(f"{repo_id}: {' '.join(str(error).split())}") from error
+
+
+def _fetch(repo_id: str, revision: str, out: Path) -> str:
+    from httpx2 import HTTPError
+    from tqdm import tqdm
+
+    try:
+        resolved, files = _list(repo_id, revision)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            if _read_revision(out) == resolved:
+                return resolved.sha
+            raise FetchError(f"{out}: got something that is there already but expected a new directory")
+        partial = out.with_name(out.name + ".partial")
+        with _claimed(partial):
+            _forget_other_commits(partial, resolved)
+            _check_space(partial, files)
+            with tqdm(total=sum(file.size for file in files), desc=repo_id, unit="B", unit_scale=True) as progress:
+                for file in files:
+                    _download(file, resolved, partial, progress)
+            _check(partial, repo_id)
+            (partial / _LOCK).unlink()
+            partial.rename(out)
+    except HTTPError as error:
+        raise FetchError(_explain(error, repo_id, revision)) from error
+    return resolved.sha
+
+
+def _list(repo_id: str, revision: str) -> tuple[Revision, list[_File]]:
+    """The commit behind a revision, and the files of a checkpoint in it."""
+    from huggingface_hub import HfApi
+
+    info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+    siblings = info.siblings or []
+    names = {sibling.rfilename for sibling in siblings}
+    if MODEL_INDEX not in names or info.sha is None:
+        raise FetchError(f"{repo_id}: got no {MODEL_INDEX} but expected a repository in the layout of a pipeline")
+    for component, stem in WEIGHTS.items():
+        own = sorted(name for name in names if name.startswith(f"{component}/"))
+        pickles = [name for name in own if is_pickle(name)]
+        if pickles and not any(belongs(name) and name.startswith(f"{component}/{stem}") for name in own):
+            raise FetchError(f"{repo_id}: got {', '.join(pickles)} only but expected {component}/{stem}.safetensors")
+    wanted = (_file(sibling) for sibling in siblings if belongs(sibling.rfilename))
+    return Revision(repo_id, revision, info.sha), sorted(wanted, key=lambda file: file.path)
+
+
+def _file(sibling: "RepoSibling") -> _File:
+    if sibling.size is None:
+        raise FetchError(f"{sibling.rfilename}: the hub did not tell its size")
+    return _File(sibling.rfilename, sibling.size, sibling.lfs.sha256 if sibling.lfs else None, sibling.blob_id)
+
+
+@contextmanager
+def _claimed(partial: Path) -> Iterator[None]:
+    """Holds `partial` for this process alone."""
+    partial.mkdir(parents=True, exist_ok=True)
+    with (partial / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FetchError(f"{partial}: another fetch is writing to it") from error
+        yield
+
+
+def _forget_other_commits(partial: Path, resolved: Revision) -> None:
+    """Empties `partial` unless it was begun for the same commit."""
+    begun = _read_revision(partial)
+    if begun is None or (begun.repo_id, begun.sha) != (resolved.repo_id, resolved.sha):
+        for entry in partial.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != _LOCK:
+                entry.unlink()
+    (partial / REVISION_FILE).write_text(json.dumps(asdict(resolved), indent=2) + "\n", encoding="utf-8")
+
+
+def _read_revision(directory: Path) -> Revision | None:
+    try:
+        return Revision(**json.loads((directory / REVISION_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _check_space(partial: Path, files: list[_File]) -> None:
+    left = sum(file.size - min(file.size, _present(partial / file.path)) for file in files)
+    free = shutil.disk_usage(partial).free
+    if left > free:
+        raise OSError(errno.ENOSPC, f"got {free / 1e9:.2f} GB but expected {left / 1e9:.2f} GB free", str(partial))
+
+
+def _present(path: Path) -> int:
+    """How many bytes of a file are there, finished or not."""
+    unfinished = path.with_name(path.name + _UNFINISHED)
+    return next((candidate.stat().st_size for candidate in (path, unfinished) if candidate.exists()), 0)
+
+
+def _download(file: _File, resolved: Revision, partial: Path, progress: "tqdm[NoReturn]") -> None:
+    """Fetches what is missing of a file; it has its name only once it is whole."""
+    from httpx2 import NetworkError, RemoteProtocolError, TimeoutException
+
+    path = partial / file.path
+    unfinished = path.with_name(path.name + _UNFINISHED)
+    progress.update(_present(path))
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    attempts = 0
+    with unfinished.open("ab") as stream:
+        while stream.tell() != file.size:
+            before = stream.tell()
+            try:
+                _append(file, resolved, stream, progress)
+            except (NetworkError, RemoteProtocolError, TimeoutException):
+                attempts = 1 if stream.tell() > before else attempts + 1
+                if attempts == _ATTEMPTS:
+                    raise
+                time.sleep(attempts)
+        stream.flush()
+        os.fsync(stream.fileno())
+    if not _intact(unfinished, file):
+        unfinished.unlink()
+        raise FetchError(f"{resolved.repo_id}: {file.path} does not have the hash that the hub gives; fetch again")
+    unfinished.rename(path)
+
+
+def _append(file: _File, resolved: Revision, stream: BinaryIO, progress: "tqdm[NoReturn]") -> None:
+    """Appends the rest of a file to what is there, as far as the connection lasts."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    headers = build_hf_headers() | {"Accept-Encoding": "identity", "Range": f"bytes={stream.tell()}-"}
+    url = hf_hub_url(resolved.repo_id, file.path, revision=resolved.sha)
+    with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=_TIMEOUT) as response:
+        hf_raise_for_status(response)
+        if response.status_code != 206:  # the server does not know ranges
+            progress.update(-stream.tell())
+            stream.truncate(0)
+        for block in response.iter_raw():
+            if stream.tell() + len(block) > file.size:
+                raise FetchError(f"{resolved.repo_id}: {file.path}: got more than the expected {file.size} bytes")
+            stream.write(block)
+            progress.update(len(block))
+
+
+def _intact(path: Path, file: _File) -> bool:
+    if path.stat().st_size != file.size:
+        return False
+    if file.sha256 is not None:
+        digest, expected = hashlib.sha256(), file.sha256
+    elif file.blob_id is not None:
+        digest, expected = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False), file.blob_id
+    else:
+        return True
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest() == expected
+
+
+def _check(partial: Path, repo_id: str) -> None:
+    from .verification import verify
+
+    faults = verify(partial)
+    if faults:
+        raise FetchError(f"{repo_id}: is no whole checkpoint: {'; '.join(map(str, faults))}")
+
+
+def _explain(error: Exception, repo_id: str, revision: str) -> str:
+    """One line for what went wrong between here and the hub."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError
+
+    line = " ".join(str(error).split())
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id}: has no revision {revision!r}"
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        status = error.response.status_code
+        if isinstance(error, GatedRepoError) or status == 403:
+            return f"{repo_id}: access denied ({status}): accept its terms on the hub and set HF_TOKEN"
+        if status == 401:
+            return f"{repo_id}: access denied (401): it is private or does not exist; set HF_TOKEN if it is private"
+        if status == 404:
+            return f"{repo_id}: not found on {constants.ENDPOINT} (404)"
+        return f"{repo_id}: the hub answered {status}: {line}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"disk full: {error.filename or repo_id}: {error.strerror}; what is there is kept, fetch again to go on"
+    if isinstance(error, OSError) and error.filename is not None:
+        return line
+    return f"{repo_id}: no connection to {constants.ENDPOINT}: {line or type(error).__name__}; fetch again to go on"

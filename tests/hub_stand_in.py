@@ -1,0 +1,153 @@
+"""A stand-in for the Hugging Face hub on this machine: one repository, served from a directory.
+
+It speaks as much of the hub's protocol as a download takes: the description of a commit with its files, `resolve/`
+with ETag and X-Repo-Commit, a redirect to another path for the large files, and ranges. It can be told to refuse, and
+to cut a connection, and it counts the bytes that it sends.
+"""
+
+import hashlib
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+LARGE = (".safetensors", ".bin")  # served as LFS objects
+
+
+@dataclass
+class Hub:
+    """What is served, how, and what has been asked for so far."""
+
+    directory: Path
+    repo_id: str = "someone/audioldm2"
+    sha: str = "0123456789abcdef0123456789abcdef01234567"
+    branch: str = "main"
+    token: str | None = None  # whoever has not got it is answered 401
+    gated: bool = False
+    url: str = ""
+    cut_after: dict[str, int] = field(default_factory=dict)  # bytes of a file, after which it is cut, every time
+    corrupt: set[str] = field(default_factory=set)  # files that are sent with a wrong first byte
+    sent: Counter[str] = field(default_factory=Counter)  # bytes of each file
+    ranges: list[tuple[str, int]] = field(default_factory=list)  # the files and the offsets that were asked for
+
+    def files(self) -> list[str]:
+        return sorted(path.relative_to(self.directory).as_posix() for path in self.directory.rglob("*.*"))
+
+    def description(self) -> dict[str, Any]:
+        """The answer of /api/models/REPO/revision/REV?blobs=true."""
+        siblings = []
+        for name in self.files():
+            content = (self.directory / name).read_bytes()
+            sibling: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": _git_hash(content)}
+            if name.endswith(LARGE):
+                sibling["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 1}
+            siblings.append(sibling)
+        return {"_id": "1", "id": self.repo_id, "modelId": self.repo_id, "sha": self.sha, "siblings": siblings}
+
+
+@contextmanager
+def serve(hub: Hub) -> Iterator[Hub]:
+    """Serves `hub` at `hub.url`, which becomes HF_ENDPOINT, until the block ends."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        api = f"/api/models/{self.hub.repo_id}/revision/"
+        resolve = f"/{self.hub.repo_id}/resolve/"
+        if path.startswith("/cdn/"):  # signed addresses: no token
+            self._file(path.removeprefix("/cdn/"), {})
+        elif not path.startswith((api, resolve)):
+            self._refuse(404, "RepoNotFound", "Repository not found")
+        elif self.hub.gated:
+            self._refuse(403, "GatedRepo", "Access to this repository is restricted")
+        elif self.hub.token is not None and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            self._refuse(401, "", "Invalid username or password.")
+        elif path.startswith(api):
+            self._describe(path.removeprefix(api))
+        else:
+            revision, _, name = path.removeprefix(resolve).partition("/")
+            self._resolve(revision, name)
+
+    def _describe(self, revision: str) -> None:
+        if revision not in (self.hub.branch, self.hub.sha):
+            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return
+        body = json.dumps(self.hub.description()).encode()
+        self._answer(200, {"Content-Type": "application/json"}, body)
+
+    def _resolve(self, revision: str, name: str) -> None:
+        if revision not in (self.hub.branch, self.hub.sha):
+            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return
+        if name not in self.hub.files():
+            self._refuse(404, "EntryNotFound", "Entry not found")
+            return
+        content = (self.hub.directory / name).read_bytes()
+        headers = {"X-Repo-Commit": self.hub.sha, "ETag": f'"{_git_hash(content)}"'}
+        if not name.endswith(LARGE):
+            self._file(name, headers)
+            return
+        digest = hashlib.sha256(content).hexdigest()
+        linked = {"X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{digest}"', "X-Xet-Hash": digest}
+        self._answer(302, headers | linked | {"Location": f"{self.hub.url}/cdn/{name}"}, b"")
+
+    def _file(self, name: str, headers: dict[str, str]) -> None:
+        content = (self.hub.directory / name).read_bytes()
+        if name in self.hub.corrupt:
+            content = bytes([content[0] ^ 1]) + content[1:]
+        asked = self.headers.get("Range")
+        start = int(asked.removeprefix("bytes=").partition("-")[0]) if asked else 0
+        if asked:
+            headers = headers | {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+        if self.command == "GET":
+            self.hub.ranges.append((name, start))
+        self._answer(206 if asked else 200, headers, content[start:], name, start)
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        self._answer(status, {"X-Error-Code": code, "X-Error-Message": message}, b"{}")
+
+    def _answer(self, status: int, headers: dict[str, str], body: bytes, name: str = "", start: int = 0) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            if value:
+                self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        cut = self.hub.cut_after.get(name)
+        if cut is not None and start + len(body) > cut:
+            body = body[: max(cut - start, 0)]
+            self.close_connection = True
+        self.hub.sent[name] += len(body)
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def _git_hash(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
