@@ -1,1 +1,48 @@
 """AudioLDM 2 on Triton: the contract, the settings and the client."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from audioldm2_triton.aio import AsyncAudioLDM2Client
+    from audioldm2_triton.client import AudioLDM2Client
+    from audioldm2_triton.contract import Limits
+    from audioldm2_triton.errors import (
+        AudioLDM2Error,
+        DeadlineExceededError,
+        InternalError,
+        InvalidArgumentError,
+        RequestCancelledError,
+        UnavailableError,
+    )
+    from audioldm2_triton.result import GenerationResult
+    from audioldm2_triton.server_info import ServerInfo
+
+__all__ = [
+    "AsyncAudioLDM2Client",
+    "AudioLDM2Client",
+    "AudioLDM2Error",
+    "DeadlineExceededError",
+    "GenerationResult",
+    "InternalError",
+    "InvalidArgumentError",
+    "Limits",
+    "RequestCancelledError",
+    "ServerInfo",
+    "UnavailableError",
+]
+
+_MODULES = {
+    "AsyncAudioLDM2Client": "aio",
+    "AudioLDM2Client": "client",
+    "GenerationResult": "result",
+    "Limits": "contract",
+    "ServerInfo": "server_info",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On demand: the server's stages import this package too, and have no use for the client's libraries.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)

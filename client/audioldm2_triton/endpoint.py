@@ -1,0 +1,40 @@
+"""Where a server is reached: the URL, taken apart."""
+
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import urlsplit
+
+from audioldm2_triton.errors import invalid
+
+DEFAULT_URL: Final = "grpc://localhost:8001"
+
+# Triton itself speaks no TLS over HTTP, so behind https:// there is a gateway, on the usual port.
+_DEFAULT_PORTS: Final = {"grpc": 8001, "grpcs": 8001, "http": 8000, "https": 443}
+_EXPECTED: Final = "grpc://HOST[:8001], grpcs://HOST[:8001], http://HOST[:8000] or https://HOST[:443]"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One server as `tritonclient` wants it."""
+
+    url: str  # as given, for messages
+    protocol: str  # "grpc" or "http"
+    tls: bool
+    address: str  # HOST:PORT, for HTTP with the base path if there is one
+
+
+def parse_url(url: str) -> Endpoint:
+    """Takes a URL apart. Raises `InvalidArgumentError` for another scheme, no host, or parts that have no meaning."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port or _DEFAULT_PORTS.get(parts.scheme)
+    except ValueError:  # the port is no number, or the brackets of an IPv6 address do not match
+        raise invalid("url", url, _EXPECTED) from None
+    if port is None or not parts.hostname or parts.query or parts.fragment or "@" in parts.netloc:
+        raise invalid("url", url, _EXPECTED)
+    protocol = parts.scheme.removesuffix("s")
+    path = parts.path.rstrip("/")
+    if path and protocol == "grpc":
+        raise invalid("url", url, f"no path behind the host: {_EXPECTED}")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return Endpoint(url, protocol, tls=parts.scheme.endswith("s"), address=f"{host}:{port}{path}")

@@ -1,0 +1,112 @@
+"""What went wrong in a call, from `tritonclient`'s exceptions to the errors of the contract."""
+
+import asyncio
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from tritonclient.utils import InferenceServerException
+
+from audioldm2_triton.endpoint import Endpoint
+from audioldm2_triton.errors import (
+    DEADLINE_EXCEEDED,
+    AudioLDM2Error,
+    DeadlineExceededError,
+    InternalError,
+    InvalidArgumentError,
+    RequestCancelledError,
+    UnavailableError,
+)
+
+CANCELLED: Final = "cancelled"
+"""How the message of a cancellation begins, which tells it over HTTP from an invalid argument: both are 400."""
+
+# Statuses that Triton does not send come from proxies in front of it. Not found: the model is not loaded (yet).
+_KINDS: Final[dict[str, type[AudioLDM2Error]]] = {
+    "StatusCode.INVALID_ARGUMENT": InvalidArgumentError,
+    "StatusCode.UNAVAILABLE": UnavailableError,
+    "StatusCode.RESOURCE_EXHAUSTED": UnavailableError,
+    "StatusCode.NOT_FOUND": UnavailableError,
+    "StatusCode.CANCELLED": RequestCancelledError,
+    "StatusCode.DEADLINE_EXCEEDED": DeadlineExceededError,
+    "400": InvalidArgumentError,
+    "404": UnavailableError,
+    "408": DeadlineExceededError,
+    "429": UnavailableError,
+    "499": RequestCancelledError,
+    "502": UnavailableError,
+    "503": UnavailableError,
+    "504": DeadlineExceededError,
+}
+
+_WRAPPING: Final = re.compile(r"(?:in ensemble '[^']*', |\[request id: [^\]]*\] )+")
+_RAISED_IN_STAGE: Final = re.compile(
+    r"Failed to process the request\(s\) for model(?: instance)? '(?P<stage>[^']*)', message: (?P<message>.*)",
+    re.DOTALL,
+)
+_STACK: Final = re.compile(r"\n\s*\nAt:\n.*", re.DOTALL)
+
+
+@contextmanager
+def known_failures(endpoint: Endpoint, timeout: float | None) -> Iterator[None]:
+    """Raises what fails inside as an error of the contract; `timeout` in seconds is what the caller had set."""
+    try:
+        yield
+    except Exception as error:
+        known = _known(error, endpoint, timeout)
+        if known is None:
+            raise
+        raise known from error
+
+
+def _known(error: Exception, endpoint: Endpoint, timeout: float | None) -> AudioLDM2Error | None:
+    if isinstance(error, InferenceServerException):
+        return _from_triton(error, endpoint, timeout)
+    # Without a timeout of ours it is the operating system that gave up connecting. In Python 3.10 there are two kinds.
+    if isinstance(error, (TimeoutError, asyncio.TimeoutError)) and timeout is not None:
+        return DeadlineExceededError(_no_answer(endpoint, timeout))
+    # The HTTP libraries are imported only where they are used.
+    if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in ("aiohttp", "geventhttpclient"):
+        return UnavailableError(f"{endpoint.url}: {_one_line(str(error)) or 'the connection broke'}")
+    return None
+
+
+def _from_triton(error: InferenceServerException, endpoint: Endpoint, timeout: float | None) -> AudioLDM2Error:
+    status = error.status() or ""
+    if status.isdigit() and error.debug_details() is not None:
+        # The body was not the JSON that Triton sends; it may be a page of HTML.
+        message = f"{endpoint.url}: got HTTP status {status} with no message of Triton's"
+    else:
+        message = clean_message(error.message() or "")
+    kind = _KINDS.get(status, InternalError)
+    if kind in (InvalidArgumentError, RequestCancelledError):
+        if message.startswith(DEADLINE_EXCEEDED):
+            kind = DeadlineExceededError
+        elif message.startswith(CANCELLED):
+            kind = RequestCancelledError
+    elif kind is DeadlineExceededError:
+        # The words of gRPC or of a gateway; the server's own deadline travels as a cancellation.
+        message = _no_answer(endpoint, timeout)
+    elif kind is UnavailableError and not message.startswith(endpoint.url):
+        message = f"{endpoint.url}: {message}"
+    return kind(message)
+
+
+def clean_message(message: str) -> str:
+    """The stage's own words in one line, without what Triton puts around them."""
+    message = _WRAPPING.sub("", message, count=1) if _WRAPPING.match(message) else message
+    raised = _RAISED_IN_STAGE.match(message)
+    if raised:
+        # An exception out of `execute()`: its stack trace, with the server's paths, is not for clients.
+        message = f"{raised['stage']} failed: {_STACK.sub('', raised['message'])}"
+    return _one_line(message)
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())
+
+
+def _no_answer(endpoint: Endpoint, timeout: float | None) -> str:
+    within = "" if timeout is None else f" within {timeout:g} s"
+    return f"{DEADLINE_EXCEEDED}: no answer from {endpoint.url}{within}"

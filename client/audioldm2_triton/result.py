@@ -1,0 +1,85 @@
+"""What a request brings back."""
+
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+from audioldm2_triton.errors import invalid
+
+AUDIO_FORMATS: Final = {".wav": "WAV", ".flac": "FLAC"}
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationResult:
+    """The waveforms of one prompt."""
+
+    audio: NDArray[np.float32]  # float32 [N, S] in [-1, 1], best first
+    scores: (
+        NDArray[np.float32] | None
+    )  # float32 [N], similarity of each waveform with the prompt; None when not asked for
+    seed: int  # the seed used, drawn or given
+    sampling_rate: int  # Hz
+    prompt: str
+
+    @property
+    def num_waveforms(self) -> int:
+        return int(self.audio.shape[0])
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.audio.shape[1])
+
+    @property
+    def duration_in_s(self) -> float:
+        return self.num_samples / self.sampling_rate
+
+    def save(self, path: str | PathLike[str], index: int = 0) -> Path:
+        """Writes one waveform, 0 being the best, as 16-bit PCM to a .wav or .flac file; louder than 1 is clipped.
+
+        Returns the path. Raises `InvalidArgumentError` for another suffix, a directory that does not exist or an
+        index that is not there, and `OSError` where the file cannot be written.
+        """
+        path = check_audio_path(path)
+        samples = np.clip(self._waveform(index), -1.0, 1.0)
+        # Opened here: of a file that it cannot open libsndfile only says "System error".
+        with path.open("wb") as file:
+            soundfile.write(
+                file, samples, self.sampling_rate, format=AUDIO_FORMATS[path.suffix.lower()], subtype="PCM_16"
+            )
+        return path
+
+    def plot(self, path: str | PathLike[str], index: int = 0) -> Path:
+        """Draws one waveform, 0 being the best, to a .png file: the waveform above, its log-mel spectrogram below.
+
+        Returns the path. Needs the extra `plot`: raises `ImportError`, which says so. Raises `InvalidArgumentError`
+        for another suffix, a directory that does not exist or an index that is not there.
+        """
+        from audioldm2_triton.plot import save_plot
+
+        return save_plot(path, self._waveform(index), self.sampling_rate, self.prompt)
+
+    def _waveform(self, index: int) -> NDArray[np.float32]:
+        if not 0 <= index < self.num_waveforms:
+            raise invalid("index", index, f"an integer from 0 to {self.num_waveforms - 1}")
+        waveform: NDArray[np.float32] = self.audio[index]
+        return waveform
+
+
+def check_audio_path(path: str | PathLike[str]) -> Path:
+    """The path of an audio file that could be written. Raises `InvalidArgumentError`."""
+    return check_path(path, tuple(AUDIO_FORMATS))
+
+
+def check_path(path: str | PathLike[str], suffixes: tuple[str, ...]) -> Path:
+    """A path with one of the suffixes in a directory that exists. Raises `InvalidArgumentError`."""
+    checked = Path(path)
+    if checked.suffix.lower() not in suffixes:
+        raise invalid("path", str(path), f"a file name that ends in {' or '.join(suffixes)}")
+    if not checked.parent.is_dir():
+        raise invalid("path", str(path), "a file in a directory that exists")
+    return checked
