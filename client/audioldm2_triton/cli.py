@@ -1,0 +1,243 @@
+"""The command line: prompts in, audio files out."""
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Awaitable, Iterable, Sequence
+from pathlib import Path
+from typing import Final, TypeVar
+
+from tqdm import tqdm
+
+from audioldm2_triton import contract
+from audioldm2_triton.aio import AsyncAudioLDM2Client
+from audioldm2_triton.endpoint import DEFAULT_URL
+from audioldm2_triton.errors import AudioLDM2Error, invalid
+from audioldm2_triton.result import GenerationResult, check_audio_path, check_path
+from audioldm2_triton.server_info import ServerInfo
+from audioldm2_triton.wire import GenerateOptions
+
+T = TypeVar("T")
+
+FAILED: Final = 1
+INTERRUPTED: Final = 130  # as the shell has it: 128 and the number of SIGINT
+REFRESH_IN_S: Final = 0.2
+
+EPILOG: Final = """\
+With several waveforms per prompt the best goes to out.wav and the others, by falling score, to out-1.wav, out-2.wav
+and so on. With --batch the file is named after the prompt's line, 0001.wav. Existing files are overwritten. Each file
+is reported on standard output: path, length, seed, score, latency of its request.
+Exit code: 0; 1 where something failed; 2 for a wrong command line; 130 after Ctrl-C.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="audioldm2",
+        description="Text to audio by an AudioLDM 2 server.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    what = parser.add_argument_group("what to do")
+    what.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to hear")
+    what.add_argument(
+        "--batch", metavar="FILE", type=Path, help="a prompt per line of this file; blank lines are skipped"
+    )
+    what.add_argument("--info", action="store_true", help="print what the server accepts")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "-o",
+        "--output",
+        metavar="PATH",
+        type=Path,
+        help="a .wav (16-bit) or .flac file, by default out.wav; with --batch a directory, made if missing",
+    )
+    output.add_argument("--plot", metavar="PATH", type=Path, help="also draw the best waveform to this .png file")
+    request = parser.add_argument_group("request")
+    request.add_argument("--negative-prompt", metavar="TEXT", help="what not to hear")
+    request.add_argument("--audio-length-in-s", metavar="SECONDS", type=float, help="default: the checkpoint's own")
+    request.add_argument(
+        "--num-inference-steps",
+        metavar="STEPS",
+        type=int,
+        default=contract.DEFAULT_NUM_INFERENCE_STEPS,
+        help="default: %(default)s",
+    )
+    request.add_argument(
+        "--guidance-scale",
+        metavar="SCALE",
+        type=float,
+        default=contract.DEFAULT_GUIDANCE_SCALE,
+        help="default: %(default)s; up to 1 means no guidance",
+    )
+    request.add_argument(
+        "--num-waveforms-per-prompt",
+        metavar="N",
+        type=int,
+        default=contract.DEFAULT_NUM_WAVEFORMS_PER_PROMPT,
+        help="candidates, ranked by their similarity with the prompt; default: %(default)s",
+    )
+    request.add_argument("--seed", type=int, help="default: drawn; with --batch one seed goes for all prompts")
+    request.add_argument("--scheduler", metavar="NAME", help="one of those that --info prints")
+    request.add_argument("--timeout", metavar="SECONDS", type=float, help="when to give a request up; default: never")
+    server = parser.add_argument_group("server")
+    server.add_argument("--url", default=DEFAULT_URL, help="default: %(default)s; also grpcs://, http://, https://")
+    server.add_argument(
+        "--concurrency", metavar="N", type=int, default=8, help="requests of a batch in flight; default: %(default)s"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if sum((arguments.prompt is not None, arguments.batch is not None, arguments.info)) != 1:
+        parser.error("expected one of PROMPT, --batch FILE and --info")
+    if arguments.batch is not None and (arguments.output is None or arguments.plot is not None):
+        parser.error("--batch needs -o DIRECTORY and does not go with --plot")
+    if arguments.concurrency < 1:
+        parser.error(f"argument --concurrency: got {arguments.concurrency} but expected at least 1")
+    try:
+        return asyncio.run(_run(arguments))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (AudioLDM2Error, OSError, ImportError) as error:
+        _complain(str(error))
+        return FAILED
+
+
+async def _run(arguments: argparse.Namespace) -> int:
+    async with AsyncAudioLDM2Client(arguments.url) as client:
+        if arguments.info:
+            _print_info(await client.server_info(arguments.timeout))
+            return 0
+        if arguments.batch is not None:
+            return await _generate_batch(client, arguments)
+        return await _generate_one(client, arguments)
+
+
+def _print_info(info: ServerInfo) -> None:
+    unknown = "not published"
+    native, rate = info.native_audio_length_in_s, info.sampling_rate
+    lines = {
+        "checkpoint": info.checkpoint or unknown,
+        "native audio length": unknown if native is None else f"{native:g} s",
+        "sampling rate": unknown if rate is None else f"{rate} Hz",
+        "max audio length": f"{info.limits.max_audio_length_in_s:g} s",
+        "max inference steps": str(info.limits.max_num_inference_steps),
+        "max waveforms per prompt": str(info.limits.max_num_waveforms_per_prompt),
+        "max prompts per request": str(info.max_batch_size),
+        "schedulers": "\n".join(
+            f"{'' if index == 0 else ' ' * 26}{name}" for index, name in enumerate(info.schedulers)
+        ),
+    }
+    for name, value in lines.items():
+        print(f"{name + ':':26}{value}")
+
+
+async def _generate_one(client: AsyncAudioLDM2Client, arguments: argparse.Namespace) -> int:
+    path = arguments.output or Path("out.wav")
+    # Before the server does any work.
+    check_audio_path(path)
+    if arguments.plot is not None:
+        from audioldm2_triton.plot import require_matplotlib
+
+        require_matplotlib()
+        check_path(arguments.plot, (".png",))
+    await client.server_info(arguments.timeout)
+    start = time.monotonic()
+    result = await _with_clock(client.generate(arguments.prompt, **_options(arguments)))
+    _save(result, path, time.monotonic() - start)
+    if arguments.plot is not None:
+        result.plot(arguments.plot)
+    return 0
+
+
+async def _with_clock(answer: Awaitable[T]) -> T:
+    """Waits for an answer behind a bar that shows the time."""
+    task = asyncio.ensure_future(answer)
+    with tqdm(bar_format="generating {elapsed}", leave=False, disable=None, file=sys.stderr) as bar:
+        try:
+            while not task.done():
+                await asyncio.wait({task}, timeout=REFRESH_IN_S)
+                bar.refresh()
+        finally:
+            task.cancel()
+    return task.result()
+
+
+async def _generate_batch(client: AsyncAudioLDM2Client, arguments: argparse.Namespace) -> int:
+    prompts = _read_prompts(arguments.batch)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    # A server that is not there fails the whole batch, once.
+    await client.server_info(arguments.timeout)
+    failed: list[int] = []
+    waiting = iter(prompts)
+    with tqdm(total=len(prompts), unit="prompt", mininterval=0, disable=None, file=sys.stderr) as bar:
+
+        async def work() -> None:
+            for line, prompt in waiting:
+                start = time.monotonic()
+                try:
+                    result = await client.generate(prompt, **_options(arguments))
+                    _save(result, arguments.output / f"{line:04}.wav", time.monotonic() - start)
+                except (AudioLDM2Error, OSError) as error:
+                    failed.append(line)
+                    _complain(f"line {line}: {error}")
+                bar.update()
+
+        await _all(work() for _ in range(min(arguments.concurrency, len(prompts))))
+    return FAILED if failed else 0
+
+
+async def _all(works: Iterable[Awaitable[None]]) -> None:
+    """Runs all to the end; when one raises, which is a mistake of ours, or is cancelled, so are the others."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _read_prompts(path: Path) -> list[tuple[int, str]]:
+    """The prompts of a file with their line numbers, from 1. Raises `InvalidArgumentError` or `OSError`."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise invalid("--batch", str(path), "a text file in UTF-8") from None
+    return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _options(arguments: argparse.Namespace) -> GenerateOptions:
+    return {
+        "negative_prompt": arguments.negative_prompt,
+        "audio_length_in_s": arguments.audio_length_in_s,
+        "num_inference_steps": arguments.num_inference_steps,
+        "guidance_scale": arguments.guidance_scale,
+        "num_waveforms_per_prompt": arguments.num_waveforms_per_prompt,
+        "seed": arguments.seed,
+        "scheduler": arguments.scheduler,
+        "timeout": arguments.timeout,
+    }
+
+
+def _save(result: GenerationResult, path: Path, latency_in_s: float) -> None:
+    for index in range(result.num_waveforms):
+        file = result.save(path if index == 0 else path.with_stem(f"{path.stem}-{index}"), index)
+        score = "-" if result.scores is None else f"{result.scores[index]:.4f}"
+        tqdm.write(
+            f"{file}  {result.duration_in_s:.2f} s  seed {result.seed}  score {score}  latency {latency_in_s:.2f} s",
+            file=sys.stdout,
+        )
+
+
+def _complain(message: str) -> None:
+    tqdm.write(f"audioldm2: {' '.join(message.split())}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

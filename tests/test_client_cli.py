@@ -1,0 +1,188 @@
+"""The command line against a real Triton, with a model that stands in for AudioLDM 2."""
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from audioldm2_triton import contract
+from audioldm2_triton.cli import build_parser, main
+from audioldm2_triton.wire import GenerateOptions
+from contract_stand_in.stand_in_audio import NATIVE_AUDIO_LENGTH_IN_S
+from contract_stand_in.stand_in_server import StandInServer, stand_in_server
+
+LINE = re.compile(
+    r"(?P<path>\S+)  (?P<length>\d+\.\d\d) s  seed (?P<seed>\d+)  score (?P<score>\S+)  latency \d+\.\d\d s"
+)
+PROMPT = "rain"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandInServer]:
+    with stand_in_server(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture(params=["grpc", "http"])
+def url(request: pytest.FixtureRequest, server: StandInServer) -> str:
+    return f"--url={request.param}://{getattr(server, request.param)}"
+
+
+@pytest.fixture(autouse=True)
+def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def report(line: str) -> dict[str, str]:
+    match = LINE.fullmatch(line)
+    assert match, line
+    return match.groupdict()
+
+
+def test_a_prompt_becomes_a_file_and_a_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([PROMPT, url, "--seed=7", "--audio-length-in-s=1.93"]) == 0
+    assert soundfile.info("out.wav").duration == 1.93
+    captured = capsys.readouterr()
+    assert report(captured.out.rstrip("\n")) == {"path": "out.wav", "length": "1.93", "seed": "7", "score": "-"}
+    assert captured.err == ""
+
+
+def test_several_waveforms_are_numbered_from_the_best(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([PROMPT, url, "-o=some.flac", "--num-waveforms-per-prompt=3", "--plot=best.png"]) == 0
+    reports = [report(line) for line in capsys.readouterr().out.splitlines()]
+    assert [item["path"] for item in reports] == ["some.flac", "some-1.flac", "some-2.flac"]
+    assert [item["score"] for item in reports] == ["0.9000", "0.5000", "0.1000"]
+    assert all(soundfile.info(item["path"]).format == "FLAC" for item in reports)
+    assert Path("best.png").exists()
+
+
+def test_every_argument_of_a_request_has_an_option() -> None:
+    arguments = build_parser().parse_args([PROMPT])
+    not_for_people = {"return_scores", "request_id"}
+    assert set(GenerateOptions.__annotations__) - not_for_people <= set(vars(arguments))
+    defaults = {name: getattr(arguments, name) for name in ("num_inference_steps", "guidance_scale")}
+    assert defaults == {
+        "num_inference_steps": contract.DEFAULT_NUM_INFERENCE_STEPS,
+        "guidance_scale": contract.DEFAULT_GUIDANCE_SCALE,
+    }
+
+
+def test_a_batch_goes_on_after_a_failure(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("prompts.txt").write_text("\ufeffrain\n\n  wind \r\n!fail INVALID_ARG `prompt`: got no\nsea", encoding="utf-8")
+    assert main(["--batch=prompts.txt", "-o=made/here", url, "--seed=3"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == "audioldm2: line 4: `prompt`: got no\n"
+    assert {report(line)["path"] for line in captured.out.splitlines()} == {
+        f"made/here/{number}.wav" for number in ("0001", "0003", "0005")
+    }
+    assert len(list(Path("made/here").iterdir())) == 3
+    # Each is what a call of its own gives.
+    assert main(["wind", url, "--seed=3"]) == 0
+    assert Path("out.wav").read_bytes() == Path("made/here/0003.wav").read_bytes()
+
+
+def test_a_batch_keeps_several_requests_in_flight(url: str) -> None:
+    Path("prompts.txt").write_text("!meet 4\n" * 8)
+    # Each is answered only when four of them are in flight.
+    assert main(["--batch=prompts.txt", "-o=made", url, "--concurrency=4"]) == 0
+
+
+def test_info(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--info", url]) == 0
+    lines = capsys.readouterr().out
+    for expected in (
+        "stand-in",
+        f"{NATIVE_AUDIO_LENGTH_IN_S:g} s",
+        "16000 Hz",
+        "30 s",
+        "100",
+        *contract.SCHEDULERS[:3],
+    ):
+        assert expected in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["!fail INVALID_ARG `seed`: got -1 but expected more"], "`seed`: got -1 but expected more"),
+        (["!raise"], "stand_in_0 failed: ValueError: an exception out of execute()"),
+        ([PROMPT, "-o=out.mp3"], "`path`: got 'out.mp3' but expected a file name that ends in .wav or .flac"),
+        ([PROMPT, "-o=no/out.wav"], "`path`: got 'no/out.wav' but expected a file in a directory that exists"),
+        ([PROMPT, "--plot=out.gif"], "`path`: got 'out.gif' but expected a file name that ends in .png"),
+        ([PROMPT, "--num-inference-steps=9999999999"], "`num_inference_steps`: got 9999999999 but expected an integer"),
+        ([PROMPT, "--timeout=-1"], "`timeout`: got -1.0 but expected a positive number of seconds"),
+        (["!sleep 9", "--timeout=0.1"], "deadline exceeded: 100000 us"),
+        (["--batch=no.txt", "-o=made"], "[Errno 2] No such file or directory: 'no.txt'"),
+    ],
+)
+def test_errors_are_one_line(
+    url: str, arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main([*arguments, url]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"audioldm2: {complaint}")
+    assert captured.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [[PROMPT], ["--batch=prompts.txt", "-o=made"], ["--info"]])
+def test_a_server_that_is_not_there_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("prompts.txt").write_text("a\nb\n")
+    assert main([*arguments, "--url=grpc://localhost:1"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("audioldm2: grpc://localhost:1: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        [PROMPT, "--info"],
+        [PROMPT, "--batch=prompts.txt", "-o=made"],
+        ["--batch=prompts.txt"],
+        ["--batch=prompts.txt", "-o=made", "--plot=out.png"],
+        ["--batch=prompts.txt", "-o=made", "--concurrency=0"],
+        [PROMPT, "--guidance-scale=much"],
+        [PROMPT, "--no-such-option"],
+    ],
+)
+def test_wrong_command_lines_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: audioldm2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"), [(["!sleep 20"], "generating"), (["--batch=prompts.txt", "-o=made"], "1/3")]
+)
+def test_a_terminal_shows_a_bar_and_ctrl_c_ends_it_quietly(url: str, arguments: list[str], shown: str) -> None:
+    Path("prompts.txt").write_text("!sleep 20\nrain\n!sleep 20\n")
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    command = [sys.executable, "-m", "audioldm2_triton.cli", *arguments, url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs) as process:
+        os.close(theirs)
+        seen = ""
+        while shown not in seen:
+            seen += os.read(ours, 1024).decode()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+    while True:
+        try:
+            seen += os.read(ours, 1024).decode()
+        except OSError:  # the other end is closed
+            break
+    os.close(ours)
+    assert "Traceback" not in seen
+    assert "rror" not in seen
