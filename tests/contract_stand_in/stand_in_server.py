@@ -1,12 +1,8 @@
 """Starts a real Triton from the wheel `nvidia-pytriton` with the stand-in behind the ensemble `audioldm2`."""
 
 import contextlib
-import os
 import shutil
-import socket
 import subprocess
-import sys
-import sysconfig
 import time
 import urllib.error
 import urllib.request
@@ -14,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytriton
-
 from audioldm2_triton import contract
+from conftest import free_ports
 from contract_stand_in.stand_in_audio import NATIVE_AUDIO_LENGTH_IN_S, SAMPLING_RATE
+from serving.installation import find_triton
 
 SOURCES = Path(__file__).parent
 STEP = "stand_in"
@@ -52,27 +48,19 @@ def stand_in_server(
 ) -> Iterator[StandInServer]:
     """A server with its repository in `directory`, ready; `parameters` is what it publishes about itself."""
     repository = _write_repository(directory / "models", parameters)
-    backends = _link_python_backend(directory / "backends")
-    http, grpc, metrics = _free_ports(3)
-    wheel = Path(pytriton.__file__).parent
-    libraries = (str(wheel.parent / "nvidia_pytriton.libs"), str(sysconfig.get_config_var("LIBDIR")))
+    triton = find_triton(directory)
+    http, grpc, metrics = free_ports(3)
     command = [
-        str(wheel / "tritonserver/bin/tritonserver"),
+        str(triton.binary),
+        *triton.arguments,
         f"--model-repository={repository}",
-        f"--backend-directory={backends}",
         "--disable-auto-complete-config",
         "--exit-timeout-secs=2",
         *(f"--{name}-port={port}" for name, port in (("http", http), ("grpc", grpc), ("metrics", metrics))),
         *options,
     ]
-    # The stub of the Python backend takes its interpreter from PATH.
-    environment = {
-        **os.environ,
-        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
-        "LD_LIBRARY_PATH": os.pathsep.join(libraries),
-    }
     with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=triton.environment, stdout=log, stderr=subprocess.STDOUT)
         try:
             _wait_until_ready(process, http, directory / "log")
             yield StandInServer(f"localhost:{grpc}", f"localhost:{http}")
@@ -108,27 +96,6 @@ def _tensors() -> str:
         for kind, tensors in (("input", contract.INPUTS), ("output", contract.OUTPUTS))
         for name, dtype in tensors.items()
     )
-
-
-def _link_python_backend(backends: Path) -> Path:
-    wheel = Path(pytriton.__file__).parent / "tritonserver"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    (backends / "python").mkdir(parents=True)
-    for source in (
-        wheel / "backends/python/libtriton_python.so",
-        wheel / "backends/python/triton_python_backend_utils.py",
-        wheel / f"python_backend_stubs/{version}/triton_python_backend_stub",
-    ):
-        (backends / "python" / source.name).symlink_to(source)
-    return backends
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for item in sockets:
-            item.bind(("", 0))
-        return [item.getsockname()[1] for item in sockets]
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
