@@ -1,0 +1,184 @@
+"""What rows of different lengths cost in one forward of the UNet, as CSV on the standard output.
+
+    .venv/bin/python scripts/mask_cost.py --threads 1 > mask_cost.csv
+
+Three ways for the same rows, medians of interleaved runs: one masked forward padded to the longest (`masked_ms`),
+unmasked forwards over groups of equal length in turn (`grouped_ms`), and one unmasked forward of the padded shape
+(`padded_ms`), whose results are wrong, for the cost of the masks alone. `ratio` is `masked_ms / grouped_ms`: below 1,
+mixing pays. The UNets are uncompiled.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
+from torch import Tensor
+
+ROOT: Final = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "model_repository" / "denoiser" / "1"))
+
+from length_masks import MaskedUNet  # noqa: E402
+
+BASE_CONFIG: Final = ROOT / "scripts" / "checkpoints" / "reference_configs" / "audioldm2" / "unet" / "config.json"
+CHANGES: Final[dict[str, dict[str, Any]]] = {
+    "tiny": {
+        "attention_head_dim": 2,
+        "block_out_channels": [16, 16, 24, 32],
+        "cross_attention_dim": [[None, 32, 48]] * 4,
+        "norm_num_groups": 8,
+    },
+    "base": {},
+}
+
+# Latent frames of each row, 25 a second. Rows of one clip with guidance come in pairs.
+MIXTURES: Final[dict[str, tuple[tuple[int, ...], ...]]] = {
+    "tiny": (
+        (64,) * 4,
+        (64, 64, 56, 56),
+        (64, 64, 32, 32),
+        (64, 64, 8, 8),
+        (64, 48, 32, 16),
+        (64, 60, 56, 52, 48, 44, 40, 36),
+        (64, 56, 48, 40, 32, 24, 16, 8),
+        (64, 8, 8, 8, 8, 8, 8, 8),
+        (256, 256, 128, 128),
+        (256, 256, 64, 64),
+        (256, 192, 128, 64),
+    ),
+    "base": (
+        (32,) * 4,
+        (32, 32, 28, 28),
+        (32, 32, 16, 16),
+        (32, 24, 16, 8),
+        (32, 8, 8, 8),
+        (8, 7, 6, 5, 4, 3, 2, 1),
+    ),
+}
+T5_TOKENS: Final = 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    unet: str
+    device: str
+    dtype: str
+    torch: str
+    mixture: str  # rows x latent frames of each length
+    rows: int
+    frames_padded: int
+    masked_ms: float
+    grouped_ms: float
+    padded_ms: float
+    ratio: float
+
+
+def build_unet(name: str, device: str, dtype: torch.dtype) -> AudioLDM2UNet2DConditionModel:
+    """A UNet of random weights; its cost is that of trained ones."""
+    torch.manual_seed(0)
+    config = json.loads(BASE_CONFIG.read_text()) | CHANGES[name]
+    unet: torch.nn.Module = AudioLDM2UNet2DConditionModel.from_config(config)
+    return unet.to(device, dtype).eval()  # type: ignore[return-value]
+
+
+def random_inputs(unet: AudioLDM2UNet2DConditionModel, rows: int, frames: int) -> dict[str, Tensor]:
+    _, gpt2, t5 = unet.config["cross_attention_dim"][0]
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(rows, *shape, device=unet.device, dtype=unet.dtype)
+
+    return {
+        "sample": noise(unet.config["in_channels"], frames, 16),
+        "timestep": torch.full((rows,), 500, device=unet.device),
+        "encoder_hidden_states": noise(8, gpt2),
+        "encoder_hidden_states_1": noise(T5_TOKENS, t5),
+        "encoder_attention_mask_1": torch.ones(rows, T5_TOKENS, device=unet.device),
+    }
+
+
+def medians(ways: list[Callable[[], None]], repeats: int, device: str) -> list[float]:
+    """The median time of each way in ms; the ways alternate, so that a busy machine is unfair to none."""
+    times: list[list[float]] = [[] for _ in ways]
+    for repeat in range(repeats + 1):
+        for way, measured in zip(ways, times, strict=True):
+            start = time.perf_counter()
+            way()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize(device)
+            if repeat:  # the first is the warm-up
+                measured.append((time.perf_counter() - start) * 1e3)
+    return [statistics.median(measured) for measured in times]
+
+
+def measure(
+    name: str,
+    unet: AudioLDM2UNet2DConditionModel,
+    masked: MaskedUNet,
+    mixture: tuple[int, ...],
+    repeats: int,
+    device: str,
+) -> Row:
+    rows, frames = len(mixture), max(mixture)
+    padded = random_inputs(unet, rows, frames)
+    groups = [random_inputs(unet, count, length) for length, count in Counter(mixture).items()]
+    masks = masked.masks(mixture, frames)
+
+    def run_masked() -> None:
+        masked(masks, **padded)
+
+    def run_groups() -> None:
+        for group in groups:
+            unet(**group)
+
+    def run_padded() -> None:
+        unet(**padded)
+
+    masked_ms, grouped_ms, padded_ms = medians([run_masked, run_groups, run_padded], repeats, device)
+    return Row(
+        name,
+        torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads",
+        str(unet.dtype).removeprefix("torch."),
+        torch.__version__,
+        " + ".join(f"{count}x{length}" for length, count in Counter(mixture).items()),
+        rows,
+        frames,
+        round(masked_ms, 2),
+        round(grouped_ms, 2),
+        round(padded_ms, 2),
+        round(masked_ms / grouped_ms, 3),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--unet", nargs="+", choices=CHANGES, default=list(CHANGES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    table = csv.writer(sys.stdout)
+    table.writerow(field.name for field in fields(Row))
+    with torch.inference_mode():
+        for name in arguments.unet:
+            unet = build_unet(name, arguments.device, getattr(torch, arguments.dtype))
+            masked = MaskedUNet(unet)
+            for mixture in MIXTURES[name]:
+                table.writerow(astuple(measure(name, unet, masked, mixture, arguments.repeats, arguments.device)))
+                sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
