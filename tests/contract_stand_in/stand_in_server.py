@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import socket
 import subprocess
 import time
 import urllib.error
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from audioldm2_triton import contract
-from conftest import free_ports
 from contract_stand_in.stand_in_audio import NATIVE_AUDIO_LENGTH_IN_S, SAMPLING_RATE
 from serving.installation import find_triton
 
@@ -49,7 +49,7 @@ def stand_in_server(
     """A server with its repository in `directory`, ready; `parameters` is what it publishes about itself."""
     repository = _write_repository(directory / "models", parameters)
     triton = find_triton(directory)
-    http, grpc, metrics = free_ports(3)
+    http, grpc, metrics = _free_ports(3)
     command = [
         str(triton.binary),
         *triton.arguments,
@@ -96,6 +96,14 @@ def _tensors() -> str:
         for kind, tensors in (("input", contract.INPUTS), ("output", contract.OUTPUTS))
         for name, dtype in tensors.items()
     )
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for item in sockets:
+            item.bind(("", 0))
+        return [item.getsockname()[1] for item in sockets]
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
