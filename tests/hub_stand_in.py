@@ -32,9 +32,16 @@ class Hub:
     gated: bool = False
     url: str = ""
     cut_after: dict[str, int] = field(default_factory=dict)  # bytes of a file, after which it is cut, every time
+    cut_each: dict[str, int] = field(default_factory=dict)  # bytes of a file that one connection lasts
     corrupt: set[str] = field(default_factory=set)  # files that are sent with a wrong first byte
     sent: Counter[str] = field(default_factory=Counter)  # bytes of each file
+    cdn_tokens: set[str | None] = field(default_factory=set)  # what came with the requests for large files
     ranges: list[tuple[str, int]] = field(default_factory=list)  # the files and the offsets that were asked for
+
+    @property
+    def cdn_url(self) -> str:
+        """Another host, as far as a client can tell."""
+        return self.url.replace("127.0.0.1", "localhost")
 
     def files(self) -> list[str]:
         return sorted(path.relative_to(self.directory).as_posix() for path in self.directory.rglob("*.*"))
@@ -78,6 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         api = f"/api/models/{self.hub.repo_id}/revision/"
         resolve = f"/{self.hub.repo_id}/resolve/"
         if path.startswith("/cdn/"):  # signed addresses: no token
+            self.hub.cdn_tokens.add(self.headers.get("Authorization"))
             self._file(path.removeprefix("/cdn/"), {})
         elif not path.startswith((api, resolve)):
             self._refuse(404, "RepoNotFound", "Repository not found")
@@ -112,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         digest = hashlib.sha256(content).hexdigest()
         linked = {"X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{digest}"', "X-Xet-Hash": digest}
-        self._answer(302, headers | linked | {"Location": f"{self.hub.url}/cdn/{name}"}, b"")
+        self._answer(302, headers | linked | {"Location": f"{self.hub.cdn_url}/cdn/{name}"}, b"")
 
     def _file(self, name: str, headers: dict[str, str]) -> None:
         content = (self.hub.directory / name).read_bytes()
@@ -138,8 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        cut = self.hub.cut_after.get(name)
-        if cut is not None and start + len(body) > cut:
+        cut = min(self.hub.cut_after.get(name, start + len(body)), start + self.hub.cut_each.get(name, len(body)))
+        if start + len(body) > cut:
             body = body[: max(cut - start, 0)]
             self.close_connection = True
         self.hub.sent[name] += len(body)

@@ -37,8 +37,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _build(options: argparse.Namespace) -> int:
+    from transformers.utils.logging import disable_progress_bar
+
     from .building import build
 
+    disable_progress_bar()
     try:
         build(
             options.size, options.out, options.seed, lambda component: print(f"building {component}", file=sys.stderr)

@@ -56,9 +56,11 @@ def centre_clap(clap: Any, waveforms: Tensor, sampling_rate: int, extractor: Any
 
 def _spectrograms(clap: Any, waveforms: Tensor, sampling_rate: int, extractor: Any) -> list[Tensor]:
     """Log-mels of the waveforms and of their beginnings, with the statistics of the first as those of the model."""
+    # Of anything longer, the extractor takes a piece from a random place.
+    whole = min(waveforms.shape[1], extractor.max_length_s * sampling_rate)
     spectrograms: list[Tensor] = []
     for fraction in (1.0, *_CUTS):
-        cut = waveforms[:, : int(fraction * waveforms.shape[1])].numpy()
+        cut = waveforms[:, : int(fraction * whole)].numpy()
         clips = [soxr.resample(clip, sampling_rate, extractor.sampling_rate) for clip in cut]
         features = extractor(clips, sampling_rate=extractor.sampling_rate, return_tensors="pt").input_features
         spectrograms.append(features)

@@ -94,9 +94,9 @@ def _fetch(repo_id: str, revision: str, out: Path) -> str:
 
 def _list(repo_id: str, revision: str) -> tuple[Revision, list[_File]]:
     """The commit behind a revision, and the files of a checkpoint in it."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
-    info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+    info = HfApi(constants.ENDPOINT).model_info(repo_id, revision=revision, files_metadata=True)
     siblings = info.siblings or []
     names = {sibling.rfilename for sibling in siblings}
     if MODEL_INDEX not in names or info.sha is None:
@@ -191,11 +191,12 @@ def _download(file: _File, resolved: Revision, partial: Path, progress: "tqdm[No
 
 def _append(file: _File, resolved: Revision, stream: BinaryIO, progress: "tqdm[NoReturn]") -> None:
     """Appends the rest of a file to what is there, as far as the connection lasts."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+    from huggingface_hub import constants, get_session, get_token, hf_hub_url, hf_raise_for_status
 
-    headers = build_hf_headers() | {"Accept-Encoding": "identity", "Range": f"bytes={stream.tell()}-"}
-    url = hf_hub_url(resolved.repo_id, file.path, revision=resolved.sha)
+    headers = {"Accept-Encoding": "identity", "Range": f"bytes={stream.tell()}-"}
+    if token := get_token():
+        headers["Authorization"] = f"Bearer {token}"
+    url = hf_hub_url(resolved.repo_id, file.path, revision=resolved.sha, endpoint=constants.ENDPOINT)
     with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=_TIMEOUT) as response:
         hf_raise_for_status(response)
         if response.status_code != 206:  # the server does not know ranges

@@ -23,8 +23,10 @@ def generator(seed: int, component: str) -> torch.Generator:
 def randomise(module: nn.Module, generator: torch.Generator, gain: float = 1.0) -> None:
     """Overwrites every parameter: layers keep the variance of their input times `gain`**2, norms are near identity.
 
+    Ends training mode too, in which dropout and batch normalisation would disturb the calibration.
     Norms and biases are random too: left at ones and zeros, an implementation that forgets them would pass.
     """
+    module.eval()
     seen: set[int] = set()
     for layer in module.modules():
         for name, parameter in layer.named_parameters(recurse=False):

@@ -192,6 +192,7 @@ def _expected_shapes(component: str, name: str, config: dict[str, Any]) -> tuple
     """The shapes of the model that `config` describes, and the keys that may be left out as copies of others."""
     import torch
 
+    model: Any
     with torch.device("meta"):
         if WEIGHTS[component] == "model":
             import transformers

@@ -1,0 +1,215 @@
+"""Fetching from a stand-in for the hub: whole or not at all, resumed where it was cut, one line for each error."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from checkpoints import hub as fetching
+from checkpoints.__main__ import main
+from hub_stand_in import Hub, serve
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "checkpoint"
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def hub(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[Hub]:
+    directory = Path(shutil.copytree(tiny_checkpoint, tmp_path / "served"))
+    with serve(Hub(directory)) as running:
+        yield running
+
+
+@dataclass(frozen=True)
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Fetch = Callable[..., Result]
+
+
+@pytest.fixture
+def fetch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fetch:
+    """The command, in this process: the libraries take seconds to import."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
+
+    def run(hub: Hub, out: Path, *arguments: str) -> Result:
+        # What HF_ENDPOINT sets when the library is imported.
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        code = main(["fetch", hub.repo_id, "--out", str(out), *arguments])
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
+def assert_refused(result: Result, out: Path, *words: str) -> None:
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("checkpoint: ")
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in last
+    assert not out.exists()
+
+
+def test_fetches_all_but_pickles(hub: Hub, fetch: Fetch, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    for extra in ("unet/diffusion_pytorch_model.bin", "vae/vae.ckpt", "unet/diffusion_pytorch_model.fp16.safetensors"):
+        (hub.directory / extra).write_bytes(b"x" * 1000)
+    (hub.directory / "README.md").write_text("read me")
+    out = tmp_path / "out"
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    result = subprocess.run(
+        [SCRIPT, "fetch", hub.repo_id, "--out", out],
+        env=inherited | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf_home")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"OK: {out}: {hub.repo_id} at {hub.sha}\n"
+    fetched = contents(out)
+    revision = json.loads(fetched.pop("revision.json"))
+    assert revision == {"repo_id": hub.repo_id, "revision": "main", "sha": hub.sha}
+    assert fetched == contents(tiny_checkpoint)
+    asked = {name for name, _ in hub.ranges}
+    assert asked == set(fetched)
+    assert not out.with_name("out.partial").exists()
+    # Once more: nothing to do.
+    hub.sent.clear()
+    assert fetch(hub, out).returncode == 0
+    assert not hub.sent.keys() - {""}
+
+
+def test_goes_on_where_it_was_cut(hub: Hub, fetch: Fetch, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    size, cut = (hub.directory / UNET).stat().st_size, 1_000_000
+    hub.cut_after[UNET] = cut
+    out = tmp_path / "out"
+    assert_refused(fetch(hub, out), out, hub.repo_id, "no connection", "fetch again")
+    assert hub.sent[UNET] == cut
+    before = set(hub.sent) - {"", UNET}
+    hub.cut_after.clear()
+    hub.sent.clear()
+    result = fetch(hub, out)
+    assert result.returncode == 0, result.stderr
+    assert hub.sent[UNET] == size - cut
+    assert not before & set(hub.sent)
+    assert contents(out)[UNET] == contents(tiny_checkpoint)[UNET]
+
+
+def test_short_cuts_do_not_even_show(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
+    size = (hub.directory / UNET).stat().st_size
+    hub.cut_each[UNET] = size // 3 + 1
+    out = tmp_path / "out"
+    result = fetch(hub, out)
+    assert result.returncode == 0, result.stderr
+    assert hub.sent[UNET] == size
+    assert [start for name, start in hub.ranges if name == UNET] == [0, size // 3 + 1, 2 * (size // 3 + 1)]
+
+
+def test_new_commit_is_not_mixed_with_the_old(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
+    hub.cut_after[UNET] = 1_000_000
+    out = tmp_path / "out"
+    assert fetch(hub, out).returncode == 1
+    hub.cut_after.clear()
+    hub.sha = "f" * 40
+    weights = hub.directory / UNET
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    assert fetch(hub, out).returncode == 0
+    assert (out / UNET).read_bytes() == weights.read_bytes()
+    assert json.loads((out / "revision.json").read_text())["sha"] == "f" * 40
+
+
+@pytest.mark.parametrize("name", [UNET, "vae/config.json"])
+def test_damaged_file_is_noticed(hub: Hub, fetch: Fetch, tmp_path: Path, name: str) -> None:
+    hub.corrupt.add(name)
+    out = tmp_path / "out"
+    assert_refused(fetch(hub, out), out, name, "hash")
+    assert not (tmp_path / "out.partial" / name).exists()
+
+
+def test_token_is_sent_to_the_hub(hub: Hub, fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.token = "secret"
+    out = tmp_path / "out"
+    assert_refused(fetch(hub, out), out, hub.repo_id, "401", "HF_TOKEN")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert fetch(hub, out).returncode == 0
+    assert hub.cdn_tokens == {None}  # and to nobody else
+
+
+def test_gated(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
+    hub.gated = True
+    assert_refused(fetch(hub, tmp_path / "out"), tmp_path / "out", hub.repo_id, "403", "HF_TOKEN")
+
+
+def test_no_such_repository_or_revision(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert_refused(fetch(hub, out, "--revision", "v9"), out, hub.repo_id, "'v9'")
+    hub.repo_id = "someone/else"
+    other = Hub(hub.directory, repo_id="nobody/nothing", url=hub.url)
+    assert_refused(fetch(other, out), out, "nobody/nothing", "404")
+
+
+def test_hub_that_is_down(fetch: Fetch, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "model_index.json").write_text("{}")
+    nobody = Hub(tmp_path, url="http://127.0.0.1:9")
+    assert_refused(fetch(nobody, out), out, "no connection", "http://127.0.0.1:9")
+
+
+def test_weights_that_are_only_pickled(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
+    (hub.directory / "vae" / "diffusion_pytorch_model.safetensors").rename(hub.directory / "vae" / "model.bin")
+    assert_refused(fetch(hub, tmp_path / "out"), tmp_path / "out", "vae/model.bin")
+    assert not hub.ranges
+
+
+def test_incomplete_repository_is_not_taken_for_a_checkpoint(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
+    shutil.rmtree(hub.directory / "vocoder")
+    assert_refused(fetch(hub, tmp_path / "out"), tmp_path / "out", "vocoder")
+
+
+def test_directory_in_use_is_left_alone(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("x")
+    result = fetch(hub, out)
+    assert result.returncode == 1
+    assert str(out) in result.stderr
+    assert contents(out) == {"mine": b"x"}
+
+
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free=999))
+    file = fetching._File("unet/config.json", 1000, None, None)
+    with pytest.raises(OSError, match="expected") as raised:
+        fetching._check_space(tmp_path, [file])
+    assert raised.value.errno == errno.ENOSPC
+    assert fetching._explain(raised.value, "a/b", "main").startswith(f"disk full: {tmp_path}: ")
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json.unfinished").write_bytes(b"x")
+    fetching._check_space(tmp_path, [file])  # what is there needs no room
+
+
+def test_two_at_once(tmp_path: Path) -> None:
+    with fetching._claimed(tmp_path), pytest.raises(fetching.FetchError, match="another"), fetching._claimed(tmp_path):
+        pass
