@@ -221,6 +221,7 @@ def test_a_timeout_reaches_the_server_as_its_deadline(client: Client) -> None:
 
 def test_a_server_that_minds_no_deadline_is_given_up(client: Client, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "CLIENT_TIMEOUT_MARGIN_IN_S", 0.1)
+    client.server_info()  # without a timeout, which must not stay
     start = time.monotonic()
     with pytest.raises(errors.DeadlineExceededError, match=rf"no answer from {url} within 1 s"):
         client.generate("!deaf 3", timeout=1)
