@@ -9,6 +9,7 @@ import diffusers
 import librosa
 import numpy as np
 import torch
+
 from audioldm2_triton.contract import DEFAULT_SCHEDULER
 
 
@@ -52,17 +53,25 @@ class Reference:
         return audio
 
     @torch.no_grad()
-    def score(self, prompt: str, audio: np.ndarray) -> np.ndarray:
-        """Cosine similarities [N] by the pipeline's own path (at most 10 s of audio; longer is cropped by chance)."""
+    def embed_audio(self, audio: np.ndarray) -> np.ndarray:
+        """CLAP's normalised embeddings [N, D] of audio [N, S], by the pipeline's own path.
+
+        At most 10 s of audio; longer is cropped by chance.
+        """
         pipe = self.pipeline
-        inputs = pipe.tokenizer(prompt, return_tensors="pt", padding=True)
         target = pipe.feature_extractor.sampling_rate
         resampled = librosa.resample(audio, orig_sr=pipe.vocoder.config.sampling_rate, target_sr=target)
-        inputs["input_features"] = pipe.feature_extractor(
-            list(resampled), return_tensors="pt", sampling_rate=target
-        ).input_features
-        output = pipe.text_encoder(**inputs)
-        return (output.logits_per_text / pipe.text_encoder.logit_scale_t.exp())[0].numpy()
+        features = pipe.feature_extractor(list(resampled), return_tensors="pt", sampling_rate=target).input_features
+        embeds: np.ndarray = pipe.text_encoder.get_audio_features(features).pooler_output.numpy()
+        return embeds
+
+    @torch.no_grad()
+    def score(self, prompt: str, audio: np.ndarray) -> np.ndarray:
+        """Cosine similarities [N] of audio [N, S] with the prompt."""
+        inputs = self.pipeline.tokenizer(prompt, return_tensors="pt", padding=True)
+        text: np.ndarray = self.pipeline.text_encoder.get_text_features(**inputs).pooler_output.numpy()
+        scores: np.ndarray = self.embed_audio(audio) @ text[0]
+        return scores
 
 
 def difference(audio: np.ndarray, expected: np.ndarray) -> float:
@@ -73,7 +82,25 @@ def difference(audio: np.ndarray, expected: np.ndarray) -> float:
 
 def random_call(generator: random.Random, **fixed: Any) -> Call:
     """A call that differs from others in everything that is not fixed."""
-    words = "rain thunder a dog barks softly and then birds sing over deep water while an engine idles".split()
+    words = [
+        "rain",
+        "thunder",
+        "a",
+        "dog",
+        "barks",
+        "softly",
+        "and",
+        "then",
+        "birds",
+        "sing",
+        "over",
+        "deep",
+        "water",
+        "while",
+        "an",
+        "engine",
+        "idles",
+    ]
     drawn: dict[str, Any] = {
         "prompt": " ".join(generator.sample(words, generator.randint(1, 12))),
         "negative_prompt": " ".join(generator.sample(words, generator.choice([0, 2, 14]))),

@@ -1,14 +1,19 @@
 """The stage: latents of several requests in; each request's audio out, ranked within each prompt."""
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional
 
-from audioldm2_triton.errors import InternalError, invalid
+from audioldm2_triton.errors import invalid
 from audioldm2_triton.geometry import AudioGeometry
 from clap_scores import ClapScorer, score_waveforms
 from waveform_decoder import WaveformDecoder, decode_waveforms
+
+MAX_PADDED_SAMPLES: Final = 160  # one frame of the mel spectrogram
 
 
 def decode(
@@ -17,7 +22,7 @@ def decode(
     """The stage's output tensors of each request, by name; see the table in `model_repository/README.md`.
 
     All waveforms of all requests are decoded together, equal lengths in one call. Raises `InternalError` for
-    non-finite latents or audio.
+    non-finite audio.
     """
     audios = _decode_all(decoder, requests)
     scores = _score_all(scorer, requests, audios, decoder.sampling_rate)
@@ -30,7 +35,7 @@ def check_decodable(inputs: Mapping[str, np.ndarray]) -> None:
     if len(set(samples.tolist())) > 1:
         raise invalid("num_samples", samples.tolist(), "the same value in all rows of one request")
     if not np.isfinite(inputs["latents"]).all():
-        raise invalid("latents", "non-finite values", "finite values")
+        raise invalid("latents", inputs["latents"][~np.isfinite(inputs["latents"])][0].item(), "finite values")
 
 
 def _decode_all(decoder: WaveformDecoder, requests: Sequence[Mapping[str, np.ndarray]]) -> list[np.ndarray]:
@@ -41,11 +46,23 @@ def _decode_all(decoder: WaveformDecoder, requests: Sequence[Mapping[str, np.nda
     for request in requests:
         rows, num_waveforms = request["latents"].shape[:2]
         samples = int(request["num_samples"][0, 0])
-        audio = torch.stack([next(waveforms)[:samples] for _ in range(rows * num_waveforms)]).numpy()
-        if audio.shape[1] != samples:
-            raise InternalError(f"decoder: got {audio.shape[1]} samples but expected {samples}")
+        audio = torch.stack([fit_length(next(waveforms), samples) for _ in range(rows * num_waveforms)]).numpy()
         audios.append(audio.reshape(rows, num_waveforms, samples))
     return audios
+
+
+def fit_length(waveform: Tensor, samples: int) -> Tensor:
+    """Exactly `samples` of a waveform [samples made].
+
+    Off the 10 ms grid the frames can fall short by up to 8 ms, since the reference truncates twice: to frames, and to
+    samples. It returns the shorter audio; here silence fills the promised length.
+
+    Raises `InvalidArgumentError` where more is missing, which only a caller of this stage alone can ask for.
+    """
+    missing = samples - len(waveform)
+    if missing > MAX_PADDED_SAMPLES:
+        raise invalid("num_samples", samples, f"at most {len(waveform) + MAX_PADDED_SAMPLES} for these latents")
+    return functional.pad(waveform[:samples], (0, max(0, missing)))
 
 
 def _score_all(

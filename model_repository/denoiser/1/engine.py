@@ -111,8 +111,9 @@ class Engine:
         if request.unet_items > self.limits.max_active_rows:
             raise invalid(
                 "num_waveforms_per_prompt",
-                f"{request.unet_items} UNet rows in one request",
-                f"at most {self.limits.max_active_rows} (waveforms of all rows, counted twice with guidance)",
+                request.rows[0].num_waveforms,
+                f"a request of at most {self.limits.max_active_rows} UNet rows, not {request.unet_items} "
+                "(waveforms of all its rows, counted twice with guidance)",
             )
         waveforms = tuple(
             start_waveform(

@@ -5,6 +5,7 @@ and model output. No solver is written here: the diffusers scheduler itself runs
 coefficients are read off what it returns.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -46,20 +47,29 @@ class ScheduleTables:
     """The tables of one checkpoint, built on first use. Safe to use from several threads."""
 
     def __init__(self, scheduler_config: dict[str, Any], max_entries: int = 4096) -> None:
-        self._cached = lru_cache(max_entries)(lambda name, steps: build_schedule_table(scheduler_config, name, steps))
+        self._config = scheduler_config
+        self._solver = lru_cache(self._make_solver)
+        self._table = lru_cache(max_entries)(self._build)
 
     def get(self, scheduler: str, num_inference_steps: int) -> ScheduleTable:
         """Raises `ScheduleError`."""
-        return self._cached(scheduler, num_inference_steps)
+        return self._table(scheduler, num_inference_steps)
+
+    def _make_solver(self, scheduler: str) -> Any:
+        # Some constructors take a third of a second, so each runs once.
+        return getattr(diffusers, scheduler).from_config(self._config)
+
+    def _build(self, scheduler: str, num_inference_steps: int) -> ScheduleTable:
+        return build_schedule_table(deepcopy(self._solver(scheduler)), num_inference_steps)
 
 
-def build_schedule_table(scheduler_config: dict[str, Any], scheduler: str, num_inference_steps: int) -> ScheduleTable:
-    """Reads the table off the diffusers class `scheduler`, built `from_config` of the checkpoint's.
+def build_schedule_table(solver: Any, num_inference_steps: int) -> ScheduleTable:
+    """Reads the table off a diffusers scheduler, which it leaves somewhere in its schedule.
 
     Raises `ScheduleError`, which names the scheduler, where diffusers refuses the number of steps, and where the
     scheduler is not linear within `WINDOW` pairs (clipping and thresholding are not).
     """
-    solver = getattr(diffusers, scheduler).from_config(scheduler_config)
+    scheduler = type(solver).__name__
     try:
         solver.set_timesteps(num_inference_steps)
         run = _run_on_unit_vectors(solver)

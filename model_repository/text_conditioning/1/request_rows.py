@@ -85,7 +85,7 @@ def _text(inputs: Mapping[str, np.ndarray], name: str, row: int, default: str) -
     except UnicodeDecodeError:
         raise invalid(name, given, "UTF-8 text") from None
     if len(text) > contract.MAX_PROMPT_CHARACTERS:
-        raise invalid(name, f"{len(text)} characters", f"at most {contract.MAX_PROMPT_CHARACTERS} characters")
+        raise invalid(name, text, f"at most {contract.MAX_PROMPT_CHARACTERS} characters, not {len(text)}")
     return text
 
 

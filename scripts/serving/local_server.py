@@ -1,0 +1,79 @@
+"""A server of one's own on free ports, for as long as a `with` block lasts."""
+
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from serving.supervision import EXIT_TIMEOUT_IN_S, ServerError
+
+SERVE: Final = Path(__file__).resolve().parent.parent / "serve"
+
+
+@dataclass(frozen=True)
+class LocalServer:
+    """A running server."""
+
+    process: subprocess.Popen[str]  # scripts/serve
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+    log: Path
+
+    @property
+    def grpc_url(self) -> str:
+        return f"grpc://localhost:{self.grpc_port}"
+
+    @property
+    def http_url(self) -> str:
+        return f"http://localhost:{self.http_port}"
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nothing listens on at the moment."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for probe in sockets:
+            probe.bind(("0.0.0.0", 0))
+        return [probe.getsockname()[1] for probe in sockets]
+    finally:
+        for probe in sockets:
+            probe.close()
+
+
+@contextmanager
+def local_server(checkpoint: Path, log: Path, *arguments: str) -> Iterator[LocalServer]:
+    """Starts `scripts/serve` and stops it again.
+
+    Args:
+        log: a file for what the server writes.
+        arguments: further ones of `scripts/serve`.
+
+    Raises `ServerError` where it does not become ready or does not stop cleanly; the message has the log's end.
+    """
+    http_port, grpc_port, metrics_port = free_ports(3)
+    command = [
+        str(SERVE),
+        f"--checkpoint={checkpoint}",
+        f"--http-port={http_port}",
+        f"--grpc-port={grpc_port}",
+        f"--metrics-port={metrics_port}",
+        *arguments,
+    ]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=output, text=True)
+    assert process.stdout is not None
+    if not process.stdout.readline().startswith("ready:"):
+        raise ServerError(f"the server did not start:\n{log.read_text()[-4000:]}")
+    try:
+        yield LocalServer(process, http_port, grpc_port, metrics_port, log)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=2 * EXIT_TIMEOUT_IN_S)
+        process.stdout.close()
+    if code:
+        raise ServerError(f"the server ended with exit code {code}:\n{log.read_text()[-4000:]}")

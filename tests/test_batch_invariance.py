@@ -1,0 +1,75 @@
+"""A request's audio does not depend on what else is in flight, and a failing neighbour does no harm."""
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from audioldm2_pipeline import Call, difference, random_call
+from audioldm2_triton import AudioLDM2Client, GenerationResult, InvalidArgumentError
+from serving.local_server import LocalServer
+
+TOLERANCE = 1e-4  # of the peak
+
+
+def generate(client: AudioLDM2Client, call: Call) -> GenerationResult:
+    return client.generate(
+        call.prompt,
+        negative_prompt=call.negative_prompt,
+        audio_length_in_s=call.audio_length_in_s,
+        num_inference_steps=call.num_inference_steps,
+        guidance_scale=call.guidance_scale,
+        num_waveforms_per_prompt=call.num_waveforms_per_prompt,
+        seed=call.seed,
+        scheduler=call.scheduler,
+    )
+
+
+def in_any_order(audio: np.ndarray, expected: np.ndarray) -> float:
+    """The difference of two sets of candidates: where scores are equal but for rounding, their order may differ."""
+    return max(min(difference(a, b) for a in audio) for b in expected)
+
+
+def test_alone_in_a_request_with_others_and_among_concurrent_others(server: LocalServer) -> None:
+    generator = random.Random(0)
+    calls = [random_call(generator, audio_length_in_s=1.0, num_waveforms_per_prompt=2) for _ in range(6)]
+    calls += [random_call(generator) for _ in range(6)]
+    with AudioLDM2Client(server.grpc_url) as client:
+        alone = [generate(client, call) for call in calls]
+        together = client.generate(
+            [call.prompt for call in calls[:6]],
+            negative_prompt=[call.negative_prompt for call in calls[:6]],
+            audio_length_in_s=1.0,
+            num_inference_steps=[call.num_inference_steps for call in calls[:6]],
+            guidance_scale=[call.guidance_scale for call in calls[:6]],
+            num_waveforms_per_prompt=2,
+            seed=[call.seed for call in calls[:6]],
+        )
+        with ThreadPoolExecutor(len(calls)) as pool:
+            concurrent = list(pool.map(lambda call: generate(client, call), calls))
+    for expected, result in zip(alone[:6], together, strict=True):
+        assert in_any_order(result.audio, expected.audio) < TOLERANCE
+        assert result.seed == expected.seed
+    for expected, result in zip(alone, concurrent, strict=True):
+        assert in_any_order(result.audio, expected.audio) < TOLERANCE
+
+
+def test_bad_requests_among_good_ones_fail_alone(server: LocalServer) -> None:
+    good = [Call(f"sound number {index}", audio_length_in_s=0.5, seed=index) for index in range(6)]
+    with AudioLDM2Client(server.grpc_url) as client:
+        alone = [generate(client, call) for call in good]
+
+        def attempt(index: int) -> GenerationResult | InvalidArgumentError:
+            try:
+                if index % 2:
+                    return client.generate("bad", guidance_scale=51.0)
+                return generate(client, good[index // 2])
+            except InvalidArgumentError as error:
+                return error
+
+        with ThreadPoolExecutor(12) as pool:
+            outcomes = list(pool.map(attempt, range(12)))
+    assert all(isinstance(outcome, InvalidArgumentError) for outcome in outcomes[1::2])
+    for expected, outcome in zip(alone, outcomes[::2], strict=True):
+        assert isinstance(outcome, GenerationResult)
+        assert difference(outcome.audio, expected.audio) < TOLERANCE

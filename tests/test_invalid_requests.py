@@ -1,0 +1,124 @@
+"""Every refusal names the argument, what was given and what is accepted; the server stays up."""
+
+import json
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+from tritonclient import grpc, http
+from tritonclient.utils import InferenceServerException
+
+from audioldm2_triton import contract
+from serving.local_server import LocalServer
+
+NUMPY_TYPES = {"BYTES": np.object_, "FP32": np.float32, "INT32": np.int32, "INT64": np.int64, "BOOL": np.bool_}
+
+# Each argument, a value that is refused, and what the message must say of the given and of the accepted.
+REFUSED = [
+    ("prompt", b"", "''", "not blank"),
+    ("prompt", b" \n\t", r"' \n\t'", "not blank"),
+    ("prompt", b"\xff\xfe", r"b'\xff\xfe'", "UTF-8"),
+    ("prompt", b"x" * 2001, "'xxx", "at most 2000 characters, not 2001"),
+    ("negative_prompt", b"\xff", r"b'\xff'", "UTF-8"),
+    ("negative_prompt", b"x" * 2001, "'xxx", "at most 2000 characters, not 2001"),
+    ("audio_length_in_s", 0.0999, "0.0999", "0.1 to 300"),
+    ("audio_length_in_s", 300.01, "300.01", "0.1 to 300"),
+    ("audio_length_in_s", -1, "-1.0", "0.1 to 300"),
+    ("audio_length_in_s", np.nan, "nan", "finite"),
+    ("audio_length_in_s", np.inf, "inf", "finite"),
+    ("num_inference_steps", 0, "0", "1 to 200"),
+    ("num_inference_steps", 201, "201", "1 to 200"),
+    ("num_inference_steps", -5, "-5", "1 to 200"),
+    ("guidance_scale", -0.1, "-0.1", "0 to 50"),
+    ("guidance_scale", 50.1, "50.1", "0 to 50"),
+    ("guidance_scale", np.nan, "nan", "finite"),
+    ("guidance_scale", -np.inf, "-inf", "finite"),
+    ("num_waveforms_per_prompt", 0, "0", "1 to 8"),
+    ("num_waveforms_per_prompt", 9, "9", "1 to 8"),
+    ("seed", -1, "-1", "0 to 9223372036854775807"),
+    ("scheduler", b"PNDMScheduler", "'PNDMScheduler'", "DPMSolverMultistepScheduler"),
+    ("scheduler", b"", "''", "DPMSolverMultistepScheduler"),
+    ("scheduler", b"\xff", r"b'\xff'", "UTF-8"),
+]
+
+
+def infer_inputs(module, rows: dict) -> list:
+    inputs = []
+    for name, values in rows.items():
+        kind = contract.INPUTS[name]
+        array = np.array(values, NUMPY_TYPES[kind]).reshape(-1, 1)
+        tensor = module.InferInput(name, array.shape, kind)
+        tensor.set_data_from_numpy(array)
+        inputs.append(tensor)
+    return inputs
+
+
+def refusal(server: LocalServer, protocol: str, rows: dict) -> InferenceServerException:
+    module, port = (grpc, server.grpc_port) if protocol == "grpc" else (http, server.http_port)
+    with (
+        module.InferenceServerClient(f"localhost:{port}") as client,
+        pytest.raises(InferenceServerException) as caught,
+    ):
+        client.infer(contract.ENSEMBLE, infer_inputs(module, rows))
+    return caught.value
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize(("argument", "value", "given", "accepted"), REFUSED)
+def test_value_is_refused(
+    argument: str, value: object, given: str, accepted: str, protocol: str, server: LocalServer
+) -> None:
+    error = refusal(server, protocol, {"prompt": [b"a dog"], argument: [value]})
+    assert error.status() == ("StatusCode.INVALID_ARGUMENT" if protocol == "grpc" else "400")
+    message = error.message()
+    assert f"`{argument}`: got {given}" in message
+    assert accepted in message.partition("but expected")[2]
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("argument", "values"), [("audio_length_in_s", [1.0, 2.0]), ("num_waveforms_per_prompt", [1, 2])]
+)
+def test_rows_that_must_agree(argument: str, values: list, server: LocalServer) -> None:
+    message = refusal(server, "grpc", {"prompt": [b"a", b"b"], argument: values}).message()
+    assert f"`{argument}`: got {values} but expected the same value" in message
+
+
+def test_too_many_rows(server: LocalServer) -> None:
+    error = refusal(server, "grpc", {"prompt": [b"a"] * 9})
+    assert error.status() == "StatusCode.INVALID_ARGUMENT"
+    assert "batch-size must be <= 8" in error.message()
+
+
+def test_one_bad_row_refuses_its_request(server: LocalServer) -> None:
+    message = refusal(server, "grpc", {"prompt": [b"a", b"b"], "num_inference_steps": [3, 0]}).message()
+    assert "`num_inference_steps`: got 0" in message
+
+
+def test_generate_endpoint_refuses_with_the_same_words(server: LocalServer) -> None:
+    body = json.dumps({"prompt": "a dog", "num_inference_steps": 0}).encode()
+    url = f"{server.http_url}/v2/models/audioldm2/generate"
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(urllib.request.Request(url, body))
+    assert caught.value.code == 400
+    assert "`num_inference_steps`: got 0 but expected an integer from 1 to 200" in caught.value.read().decode()
+
+
+def test_extremes_that_are_accepted(server: LocalServer) -> None:
+    accepted = {
+        "prompt": ["x" * 2000],
+        "negative_prompt": ["y" * 2000],
+        "audio_length_in_s": [0.1],
+        "num_inference_steps": [1],
+        "guidance_scale": [50.0],
+        "num_waveforms_per_prompt": [8],
+        "seed": [contract.MAX_SEED],
+        "return_scores": [False],
+    }
+    encoded = {name: [v.encode() if isinstance(v, str) else v for v in values] for name, values in accepted.items()}
+    with grpc.InferenceServerClient(f"localhost:{server.grpc_port}") as client:
+        result = client.infer(contract.ENSEMBLE, infer_inputs(grpc, encoded))
+    assert result.as_numpy("audio").shape == (1, 8, 1600)
+    assert result.as_numpy("seed_used")[0, 0] == contract.MAX_SEED
+    assert result.as_numpy("score").all(), "with several waveforms the scores are always there"
