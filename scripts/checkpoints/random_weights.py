@@ -76,9 +76,9 @@ def pass_noise_through(unet: Any, perturbation: float) -> None:
     unet.conv_norm_out.bias.mul_(perturbation)
     for index in range(2 * channels):
         sign = 1.0 if index < channels else -1.0
-        unet.conv_in.weight[index] = 0
-        unet.conv_in.bias[index] = 0
-        unet.conv_in.weight[index, index % channels, 1, 1] = sign
+        unet.conv_in.weight[index] *= perturbation
+        unet.conv_in.bias[index] *= perturbation
+        unet.conv_in.weight[index, index % channels, 1, 1] += sign
         last.conv_shortcut.weight[index, skip + index, 0, 0] += 1
         unet.conv_out.weight[index % channels, index, 1, 1] += sign
 
