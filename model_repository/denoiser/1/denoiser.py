@@ -1,24 +1,25 @@
-"""The stage: a checkpoint's UNet and schedules, and the resolved tensors of a request as the engine takes them."""
+"""The stage without Triton: a checkpoint's engines, and the resolved tensors of a request as they take them."""
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
-from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
 from torch import Tensor
 
-from audioldm2_triton.contract import DEFAULT_SCHEDULER
 from audioldm2_triton.errors import invalid
 from audioldm2_triton.geometry import AudioGeometry
-from audioldm2_triton.settings import Settings
+from audioldm2_triton.settings import Settings, resolve_device, resolve_dtype
 from denoising_request import DenoisingRequest, DenoisingRow, TextStates
-from engine import Engine, EngineLimits
+from denoising_unet import load_unet
+from engine import Engine, EngineLimits, Observer
+from engine_pool import EnginePool
 from schedule_table import ScheduleTables
-from step_batch import UNetForward
+
+logger = logging.getLogger(__name__)
 
 CPU_MAX_ACTIVE_ROWS: Final = 32
 CPU_MAX_WAITING: Final = 64
@@ -26,35 +27,43 @@ GPU_MAX_ACTIVE_ROWS: Final = 62  # from 64 on, the UNet's upsampler gives up the
 GPU_BYTES_PER_ROW: Final = 256 * 2**20  # an estimate of the activations of one row of 10 s, not measured yet
 
 
-def load_unet(checkpoint: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """The UNet in evaluation mode; its attention is PyTorch's SDPA, the default of diffusers."""
-    unet = AudioLDM2UNet2DConditionModel.from_pretrained(
-        str(checkpoint / "unet"), torch_dtype=dtype, local_files_only=True
-    )
-    return unet.to(device).eval()
-
-
 def load_schedule_tables(checkpoint: Path) -> ScheduleTables:
     return ScheduleTables(json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text()))
 
 
-def unet_forward(unet: Any) -> UNetForward:
-    def forward(sample: Tensor, timestep: Tensor, generated: Tensor, prompt_embeds: Tensor, mask: Tensor) -> Tensor:
-        output: Tensor = unet(
-            sample,
-            timestep,
-            encoder_hidden_states=generated,
-            encoder_hidden_states_1=prompt_embeds,
-            encoder_attention_mask_1=mask,
-            return_dict=False,
-        )[0]
-        return output
+def load_engines(
+    settings: Settings, geometry: AudioGeometry, observe: Callable[[torch.device], Observer]
+) -> EnginePool:
+    """One engine per visible GPU, or one on the CPU; measured, and so warmed up.
 
-    return forward
+    Args:
+        observe: makes the observer of the engine on a device.
+    """
+    checkpoint = Path(settings.checkpoint)
+    tables = load_schedule_tables(checkpoint)
+    engines = []
+    for device in denoising_devices(settings):
+        unet = load_unet(checkpoint, geometry.latent_width, device, resolve_dtype(settings, device))
+        costs = unet.measure_costs()
+        logger.info("%s: a forward takes %s", device, costs)
+        limits = engine_limits(settings, device)
+        engines.append(Engine(unet, tables, limits, costs, device, unet.dtype, observe(device)))
+    return EnginePool(engines, tables)
+
+
+def denoising_devices(settings: Settings) -> list[torch.device]:
+    """Every visible GPU, unless a device is set."""
+    device = resolve_device(settings)
+    if device.type == "cuda" and settings.device in ("auto", "cuda"):
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [device]
 
 
 def engine_limits(settings: Settings, device: torch.device) -> EngineLimits:
-    """What is set, else what the device suggests: on a GPU, rows of the native length in half of the free memory."""
+    """Of one engine: what is set, else what the device suggests.
+
+    On a GPU, rows of the native length in half of the free memory.
+    """
     rows, waiting = CPU_MAX_ACTIVE_ROWS, CPU_MAX_WAITING
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -106,22 +115,3 @@ def _text_states(inputs: Mapping[str, np.ndarray], row: int, prefix: str) -> Tex
     # A shorter row of a request was padded to its longest.
     length = max(1, int(mask.nonzero().max()) + 1) if bool(mask.any()) else 1
     return TextStates(prompt_embeds[:length], mask[:length], generated)
-
-
-def warm_up(engine: Engine, cross_attention_dims: Sequence[int | None], geometry: AudioGeometry) -> None:
-    """One step of a short clip with guidance, so that the first request does not pay for what happens once.
-
-    Args:
-        cross_attention_dims: of one level of the UNet: none for self-attention, then GPT-2's and T5's.
-
-    Raises what the step raises.
-    """
-    generated_dim, prompt_dim = [dim for dim in cross_attention_dims if dim is not None]
-    text = TextStates(torch.zeros(4, prompt_dim), torch.ones(4, dtype=torch.int32), torch.zeros(8, generated_dim))
-    noise = draw_noise(0, (1, geometry.latent_channels, geometry.latent_frames(1.0), geometry.latent_width))
-    row = DenoisingRow(text, text, 2.0, 1, DEFAULT_SCHEDULER, noise)
-    outcomes: SimpleQueue[Tensor | Exception] = SimpleQueue()
-    engine.submit(DenoisingRequest((row,)), outcomes.put)
-    outcome = outcomes.get()
-    if isinstance(outcome, Exception):
-        raise outcome

@@ -1,7 +1,8 @@
 """An in-flight batching engine: its unit of scheduling is the denoising step, not the request.
 
 At every step it takes the waveforms in flight, runs one UNet forward over them and advances each by its own
-schedule; the finished leave and the waiting enter in between.
+schedule; the finished leave and the waiting enter in between. Waveforms of different lengths share a forward where
+that is the cheapest, else groups of them take turns.
 """
 
 import logging
@@ -9,7 +10,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -18,23 +20,23 @@ from audioldm2_triton.errors import (
     DEADLINE_EXCEEDED,
     DeadlineExceededError,
     InternalError,
+    InvalidArgumentError,
     RequestCancelledError,
     UnavailableError,
     invalid,
 )
 from denoising_request import DenoisingRequest, OnDone
-from schedule_table import ScheduleTables
-from step_batch import (
-    StepBatch,
-    UNetForward,
-    WaveformState,
-    advance,
-    stack_waveforms,
-    start_waveform,
-    unstack_waveforms,
-)
+from forward_plan import Flight, ForwardCosts, plan_forwards
+from schedule_table import ScheduleError, ScheduleTables
+from step_batch import StepBatch, UNet, WaveformState, advance, stack_waveforms, start_waveform, unstack_waveforms
 
 logger = logging.getLogger(__name__)
+
+CANCELLATION_POLL_NS: Final = 20_000_000  # asking Triton costs more than a flag, so not before every step of 5 ms
+MAX_FAILED_STEPS: Final = 3  # in a row; after these the engine counts as broken
+
+OnProgress = Callable[[int, int], None]
+"""Called with the UNet evaluations done and in all; with zeros where the request is not in flight any more."""
 
 
 @dataclass(frozen=True)
@@ -43,56 +45,119 @@ class EngineLimits:
     max_waiting: int  # requests that may wait for room
 
 
-@dataclass(eq=False)
-class Job:
-    """A request in the engine; its fields belong to the engine's thread, but for `cancelled`."""
+@dataclass(frozen=True)
+class EngineLoad:
+    """What an engine holds at one moment."""
 
-    request: DenoisingRequest
-    on_done: OnDone
-    is_cancelled: Callable[[], bool] | None
-    pending: deque[WaveformState]  # not yet in flight, in generation order
-    waveforms: tuple[WaveformState, ...]  # all of them
-    counts_as_waiting: bool
-    cancelled: bool = False
-    started: bool = False
+    active_rows: int  # UNet batch items in flight
+    pending_rows: int  # UNet batch items that wait for room
+    active_requests: int
+    waiting_requests: int
+
+
+class Observer(Protocol):
+    """What an engine tells of itself; implementations must be quick, and `changed` safe to call from any thread."""
+
+    def stepped(self, rows: int, seconds: float) -> None:
+        """One forward of so many UNet batch items, and the time since the last or since there was work."""
+
+    def admitted(self, waited_s: float) -> None:
+        """A request's first waveform is in flight."""
+
+    def finished(self, request: DenoisingRequest, outcome: Tensor | Exception) -> None:
+        """A request was answered."""
+
+    def changed(self, load: EngineLoad) -> None:
+        """Something entered or left."""
+
+    def broke(self, error: Exception, /) -> None:
+        """The engine has given up."""
+
+
+class Job:
+    """A request in the engine. Its fields belong to the engine's lock."""
+
+    def __init__(
+        self,
+        request: DenoisingRequest,
+        waveforms: tuple[WaveformState, ...],
+        on_done: OnDone,
+        is_cancelled: Callable[[], bool] | None,
+    ) -> None:
+        self.request = request
+        self.waveforms = waveforms
+        self.pending = deque(waveforms)  # not yet in flight, in generation order
+        self.on_done = on_done
+        self.is_cancelled = is_cancelled
+        self.cancelled = False
+        self.started = False
+        self.done = False
+        self.must_wait = False  # there was no room when it came
+        self.submitted_ns = time.monotonic_ns()
+        self.polled_ns = 0
+        self.listeners: list[tuple[int, OnProgress]] = []
 
     @property
     def evaluations_done(self) -> int:
-        return min(waveform.evaluation for waveform in self.waveforms)
+        """Of the waveform with the most left to do."""
+        return self.num_evaluations - max(w.table.num_evaluations - w.evaluation for w in self.waveforms)
 
     @property
     def num_evaluations(self) -> int:
         return max(waveform.table.num_evaluations for waveform in self.waveforms)
 
+    def progressed(self) -> list[Callable[[], None]]:
+        """The calls that are due to those who wait for progress."""
+        done, total = self.evaluations_done, self.num_evaluations
+        due = [listener for after, listener in self.listeners if done > after]
+        self.listeners = [(after, listener) for after, listener in self.listeners if done <= after]
+        return [lambda listener=listener: listener(done, total) for listener in due]  # type: ignore[misc]
+
 
 @dataclass
 class _Group:
-    """Waveforms of one latent length, which share a forward, and their stacked state while nothing changes."""
+    """Waveforms that share a forward, and their stacked state."""
 
-    waveforms: list[WaveformState] = field(default_factory=list)
-    batch: StepBatch | None = None
+    waveforms: list[WaveformState]
+    batch: StepBatch
 
 
 class Engine:
     """Denoises requests with one UNet on one device, in a thread of its own.
 
     Args:
-        unet: the forward of the UNet, on `device`.
+        unet: the UNet, on `device`.
         tables: the schedules of the checkpoint.
+        costs: what forwards cost, by which the engine chooses which waveforms share one.
     """
 
     def __init__(
-        self, unet: UNetForward, tables: ScheduleTables, limits: EngineLimits, device: torch.device, dtype: torch.dtype
+        self,
+        unet: UNet,
+        tables: ScheduleTables,
+        limits: EngineLimits,
+        costs: ForwardCosts,
+        device: torch.device,
+        dtype: torch.dtype,
+        observer: Observer | None = None,
     ) -> None:
         self.limits = limits
+        self.broken: Exception | None = None
         self._unet = unet
         self._tables = tables
+        self._costs = costs
         self._device = device
         self._dtype = dtype
+        self._observer = observer
         self._changed = threading.Condition()
         self._jobs: list[Job] = []  # in order of arrival
-        self._groups: dict[int, _Group] = {}  # by latent frames; the first is next to step
         self._owners: dict[int, Job] = {}  # by id() of a waveform in flight
+        self._flight: list[WaveformState] = []
+        self._groups: deque[_Group] = deque()  # the first is next to step
+        self._stale = False  # the waveforms in flight are not those of the groups
+        self._failed_steps = 0
+        self._steps_under_way: deque[torch.cuda.Event] = deque()
+        self._last_step = time.perf_counter()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"engine-{device}", daemon=True)
         self._thread.start()
@@ -103,7 +168,7 @@ class Engine:
         """Takes a request in, without blocking; `on_done` is called once, later, from the engine's thread.
 
         Args:
-            is_cancelled: asked before every step.
+            is_cancelled: asked between steps.
 
         Raises `InvalidArgumentError` for a schedule that cannot be run and for a request that can never fit, and
         `UnavailableError` where there is no room and the waiting list is full.
@@ -115,30 +180,23 @@ class Engine:
                 f"a request of at most {self.limits.max_active_rows} UNet rows, not {request.unet_items} "
                 "(waveforms of all its rows, counted twice with guidance)",
             )
-        waveforms = tuple(
-            start_waveform(
-                row.positive,
-                row.negative,
-                row.guidance_scale,
-                self._tables.get(row.scheduler, row.num_inference_steps),
-                noise,
-            )
-            for row in request.rows
-            for noise in row.noise
-        )
+        job = Job(request, self._start_waveforms(request), on_done, is_cancelled)
         with self._changed:
-            if self._closed:
-                raise UnavailableError("denoiser: the engine is shutting down")
-            pending = sum(waveform.unet_items for job in self._jobs for waveform in job.pending)
-            fits = self._active_rows() + pending + request.unet_items <= self.limits.max_active_rows
-            waiting = self._waiting_requests()
-            if not fits and waiting >= self.limits.max_waiting:
+            if self._closed or self.broken:
+                raise UnavailableError(f"denoiser: the engine is {'broken' if self.broken else 'shutting down'}")
+            load = self._load()
+            room = self.limits.max_active_rows - load.active_rows - load.pending_rows
+            job.must_wait = request.unet_items > room
+            if job.must_wait and load.waiting_requests >= self.limits.max_waiting:
                 raise UnavailableError(
-                    f"denoiser is full: {len(self._jobs) - waiting} requests in flight and {waiting} waiting; try later"
+                    f"denoiser is full: {load.active_requests} requests in flight and {load.waiting_requests} waiting;"
+                    " try again later"
                 )
-            job = Job(request, on_done, is_cancelled, deque(waveforms), waveforms, counts_as_waiting=not fits)
             self._jobs.append(job)
+            load = self._load()
             self._changed.notify_all()
+        if self._observer is not None:
+            self._observer.changed(load)
         return job
 
     def cancel(self, job: Job) -> None:
@@ -147,16 +205,20 @@ class Engine:
             job.cancelled = True
             self._changed.notify_all()
 
-    @property
-    def active_rows(self) -> int:
-        """UNet batch items in flight."""
+    def listen(self, job: Job, after: int, on_progress: OnProgress) -> None:
+        """Calls `on_progress` once: as soon as more than `after` evaluations are done, or when the job has ended."""
         with self._changed:
-            return self._active_rows()
+            if not job.done:
+                job.listeners.append((after, on_progress))
+                calls = job.progressed()
+            else:
+                calls = [lambda: on_progress(0, 0)]
+        _call_all(calls)
 
     @property
-    def waiting_requests(self) -> int:
+    def load(self) -> EngineLoad:
         with self._changed:
-            return self._waiting_requests()
+            return self._load()
 
     def close(self) -> None:
         """Fails what is in flight and waiting, and ends the thread."""
@@ -164,6 +226,17 @@ class Engine:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
+
+    def _start_waveforms(self, request: DenoisingRequest) -> tuple[WaveformState, ...]:
+        waveforms = []
+        for row in request.rows:
+            try:
+                table = self._tables.get(row.scheduler, row.num_inference_steps)
+            except ScheduleError as error:
+                raise InvalidArgumentError(f"`scheduler`, `num_inference_steps`: {error}") from error
+            for noise in row.noise:
+                waveforms.append(start_waveform(row.positive, row.negative, row.guidance_scale, table, noise))
+        return tuple(waveforms)
 
     # -- the engine's thread
 
@@ -173,97 +246,162 @@ class Engine:
                 self._drop_cancelled()
                 self._admit()
                 self._step()
+        reason = "broken" if self.broken else "shutting down"
         for job in list(self._jobs):
-            self._finish(job, UnavailableError("denoiser: the engine is shutting down"))
+            self._finish(job, UnavailableError(f"denoiser: the engine is {reason}; try again"))
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            while not self._jobs and not self._closed:
-                self._changed.wait()
-            return not self._closed
+            if not self._jobs:
+                self._changed.wait_for(lambda: self._jobs or self._closed)
+                self._last_step = time.perf_counter()
+            return not self._closed and not self.broken
 
-    def _active_rows(self) -> int:
-        return sum(waveform.unet_items for group in self._groups.values() for waveform in group.waveforms)
-
-    def _waiting_requests(self) -> int:
-        return sum(job.counts_as_waiting and not job.started for job in self._jobs)
+    def _load(self) -> EngineLoad:
+        waiting = sum(job.must_wait and not job.started for job in self._jobs)
+        return EngineLoad(
+            active_rows=sum(waveform.unet_items for waveform in self._flight),
+            pending_rows=sum(waveform.unet_items for job in self._jobs for waveform in job.pending),
+            active_requests=len(self._jobs) - waiting,
+            waiting_requests=waiting,
+        )
 
     def _drop_cancelled(self) -> None:
         now = time.monotonic_ns()
         for job in list(self._jobs):
             steps = f"after {job.evaluations_done} of {job.num_evaluations} steps"
-            if job.cancelled or (job.is_cancelled is not None and job.is_cancelled()):
+            if job.cancelled or self._poll_cancelled(job, now):
                 self._finish(job, RequestCancelledError(f"cancelled {steps}"))
             elif 0 < job.request.deadline_ns <= now:
                 self._finish(job, DeadlineExceededError(f"{DEADLINE_EXCEEDED} {steps}"))
 
+    def _poll_cancelled(self, job: Job, now: int) -> bool:
+        if job.is_cancelled is None or now - job.polled_ns < CANCELLATION_POLL_NS:
+            return False
+        job.polled_ns = now
+        return job.is_cancelled()
+
     def _admit(self) -> None:
         """Waveforms enter in order of arrival, as far as there is room."""
+        admitted: list[Job] = []
         with self._changed:
-            room = self.limits.max_active_rows - self._active_rows()
+            room = self.limits.max_active_rows - self._load().active_rows
             for job in self._jobs:
-                while job.pending:
-                    if job.pending[0].unet_items > room:
-                        return
+                while job.pending and job.pending[0].unet_items <= room:
                     waveform = job.pending.popleft()
-                    waveform.history = waveform.history.to(self._device, non_blocking=True)
                     room -= waveform.unet_items
-                    job.started = True
                     self._owners[id(waveform)] = job
-                    self._join(waveform)
-
-    def _join(self, waveform: WaveformState) -> None:
-        group = self._groups.setdefault(waveform.latents.shape[1], _Group())
-        self._unstack(group)
-        group.waveforms.append(waveform)
-
-    def _unstack(self, group: _Group) -> None:
-        if group.batch is not None:
-            unstack_waveforms(group.batch, group.waveforms)
-            group.batch = None
+                    self._flight.append(waveform)
+                    self._stale = True
+                    if not job.started:
+                        job.started = True
+                        admitted.append(job)
+                if job.pending:
+                    break  # later arrivals do not overtake
+        if self._observer is not None:
+            for job in admitted:
+                self._observer.admitted((time.monotonic_ns() - job.submitted_ns) / 1e9)
+            if admitted:
+                self._observer.changed(self.load)
 
     def _step(self) -> None:
         """One forward of the group whose turn it is."""
-        if not self._groups:
-            return
-        frames, group = next(iter(self._groups.items()))
+        waveforms: Sequence[WaveformState] = ()
         try:
-            if group.batch is None:
-                group.batch = stack_waveforms(group.waveforms, self._device, self._dtype)
+            if self._stale:
+                waveforms = self._flight
+                self._regroup()
+            if not self._groups:
+                return
+            group = self._groups[0]
+            waveforms = group.waveforms
             group.batch = advance(self._unet, group.batch)
+            self._limit_run_ahead()
         except Exception as error:
-            group.batch = None
-            for job in {id(job): job for job in map(self._owner, group.waveforms)}.values():
-                self._finish(job, error)
+            self._fail_step(waveforms, error)
             return
-        for waveform in group.waveforms:
-            waveform.evaluation += 1
+        self._failed_steps = 0
+        self._groups.rotate(-1)
+        self._account(group)
+
+    def _regroup(self) -> None:
+        """Plans the forwards anew after something entered or left."""
+        for group in self._groups:
+            unstack_waveforms(group.batch, group.waveforms)
+        self._groups.clear()
+        # Unstacked first, and all of them: a waveform's history is a part of its old batch until it is stacked again.
+        for waveform in self._flight:
+            waveform.history = waveform.history.to(self._device, non_blocking=True)
+        flights = [Flight(index, waveform.unet_items, waveform.frames) for index, waveform in enumerate(self._flight)]
+        groups = []
+        for forward in plan_forwards(flights, self._costs) if flights else []:
+            waveforms = [self._flight[index] for index in forward.indices]
+            groups.append(_Group(waveforms, stack_waveforms(self._unet, waveforms, self._device, self._dtype)))
+        # Lengths take turns: whoever has waited longest for a step goes first.
+        groups.sort(key=lambda group: min(waveform.last_step for waveform in group.waveforms))
+        self._groups.extend(groups)
+        self._stale = False
+
+    def _limit_run_ahead(self) -> None:
+        """The host is at most one step ahead, so that a cancellation or an admission waits for one step at most."""
+        if self._device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        self._steps_under_way.append(event)
+        if len(self._steps_under_way) > 1:
+            self._steps_under_way.popleft().synchronize()
+
+    def _account(self, group: _Group) -> None:
+        now = time.perf_counter()
+        if self._observer is not None:
+            self._observer.stepped(len(group.batch.row_of_item), now - self._last_step)
+        self._last_step = now
         with self._changed:
-            self._groups[frames] = self._groups.pop(frames)  # to the end: lengths take turns
-        if any(waveform.finished for waveform in group.waveforms):
-            self._release(group)
-
-    def _owner(self, waveform: WaveformState) -> Job:
-        return self._owners[id(waveform)]
-
-    def _release(self, group: _Group) -> None:
-        self._unstack(group)
+            for waveform in group.waveforms:
+                waveform.evaluation += 1
+                waveform.last_step = now
+            jobs = self._owners_of(group.waveforms)
+            calls = [call for job in jobs for call in job.progressed()]
+        _call_all(calls)
         finished = [waveform for waveform in group.waveforms if waveform.finished]
-        jobs = [self._owner(waveform) for waveform in finished]
-        self._leave(finished)
-        for job in {id(job): job for job in jobs}.values():
-            if all(waveform.finished for waveform in job.waveforms):
-                self._finish(job, _collect(job))
+        if finished:
+            unstack_waveforms(group.batch, group.waveforms)
+            self._leave(finished)
+            for job in jobs:
+                if all(waveform.finished for waveform in job.waveforms):
+                    self._finish(job, _collect(job))
+
+    def _fail_step(self, waveforms: Sequence[WaveformState], error: Exception) -> None:
+        """The requests of a failed step fail; the others start over from their last good state."""
+        for job in self._owners_of(waveforms):
+            self._finish(job, error)
+        self._failed_steps += 1
+        if self._failed_steps >= MAX_FAILED_STEPS or not self._device_works():
+            self.broken = error
+            logger.error("the engine on %s is broken and takes no more requests: %s", self._device, error)
+            if self._observer is not None:
+                self._observer.broke(error)
+
+    def _device_works(self) -> bool:
+        """A failed kernel leaves a CUDA context unusable for good."""
+        try:
+            return float(torch.ones(1, device=self._device).sum()) == 1.0
+        except Exception:
+            return False
+
+    def _owners_of(self, waveforms: Sequence[WaveformState]) -> list[Job]:
+        jobs = {id(job): job for job in (self._owners.get(id(waveform)) for waveform in waveforms) if job is not None}
+        return list(jobs.values())
 
     def _leave(self, waveforms: Sequence[WaveformState]) -> None:
+        """Takes waveforms out of the flight; the next step plans anew."""
         leaving = {id(waveform) for waveform in waveforms}
         with self._changed:
-            for frames, group in list(self._groups.items()):
-                if any(id(waveform) in leaving for waveform in group.waveforms):
-                    self._unstack(group)
-                    group.waveforms = [waveform for waveform in group.waveforms if id(waveform) not in leaving]
-                if not group.waveforms:
-                    del self._groups[frames]
+            if not any(id(waveform) in leaving for waveform in self._flight):
+                return
+            self._flight = [waveform for waveform in self._flight if id(waveform) not in leaving]
+            self._stale = True
             for key in leaving:
                 self._owners.pop(key, None)
 
@@ -271,10 +409,17 @@ class Engine:
         self._leave(job.waveforms)
         with self._changed:
             self._jobs.remove(job)
-        try:
-            job.on_done(outcome)
-        except Exception:
-            logger.exception("denoiser: a finished request could not be answered")
+            job.done = True
+            calls: list[Callable[[], None]] = [
+                lambda listener=listener: listener(0, 0)  # type: ignore[misc]
+                for _, listener in job.listeners
+            ]
+            load = self._load()
+        _call_all(calls)
+        if self._observer is not None:
+            self._observer.finished(job.request, outcome)
+            self._observer.changed(load)
+        _call_all([lambda: job.on_done(outcome)])
 
 
 def _collect(job: Job) -> Tensor | Exception:
@@ -286,3 +431,11 @@ def _collect(job: Job) -> Tensor | Exception:
     if not bool(torch.isfinite(latents).all()):
         return InternalError("denoiser: the latents are not finite")
     return latents.unflatten(0, (len(job.request.rows), -1))
+
+
+def _call_all(calls: Sequence[Callable[[], None]]) -> None:
+    for call in calls:
+        try:
+            call()
+        except Exception:
+            logger.exception("denoiser: an answer could not be sent")

@@ -46,21 +46,25 @@ class ScheduleTable:
 class ScheduleTables:
     """The tables of one checkpoint, built on first use. Safe to use from several threads."""
 
-    def __init__(self, scheduler_config: dict[str, Any], max_entries: int = 4096) -> None:
+    def __init__(self, scheduler_config: dict[str, Any]) -> None:
         self._config = scheduler_config
-        self._solver = lru_cache(self._make_solver)
-        self._table = lru_cache(max_entries)(self._build)
+        self._tables: dict[tuple[str, int], ScheduleTable] = {}  # bounded: there are only so many steps
+        self._make_solver = lru_cache(self._new_solver)
+
+    def has(self, scheduler: str, num_inference_steps: int) -> bool:
+        """Whether `get` answers at once."""
+        return (scheduler, num_inference_steps) in self._tables
 
     def get(self, scheduler: str, num_inference_steps: int) -> ScheduleTable:
         """Raises `ScheduleError`."""
-        return self._table(scheduler, num_inference_steps)
+        key = scheduler, num_inference_steps
+        if key not in self._tables:
+            self._tables[key] = build_schedule_table(deepcopy(self._make_solver(scheduler)), num_inference_steps)
+        return self._tables[key]
 
-    def _make_solver(self, scheduler: str) -> Any:
+    def _new_solver(self, scheduler: str) -> Any:
         # Some constructors take a third of a second, so each runs once.
         return getattr(diffusers, scheduler).from_config(self._config)
-
-    def _build(self, scheduler: str, num_inference_steps: int) -> ScheduleTable:
-        return build_schedule_table(deepcopy(self._solver(scheduler)), num_inference_steps)
 
 
 def build_schedule_table(solver: Any, num_inference_steps: int) -> ScheduleTable:

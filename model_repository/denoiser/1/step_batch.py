@@ -1,18 +1,35 @@
 """One denoising step of a whole batch: one UNet forward, and one update for any mix of schedules and guidance."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from denoising_request import TextStates
+from length_masks import LengthMasks
 from schedule_table import WINDOW, ScheduleTable
 
-UNetForward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(sample, timestep, encoder_hidden_states, encoder_hidden_states_1, encoder_attention_mask_1) to model output."""
+
+class UNet(Protocol):
+    """What a step needs of a UNet on its device."""
+
+    def masks(self, valid_frames: Sequence[int], frames: int) -> LengthMasks:
+        """Masks for batch items of these latent frames, padded to `frames`."""
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_1: Tensor,
+        encoder_attention_mask_1: Tensor,
+        masks: LengthMasks | None,
+    ) -> Tensor:
+        """The model output of a batch, masked where its items have lengths of their own."""
+
 
 T5_BUCKET: Final = 16
 """T5 states are padded to a multiple of this, so that few shapes occur."""
@@ -26,12 +43,14 @@ class WaveformState:
     negative: TextStates | None
     guidance_scale: float
     table: ScheduleTable
-    history: Tensor  # [WINDOW, 2, C, H, W] float32: (sample, model output) of this evaluation, the last, ...
+    history: Tensor  # [WINDOW, 2, C, H or more, W] float32: (sample, model output) of this evaluation, the last, ...
+    frames: int  # H, the latent frames that are its own; what a longer neighbour adds behind them is padding
     evaluation: int = 0  # how many are done
+    last_step: float = 0.0  # when, by time.perf_counter(); lengths that cannot share a forward take turns by it
 
     @property
     def latents(self) -> Tensor:
-        return self.history[0, 0]
+        return self.history[0, 0, :, : self.frames]
 
     @property
     def finished(self) -> bool:
@@ -48,7 +67,7 @@ def start_waveform(
     """A waveform before its first step, from noise [C, H, W] of unit variance on the engine's device."""
     history = noise.new_zeros(WINDOW, 2, *noise.shape, dtype=torch.float32)
     history[0, 0] = noise * table.init_noise_sigma
-    return WaveformState(positive, negative, guidance_scale, table, history)
+    return WaveformState(positive, negative, guidance_scale, table, history, noise.shape[1])
 
 
 @dataclass(frozen=True)
@@ -70,10 +89,13 @@ class StepBatch:
     encoder_hidden_states: Tensor  # [U, T, D0] in the UNet's dtype
     encoder_hidden_states_1: Tensor  # [U, L, D1] in the UNet's dtype
     encoder_attention_mask_1: Tensor  # [U, L] in the UNet's dtype
+    masks: LengthMasks | None  # where the lengths differ
 
 
-def stack_waveforms(waveforms: Sequence[WaveformState], device: torch.device, dtype: torch.dtype) -> StepBatch:
-    """Stacks waveforms of equal latent shape."""
+def stack_waveforms(
+    unet: UNet, waveforms: Sequence[WaveformState], device: torch.device, dtype: torch.dtype
+) -> StepBatch:
+    """Stacks waveforms, padded to the longest; those of equal length need no masks."""
     guided = [row for row, waveform in enumerate(waveforms) if waveform.negative is not None]
     negative_item = list(range(len(waveforms)))
     for item, row in enumerate(guided, start=len(waveforms)):
@@ -81,6 +103,11 @@ def stack_waveforms(waveforms: Sequence[WaveformState], device: torch.device, dt
     texts = [waveform.positive for waveform in waveforms]
     texts += [waveform.negative for waveform in waveforms if waveform.negative is not None]
     tables = [waveform.table for waveform in waveforms]
+    frames = [waveform.frames for waveform in waveforms]
+    longest = max(frames)
+    masks = None
+    if min(frames) < longest:
+        masks = unet.masks([*frames, *(frames[row] for row in guided)], longest)
     evaluations = max(table.num_evaluations for table in tables)
     t5_length = max(len(text.prompt_embeds) for text in texts)
     t5_length += -t5_length % T5_BUCKET
@@ -89,7 +116,7 @@ def stack_waveforms(waveforms: Sequence[WaveformState], device: torch.device, dt
         return torch.stack(list(rows)).to(device, to, non_blocking=True)
 
     return StepBatch(
-        history=torch.stack([waveform.history for waveform in waveforms]),
+        history=torch.stack([_fit_frames(waveform, longest) for waveform in waveforms]),
         evaluation=torch.tensor([waveform.evaluation for waveform in waveforms], device=device),
         timesteps=on_device([_pad(table.timesteps, evaluations) for table in tables], torch.float32),
         input_scales=on_device([_pad(table.input_scales, evaluations) for table in tables], torch.float32),
@@ -100,7 +127,13 @@ def stack_waveforms(waveforms: Sequence[WaveformState], device: torch.device, dt
         encoder_hidden_states=on_device([text.generated_prompt_embeds for text in texts], dtype),
         encoder_hidden_states_1=on_device([_pad(text.prompt_embeds, t5_length) for text in texts], dtype),
         encoder_attention_mask_1=on_device([_pad(text.attention_mask, t5_length) for text in texts], dtype),
+        masks=masks,
     )
+
+
+def _fit_frames(waveform: WaveformState, frames: int) -> Tensor:
+    own = waveform.history[..., : waveform.frames, :]
+    return functional.pad(own, (0, 0, 0, frames - waveform.frames))
 
 
 def _pad(tensor: Tensor, length: int) -> Tensor:
@@ -114,19 +147,20 @@ def unstack_waveforms(batch: StepBatch, waveforms: Sequence[WaveformState]) -> N
         waveform.history = history
 
 
-def advance(unet: UNetForward, batch: StepBatch) -> StepBatch:
+def advance(unet: UNet, batch: StepBatch) -> StepBatch:
     """The batch after one step of every row. No synchronisation with the host, no work per row in Python."""
     rows = len(batch.history)
     now = batch.evaluation
     row = torch.arange(rows, device=now.device)
     sample = batch.history[:, 0, 0]
     model_input = sample * _per_row(batch.input_scales[row, now])
-    output = unet(
+    output = unet.forward(
         model_input[batch.row_of_item].to(batch.encoder_hidden_states.dtype),
         batch.timesteps[row, now][batch.row_of_item],
         batch.encoder_hidden_states,
         batch.encoder_hidden_states_1,
         batch.encoder_attention_mask_1,
+        batch.masks,
     ).float()
     negative = output[batch.negative_item]
     guided = negative + _per_row(batch.guidance_scale) * (output[:rows] - negative)

@@ -1,0 +1,106 @@
+"""The engine's metrics on Triton's `/metrics` endpoint; Triton's own count only `execute()`, which returns at once."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton_python_backend_utils as pb_utils
+from torch import Tensor
+
+from audioldm2_triton.errors import (
+    DeadlineExceededError,
+    InvalidArgumentError,
+    RequestCancelledError,
+    UnavailableError,
+)
+from audioldm2_triton.geometry import AudioGeometry
+from denoising_request import DenoisingRequest
+from engine import EngineLoad
+
+ROWS_BUCKETS = [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+STEP_BUCKETS_MS = [1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000]
+# The most particular first.
+OUTCOMES: Mapping[type[Exception], str] = {
+    DeadlineExceededError: "deadline_exceeded",
+    RequestCancelledError: "cancelled",
+    InvalidArgumentError: "refused",
+    UnavailableError: "unavailable",
+}
+
+
+class DenoiserMetrics:
+    """The metric families, which exist once per process, and their observers, one per engine."""
+
+    def __init__(self, geometry: AudioGeometry) -> None:
+        self.seconds_per_frame = geometry.vae_scale_factor * geometry.frame_length_in_s
+        gauge, counter, histogram = (
+            pb_utils.MetricFamily.GAUGE,
+            pb_utils.MetricFamily.COUNTER,
+            pb_utils.MetricFamily.HISTOGRAM,
+        )
+        self.rows_in_flight = _family("rows_in_flight", "UNet batch items in flight", gauge)
+        self.rows_waiting = _family("rows_waiting", "UNet batch items that wait for room", gauge)
+        self.requests_in_flight = _family("requests_in_flight", "Requests with rows in flight", gauge)
+        self.requests_waiting = _family("requests_waiting", "Requests that wait for room", gauge)
+        self.engine_broken = _family("engine_broken", "1 where an engine was taken out", gauge)
+        self.rows_per_forward = _family("rows_per_forward", "UNet batch items of each forward", histogram)
+        self.step_count = _family("step_count", "Denoising steps run", counter)
+        self.step_duration = _family("step_duration_ms", "Time from one step to the next", histogram)
+        self.queue_duration = _family("queue_duration_us", "Time that requests waited before their first step", counter)
+        self.request_count = _family("request_count", "Requests finished, by outcome", counter)
+        self.audio_duration = _family("audio_duration_s", "Seconds of audio denoised", counter)
+
+    def observer(self, device: torch.device) -> "EngineMetrics":
+        return EngineMetrics(self, str(device))
+
+
+class EngineMetrics:
+    """Implements the engine's `Observer`."""
+
+    def __init__(self, families: DenoiserMetrics, engine: str) -> None:
+        labels = {"model": "denoiser", "engine": engine}
+        self._seconds_per_frame = families.seconds_per_frame
+        self._rows_in_flight = families.rows_in_flight.Metric(labels=labels)
+        self._rows_waiting = families.rows_waiting.Metric(labels=labels)
+        self._requests_in_flight = families.requests_in_flight.Metric(labels=labels)
+        self._requests_waiting = families.requests_waiting.Metric(labels=labels)
+        self._engine_broken = families.engine_broken.Metric(labels=labels)
+        self._rows_per_forward = families.rows_per_forward.Metric(labels=labels, buckets=ROWS_BUCKETS)
+        self._step_count = families.step_count.Metric(labels=labels)
+        self._step_duration = families.step_duration.Metric(labels=labels, buckets=STEP_BUCKETS_MS)
+        self._queue_duration = families.queue_duration.Metric(labels=labels)
+        self._request_count = {
+            outcome: families.request_count.Metric(labels={**labels, "outcome": outcome})
+            for outcome in ("success", "failure", *OUTCOMES.values())
+        }
+        self._audio_duration = families.audio_duration.Metric(labels=labels)
+
+    def stepped(self, rows: int, seconds: float) -> None:
+        self._rows_per_forward.observe(rows)
+        self._step_count.increment(1)
+        self._step_duration.observe(seconds * 1000)
+
+    def admitted(self, waited_s: float) -> None:
+        self._queue_duration.increment(waited_s * 1e6)
+
+    def finished(self, request: DenoisingRequest, outcome: Tensor | Exception) -> None:
+        if isinstance(outcome, Exception):
+            kinds = [name for kind, name in OUTCOMES.items() if isinstance(outcome, kind)]
+            self._request_count[kinds[0] if kinds else "failure"].increment(1)
+            return
+        self._request_count["success"].increment(1)
+        frames = sum(row.num_waveforms * row.latent_frames for row in request.rows)
+        self._audio_duration.increment(frames * self._seconds_per_frame)
+
+    def changed(self, load: EngineLoad) -> None:
+        self._rows_in_flight.set(load.active_rows)
+        self._rows_waiting.set(load.pending_rows)
+        self._requests_in_flight.set(load.active_requests)
+        self._requests_waiting.set(load.waiting_requests)
+
+    def broke(self, _: Exception) -> None:
+        self._engine_broken.set(1)
+
+
+def _family(name: str, description: str, kind: Any) -> Any:
+    return pb_utils.MetricFamily(name=f"audioldm2_{name}", description=description, kind=kind)

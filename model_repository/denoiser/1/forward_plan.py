@@ -1,0 +1,76 @@
+"""Which waveforms share a forward: equal lengths unmasked, or different lengths masked, by measured cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+
+@dataclass(frozen=True)
+class LinearCost:
+    """Seconds of one forward: a fixed part, and a part for every frame of every UNet batch item."""
+
+    fixed: float
+    per_frame: float
+
+    def seconds(self, items: int, frames: int) -> float:
+        return self.fixed + self.per_frame * items * frames
+
+
+@dataclass(frozen=True)
+class ForwardCosts:
+    """What a forward of the UNet costs on one device."""
+
+    plain: LinearCost
+    masked: LinearCost
+
+
+@dataclass(frozen=True)
+class Flight:
+    """What a plan needs to know of a waveform."""
+
+    index: int
+    items: int  # UNet batch items
+    frames: int  # latent frames
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Waveforms that share a forward."""
+
+    indices: tuple[int, ...]
+    frames: int  # of the longest
+    masked: bool  # whether their lengths differ
+
+
+NEVER_MIX = ForwardCosts(LinearCost(0.0, 1.0), LinearCost(float("inf"), 1.0))
+ALWAYS_MIX = ForwardCosts(LinearCost(1.0, 0.0), LinearCost(1.0, 0.0))
+
+
+def fit_cost(few: tuple[int, int, float], many: tuple[int, int, float]) -> LinearCost:
+    """The cost that goes through two measurements (items, frames, seconds); noise cannot make a part negative."""
+    (few_items, few_frames, few_seconds), (many_items, many_frames, many_seconds) = few, many
+    slope = (many_seconds - few_seconds) / (many_items * many_frames - few_items * few_frames)
+    per_frame = max(slope, 0.0)
+    return LinearCost(max(few_seconds - per_frame * few_items * few_frames, 0.0), per_frame)
+
+
+def plan_forwards(flights: Sequence[Flight], costs: ForwardCosts) -> list[Forward]:
+    """The cheapest partition, longest first, for one step of every waveform.
+
+    Sorted by length, the waveforms of a forward are neighbours: a forward is padded to its longest, so exchanging two
+    to make it so never costs more. Dynamic programming over the distinct lengths, quadratic in their number.
+    """
+    by_length = sorted(flights, key=lambda flight: -flight.frames)
+    lengths = [list(group) for _, group in groupby(by_length, key=lambda flight: flight.frames)]
+    best: list[tuple[float, list[Forward]]] = [(0.0, [])]
+    for stop in range(1, len(lengths) + 1):
+        candidates = []
+        for start in range(stop):
+            together = [flight for length in lengths[start:stop] for flight in length]
+            masked, frames = stop - start > 1, together[0].frames
+            cost = costs.masked if masked else costs.plain
+            seconds = cost.seconds(sum(flight.items for flight in together), frames)
+            forward = Forward(tuple(flight.index for flight in together), frames, masked)
+            candidates.append((best[start][0] + seconds, [*best[start][1], forward]))
+        best.append(min(candidates, key=lambda candidate: candidate[0]))
+    return best[-1][1]
