@@ -8,6 +8,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,6 +18,8 @@ from audioldm2_triton.errors import AudioLDM2Error, InternalError, UnavailableEr
 from audioldm2_triton.settings import Settings, read_settings
 
 logger = logging.getLogger(__name__)
+
+STAGE_REQUESTS_METRIC = "audioldm2_stage_requests"
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -59,6 +62,16 @@ def deadline_ns(request: Any) -> int:
     return time.monotonic_ns() + timeout_us * 1000 if timeout_us > 0 else 0
 
 
+@cache
+def _requests_gauge(stage: str) -> tuple[Any, Any]:
+    """Of the requests that a stateless stage works on, by which a server is drained before it stops."""
+    family = pb_utils.MetricFamily(
+        name=STAGE_REQUESTS_METRIC, description="Requests that a stage works on", kind=pb_utils.MetricFamily.GAUGE
+    )
+    # The family too: its metrics end with it.
+    return family, family.Metric(labels={"model": stage})
+
+
 def respond_together(
     requests: Sequence[Any],
     parse: Callable[[Any], T],
@@ -70,10 +83,15 @@ def respond_together(
     A request that does not parse fails alone. Where the common call fails, each is computed alone, so that only the
     one that cannot be computed fails.
     """
-    parsed = [_caught(parse, request) for request in requests]
-    good = [item for item in parsed if not isinstance(item, Exception)]
-    computed = iter(_compute_isolated(compute, good))
-    results = [item if isinstance(item, Exception) else next(computed) for item in parsed]
+    _, gauge = _requests_gauge(stage)
+    gauge.increment(len(requests))
+    try:
+        parsed = [_caught(parse, request) for request in requests]
+        good = [item for item in parsed if not isinstance(item, Exception)]
+        computed = iter(_compute_isolated(compute, good))
+        results = [item if isinstance(item, Exception) else next(computed) for item in parsed]
+    finally:
+        gauge.increment(-len(requests))
     return [error_response(item, stage) if isinstance(item, Exception) else response(item) for item in results]
 
 

@@ -116,7 +116,7 @@ def _serve(settings: Settings, run_directory: Path, ports: dict[str, int], trito
         f"--exit-timeout-secs={EXIT_TIMEOUT_IN_S}",
         *triton_arguments,
     ]
-    run_server(command, environment, ports["--http-port"], lambda: _report_ready(ports))
+    run_server(command, environment, ports["--http-port"], ports["--metrics-port"], lambda: _report_ready(ports))
 
 
 def _report_ready(ports: dict[str, int]) -> None:

@@ -73,7 +73,7 @@ def local_server(checkpoint: Path, log: Path, *arguments: str) -> Iterator[Local
         yield LocalServer(process, http_port, grpc_port, metrics_port, log)
     finally:
         process.send_signal(signal.SIGTERM)
-        code = process.wait(timeout=2 * EXIT_TIMEOUT_IN_S)
+        code = process.wait(timeout=3 * EXIT_TIMEOUT_IN_S)  # draining, then stopping
         process.stdout.close()
     if code:
         raise ServerError(f"the server ended with exit code {code}:\n{log.read_text()[-4000:]}")

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 EXIT_TIMEOUT_IN_S: Final = 30
+SETTLING_TIME_IN_S: Final = 0.5  # a request between two stages shows in neither
+REQUEST_GAUGES: Final = ("audioldm2_stage_requests", "audioldm2_requests_in_flight", "audioldm2_requests_waiting")
 _LOAD_FAILURE: Final = re.compile(r"failed to load '(\w+)' version \d+: (.*)")
 
 
@@ -32,7 +34,11 @@ def check_ports_free(ports: Mapping[str, int]) -> None:
 
 
 def run_server(
-    command: Sequence[str], environment: Mapping[str, str], http_port: int, on_ready: Callable[[], None]
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    http_port: int,
+    metrics_port: int,
+    on_ready: Callable[[], None],
 ) -> None:
     """Runs the server until SIGTERM or Ctrl-C. Raises `ServerError` where it stops by itself."""
     process = subprocess.Popen(
@@ -50,7 +56,7 @@ def run_server(
         # Once: a second signal makes Triton exit at once, with requests in flight.
         if not stopping.is_set():
             stopping.set()
-            process.terminate()
+            threading.Thread(target=_drain_and_terminate, args=(process, metrics_port), daemon=True).start()
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     failures: list[str] = []
@@ -65,6 +71,29 @@ def run_server(
     log.join(timeout=5)
     if not stopping.is_set():
         raise ServerError(failures[0] if failures else f"tritonserver stopped by itself with exit code {code}")
+
+
+def _drain_and_terminate(process: subprocess.Popen[str], metrics_port: int) -> None:
+    """Lets running requests finish first: Triton before 25.05 drops those of gRPC that are inside an ensemble."""
+    deadline = time.monotonic() + EXIT_TIMEOUT_IN_S
+    idle_since = time.monotonic()
+    while process.poll() is None and time.monotonic() < deadline:
+        if _requests_inside(metrics_port):
+            idle_since = time.monotonic()
+        elif time.monotonic() - idle_since > SETTLING_TIME_IN_S:
+            break
+        time.sleep(SETTLING_TIME_IN_S / 10)
+    process.terminate()
+
+
+def _requests_inside(metrics_port: int) -> float:
+    """The requests that any stage works on."""
+    try:
+        with urllib.request.urlopen(f"http://localhost:{metrics_port}/metrics", timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+    except OSError:
+        return 0
+    return sum(float(line.split()[-1]) for line in lines if line.partition("{")[0] in REQUEST_GAUGES)
 
 
 def _forward_log(process: subprocess.Popen[str], failures: list[str]) -> None:

@@ -1,0 +1,131 @@
+"""`scripts/serve` as a user meets it: how it starts, how it refuses to, how it stops."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from audioldm2_triton import AudioLDM2Client
+from audioldm2_triton.contract import SCHEDULERS
+from audioldm2_triton.settings import Settings, SettingsError, read_settings
+from conftest import ROOT
+from serving.local_server import LocalServer, free_ports, local_server
+
+SERVE = str(ROOT / "scripts" / "serve")
+
+
+def refused(*arguments: str, **environment: str) -> str:
+    """What `scripts/serve` says on standard error when it refuses to start; the last line is the reason."""
+    process = subprocess.run(
+        [SERVE, *arguments], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+    )
+    assert process.returncode == 1, process.stderr
+    assert "Traceback" not in process.stderr
+    return process.stderr
+
+
+def test_a_port_in_use_is_one_line(tiny_checkpoint: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = refused(f"--checkpoint={tiny_checkpoint}", f"--grpc-port={port}", "--http-port=0", "--metrics-port=0")
+    assert said == f"scripts/serve: --grpc-port: port {port} is in use\n"
+
+
+def test_a_broken_checkpoint_is_refused_before_the_server_starts(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_checkpoint, broken)
+    weights = next((broken / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    http, grpc, metrics = free_ports(3)
+    said = refused(f"--checkpoint={broken}", f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}")
+    assert "unet" in said
+    assert "tritonserver" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((), "--checkpoint: got nothing but expected a directory or a hub id"),
+        (("--checkpoint=./nowhere",), "--checkpoint: got './nowhere' but expected a directory or a hub id"),
+        (("--dtype=float16", "--device=cpu"), "float16 needs a GPU"),
+        (("--dtype=fp8",), "dtype: got 'fp8' but expected one of auto, float32, float16, bfloat16"),
+        (("--device=tpu",), "device: got 'tpu' but expected auto, cpu, cuda or cuda:INDEX"),
+        (("--max-active-rows=-1",), "max_active_rows: got '-1' but expected a whole number from 0 to 4096"),
+        (("--max-num-inference-steps=1001",), "expected a whole number from 1 to 1000"),
+    ],
+)
+def test_bad_settings_are_one_line(arguments: tuple[str, ...], reason: str, tiny_checkpoint: Path) -> None:
+    checkpoint = () if not arguments or "checkpoint" in arguments[0] else (f"--checkpoint={tiny_checkpoint}",)
+    http, grpc, metrics = free_ports(3)
+    said = refused(*checkpoint, *arguments, f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}")
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("scripts/serve: ")
+    assert reason in last
+
+
+def test_the_environment_overrides_parameters() -> None:
+    parameters = {"checkpoint": "/a", "dtype": "float32", "max_waiting": "5"}
+    environment = {"AUDIOLDM2_CHECKPOINT": "/b", "AUDIOLDM2_MAX_WAITING": "7", "AUDIOLDM2_DTYPE": ""}
+    assert read_settings(parameters, environment) == Settings("/b", dtype="float32", max_waiting=7)
+    with pytest.raises(SettingsError, match="AUDIOLDM2_CHECKPOINT"):
+        read_settings({}, {})
+
+
+def test_clients_are_told_limits_and_schedulers(server: LocalServer) -> None:
+    for url in (server.grpc_url, server.http_url):
+        with AudioLDM2Client(url) as client:
+            info = client.server_info()
+        assert info.schedulers == SCHEDULERS
+        assert info.native_audio_length_in_s == 10.24
+        assert info.sampling_rate == 16000
+        assert info.limits.max_audio_length_in_s == 300
+        assert info.limits.max_num_inference_steps == 200
+        assert info.limits.max_num_waveforms_per_prompt == 8
+
+
+def test_sigterm_lets_a_running_request_finish_and_exits_with_0(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """`local_server` checks the exit code; settings given here must be those that clients are told."""
+    results = []
+    with local_server(tiny_checkpoint, tmp_path / "log", "--max-num-inference-steps=300", "--dtype=bfloat16") as server:
+
+        def generate() -> None:
+            with AudioLDM2Client(server.grpc_url) as client:
+                info = client.server_info()
+                result = client.generate("a dog", audio_length_in_s=1.0, num_inference_steps=30, seed=1)
+                results.append((info, result))
+
+        thread = threading.Thread(target=generate)
+        thread.start()
+        wait_for_rows_in_flight(server)
+    thread.join(timeout=60)
+    assert results, f"the request was lost: {(tmp_path / 'log').read_text()[-3000:]}"
+    info, result = results[0]
+    assert info.limits.max_num_inference_steps == 300
+    assert result.audio.shape == (1, 16000)
+
+
+def test_ctrl_c_exits_with_0(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with local_server(tiny_checkpoint, tmp_path / "log") as server:
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(timeout=60) == 0
+
+
+def wait_for_rows_in_flight(server: LocalServer) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        with urllib.request.urlopen(f"http://localhost:{server.metrics_port}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        values = [float(line.split()[-1]) for line in lines if line.startswith("audioldm2_rows_in_flight{")]
+        if sum(values) > 0:
+            return
+        assert time.monotonic() < deadline, "no request reached the denoiser"
+        time.sleep(0.05)
