@@ -19,23 +19,17 @@ MAX_PADDED_SAMPLES: Final = 160  # one frame of the mel spectrogram
 def decode(
     decoder: WaveformDecoder, scorer: ClapScorer, requests: Sequence[Mapping[str, np.ndarray]]
 ) -> list[dict[str, np.ndarray]]:
-    """The stage's output tensors of each request, by name; see the table in `model_repository/README.md`.
+    """The stage's output tensors of each ordinary request, by name; see the table in `model_repository/README.md`.
 
     All waveforms of all requests are decoded together, equal lengths in one call. Raises `InternalError` for
     non-finite audio.
     """
     audios = _decode_all(decoder, requests)
-    scores = _score_all(scorer, requests, audios, decoder.sampling_rate)
-    return [_ranked(audio, score, decoder.sampling_rate) for audio, score in zip(audios, scores, strict=True)]
-
-
-def check_decodable(inputs: Mapping[str, np.ndarray]) -> None:
-    """Other people may call this stage with latents of their own. Raises `InvalidArgumentError`."""
-    samples = inputs["num_samples"][:, 0]
-    if len(set(samples.tolist())) > 1:
-        raise invalid("num_samples", samples.tolist(), "the same value in all rows of one request")
-    if not np.isfinite(inputs["latents"]).all():
-        raise invalid("latents", inputs["latents"][~np.isfinite(inputs["latents"])][0].item(), "finite values")
+    scores = score_all(scorer, requests, audios, decoder.sampling_rate)
+    return [
+        {"audio": in_order(audio, ranking["order"]), **ranking}
+        for audio, ranking in zip(audios, rank_all(scores, decoder.sampling_rate), strict=True)
+    ]
 
 
 def _decode_all(decoder: WaveformDecoder, requests: Sequence[Mapping[str, np.ndarray]]) -> list[np.ndarray]:
@@ -65,7 +59,7 @@ def fit_length(waveform: Tensor, samples: int) -> Tensor:
     return functional.pad(waveform[:samples], (0, max(0, missing)))
 
 
-def _score_all(
+def score_all(
     scorer: ClapScorer, requests: Sequence[Mapping[str, np.ndarray]], audios: Sequence[np.ndarray], sampling_rate: int
 ) -> list[np.ndarray]:
     """Each request's scores [B, N]; zeros for the rows that asked for none."""
@@ -82,15 +76,26 @@ def _score_all(
     return scores
 
 
-def _ranked(audio: np.ndarray, score: np.ndarray, sampling_rate: int) -> dict[str, np.ndarray]:
-    """Best score first within each prompt, ties by generation order."""
-    order = np.argsort(-score, axis=1, kind="stable")
-    return {
-        "audio": np.take_along_axis(audio, order[:, :, None], axis=1),
-        "score": np.take_along_axis(score, order, axis=1),
-        "order": order.astype(np.int32),
-        "sampling_rate": np.full((len(audio), 1), sampling_rate, np.int32),
-    }
+def rank_all(scores: Sequence[np.ndarray], sampling_rate: int) -> list[dict[str, np.ndarray]]:
+    """Each request's `score` and `order` [B, N], best score first within each prompt, ties by generation order.
+
+    Args:
+        scores: in generation order.
+    """
+    orders = [np.argsort(-score, axis=1, kind="stable") for score in scores]
+    return [
+        {
+            "score": in_order(score, order),
+            "order": order.astype(np.int32),
+            "sampling_rate": np.full((len(score), 1), sampling_rate, np.int32),
+        }
+        for score, order in zip(scores, orders, strict=True)
+    ]
+
+
+def in_order(values: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """`values` [B, N, ...] with the waveforms of each prompt in `order` [B, N]."""
+    return np.take_along_axis(values, order.reshape(*order.shape, *[1] * (values.ndim - 2)), axis=1)
 
 
 def warm_up(decoder: WaveformDecoder, scorer: ClapScorer, geometry: AudioGeometry) -> None:

@@ -1,5 +1,6 @@
 """Triton adapter of the decoder: tensors in, tensors out, errors to codes."""
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,8 @@ from audioldm2_triton import triton_adapter as adapter
 from audioldm2_triton.geometry import read_audio_geometry
 from audioldm2_triton.settings import resolve_device, resolve_dtype
 from clap_scores import load_clap_scorer
-from decoding import check_decodable, decode, warm_up
+from decoding import warm_up
+from decoding_parts import check_decodable, decode_parts
 from waveform_decoder import load_waveform_decoder
 
 STAGE = "decoder"
@@ -28,10 +30,11 @@ class TritonPythonModel:
         warm_up(self.decoder, self.scorer, read_audio_geometry(checkpoint))
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        return adapter.respond_together(requests, _parse, partial(decode, self.decoder, self.scorer), STAGE)
+        return adapter.respond_together(requests, _parse, partial(decode_parts, self.decoder, self.scorer), STAGE)
 
 
-def _parse(request: Any) -> dict[str, np.ndarray]:
+def _parse(request: Any) -> tuple[str, dict[str, np.ndarray]]:
+    control = str(json.loads(request.parameters() or "{}").get("ctl", ""))
     inputs = adapter.input_arrays(request)
-    check_decodable(inputs)
-    return inputs
+    check_decodable(control, inputs)
+    return control, inputs

@@ -1,0 +1,107 @@
+"""The stage in parts: latents to the windows of a mel spectrogram, a window to its audio, the whole audio to scores.
+
+`audioldm2_stream` asks for these one after the other, so that the first seconds of a clip can be sent while the rest
+is still to be made. They are marked by the request parameter `ctl`, are not for clients, and compute exactly what an
+ordinary request computes.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Final, TypeAlias
+
+import numpy as np
+import torch
+
+from audioldm2_triton.errors import invalid
+from clap_scores import ClapScorer
+from decoding import decode, fit_length, rank_all, score_all
+from vocoder_chunks import VocoderChunk, plan_chunks
+from waveform_decoder import WaveformDecoder, decode_mels, vocode
+
+Tensors: TypeAlias = Mapping[str, np.ndarray]
+
+WHOLE: Final = ""
+REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {
+    WHOLE: ("latents", "num_samples", "return_scores", "text_embeds"),
+    "mel": ("latents", "num_samples"),
+    "vocode": ("mel_window", "kept_samples"),
+    "score": ("audio", "return_scores", "text_embeds"),
+}
+"""The inputs of each kind of request; which kind is the request parameter `ctl`."""
+
+
+def check_decodable(control: str, inputs: Tensors) -> None:
+    """Other people may call this stage with latents of their own. Raises `InvalidArgumentError`."""
+    if control not in REQUIRED:
+        raise invalid("ctl", control, "mel, vocode, score or none")
+    for name in REQUIRED[control]:
+        if name not in inputs:
+            raise invalid(name, None, "a tensor: only requests between the models of one server can do without")
+    if "num_samples" in inputs:
+        samples = inputs["num_samples"][:, 0]
+        if len(set(samples.tolist())) > 1:
+            raise invalid("num_samples", samples.tolist(), "the same value in all rows of one request")
+    for name, array in inputs.items():
+        if array.dtype == np.float32 and not np.isfinite(array).all():
+            raise invalid(name, array[~np.isfinite(array)][0].item(), "finite values")
+
+
+def decode_parts(
+    decoder: WaveformDecoder, scorer: ClapScorer, requests: Sequence[tuple[str, Tensors]]
+) -> list[dict[str, np.ndarray]]:
+    """The output tensors of each request, by name; a request is its kind, one of `REQUIRED`, and its inputs.
+
+    Those of one kind are computed together. Raises `InvalidArgumentError`, and `InternalError` for non-finite values.
+    """
+    compute = {
+        WHOLE: partial(decode, decoder, scorer),
+        "mel": partial(_cut_mels, decoder),
+        "vocode": partial(_vocode_windows, decoder),
+        "score": partial(_score, decoder, scorer),
+    }
+    results: list[dict[str, np.ndarray]] = [{} for _ in requests]
+    for kind in dict.fromkeys(kind for kind, _ in requests):
+        indices = [index for index, (other, _) in enumerate(requests) if other == kind]
+        for index, result in zip(indices, compute[kind]([requests[index][1] for index in indices]), strict=True):
+            results[index] = result
+    return results
+
+
+def _cut_mels(decoder: WaveformDecoder, requests: Sequence[Tensors]) -> list[dict[str, np.ndarray]]:
+    """`mel_windows` [1, K, N, L, M] and `kept_samples` [1, K, 2]: which samples of a window's waveform count."""
+    mels = iter(
+        decode_mels(decoder, [torch.from_numpy(latent) for request in requests for latent in request["latents"][0]])
+    )
+    results = []
+    for request in requests:
+        mel = torch.stack([next(mels) for _ in request["latents"][0]]).to("cpu", torch.float32)
+        chunks = plan_chunks(decoder.reach, mel.shape[1])
+        windows = [mel[:, chunk.first_frame : chunk.end_frame] for chunk in chunks]
+        kept = _kept_samples(chunks, int(request["num_samples"][0, 0]))
+        results.append({"mel_windows": torch.stack(windows)[None].numpy(), "kept_samples": kept[None]})
+    return results
+
+
+def _kept_samples(chunks: Sequence[VocoderChunk], num_samples: int) -> np.ndarray:
+    """INT32 [K, 2]. The last chunk makes up the promised length, which may be a little beyond its waveform."""
+    kept = np.array([(chunk.first_sample, chunk.end_sample) for chunk in chunks], np.int32)
+    kept[-1, 1] += num_samples - sum(chunk.num_samples for chunk in chunks)
+    return kept
+
+
+def _vocode_windows(decoder: WaveformDecoder, requests: Sequence[Tensors]) -> list[dict[str, np.ndarray]]:
+    """`audio` [1, N, S], the part of the clip that is this window's, in generation order."""
+    windows = [torch.from_numpy(window) for request in requests for window in request["mel_window"][0]]
+    waveforms = iter(vocode(decoder, windows))
+    results = []
+    for request in requests:
+        first, end = request["kept_samples"][0].tolist()
+        parts = [fit_length(next(waveforms)[first:], end - first) for _ in request["mel_window"][0]]
+        results.append({"audio": torch.stack(parts)[None].numpy()})
+    return results
+
+
+def _score(decoder: WaveformDecoder, scorer: ClapScorer, requests: Sequence[Tensors]) -> list[dict[str, np.ndarray]]:
+    """`score` and `order` [1, N], best first, of audio in generation order."""
+    scores = score_all(scorer, requests, [request["audio"] for request in requests], decoder.sampling_rate)
+    return rank_all(scores, decoder.sampling_rate)

@@ -1,0 +1,93 @@
+"""The vocoder in chunks: which part of a mel spectrogram to give it for which part of its waveform.
+
+The vocoder is a stack of convolutions, so that a sample depends only on the frames near it. A mel spectrogram is cut
+into windows of equal length that overlap by what a sample can depend on; each window's waveform is then exact except
+near its ends, which are dropped. At the ends of the clip nothing is added: there the vocoder pads by itself, as it
+does for the whole.
+"""
+
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import Any, Final
+
+CHUNK_FRAMES: Final = 256
+"""How many frames a window can have besides its overlap; 2.56 s at 10 ms a frame."""
+
+
+@dataclass(frozen=True)
+class VocoderReach:
+    """What a vocoder makes of one mel frame, and how far it looks."""
+
+    samples_per_frame: int
+    extra_samples: int  # what F frames give beyond F * samples_per_frame
+    overlap_frames: int  # how many frames before or after its own a sample can depend on
+
+    def num_samples(self, num_frames: int) -> int:
+        return num_frames * self.samples_per_frame + self.extra_samples
+
+
+@dataclass(frozen=True)
+class VocoderChunk:
+    """One window of a mel spectrogram, and which samples of the window's waveform belong to the clip's."""
+
+    first_frame: int
+    end_frame: int
+    first_sample: int  # counted from the window's first sample
+    end_sample: int
+
+    @property
+    def num_samples(self) -> int:
+        return self.end_sample - self.first_sample
+
+
+def vocoder_reach(vocoder: Any) -> VocoderReach:
+    """Read off the layers of a `SpeechT5HifiGan`: from the samples of one frame back to the frames that count."""
+    resblocks = max(_resblock_radius(block) for block in vocoder.resblocks)
+    samples_per_frame = prod(layer.stride[0] for layer in vocoder.upsampler)
+    first, last = _widened(0, samples_per_frame - 1, vocoder.conv_post)
+    for layer in reversed(vocoder.upsampler):
+        kernel, stride, padding = layer.kernel_size[0], layer.stride[0], layer.padding[0]
+        # Sample i of a transposed convolution's input reaches its outputs i * stride - padding + (0 to kernel - 1).
+        first = ceil((first - resblocks + padding - kernel + 1) / stride)
+        last = (last + resblocks + padding) // stride
+    first, last = _widened(first, last, vocoder.conv_pre)
+    extra = 0
+    for layer in vocoder.upsampler:
+        extra = extra * layer.stride[0] + layer.kernel_size[0] - layer.stride[0] - 2 * layer.padding[0]
+    return VocoderReach(samples_per_frame, extra, max(-first, last))
+
+
+def plan_chunks(reach: VocoderReach, num_frames: int, chunk_frames: int = CHUNK_FRAMES) -> tuple[VocoderChunk, ...]:
+    """The chunks of a clip, in order; together they have `reach.num_samples(num_frames)` samples.
+
+    All windows of a clip have the same length, at most `chunk_frames` and the overlap on both sides, so that they can
+    share a call. A clip that is no longer than that is one chunk.
+    """
+    overlap, per_frame = reach.overlap_frames, reach.samples_per_frame
+    count = max(1, ceil((num_frames - 2 * overlap) / chunk_frames))
+    if count == 1:
+        return (VocoderChunk(0, num_frames, 0, reach.num_samples(num_frames)),)
+    advance = ceil((num_frames - 2 * overlap) / count)
+    window = advance + 2 * overlap
+    chunks = []
+    for index in range(count):
+        # The last window ends with the clip: it overlaps by a few frames more.
+        start = min(index * advance, num_frames - window)
+        kept_from = index * advance + overlap if index else 0
+        kept_to = (index + 1) * advance + overlap
+        end_sample = (kept_to - start) * per_frame if index < count - 1 else reach.num_samples(window)
+        chunks.append(VocoderChunk(start, start + window, (kept_from - start) * per_frame, end_sample))
+    return tuple(chunks)
+
+
+def _resblock_radius(block: Any) -> int:
+    return sum(_radius(layer) for layer in (*block.convs1, *block.convs2))
+
+
+def _widened(first: int, last: int, layer: Any) -> tuple[int, int]:
+    return first - _radius(layer), last + _radius(layer)
+
+
+def _radius(layer: Any) -> int:
+    """How far a convolution that keeps the length looks to either side."""
+    return int(layer.dilation[0] * (layer.kernel_size[0] - 1) // 2)
