@@ -1,0 +1,52 @@
+"""The README's examples, run as they stand, on the test server's ports."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from serving.local_server import LocalServer
+
+README = (ROOT / "README.md").read_text()
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def on_test_ports(code: str, server: LocalServer) -> str:
+    return code.replace("localhost:8001", f"localhost:{server.grpc_port}").replace(
+        "localhost:8000", f"localhost:{server.http_port}"
+    )
+
+
+@pytest.mark.parametrize("code", code_blocks("python"), ids=["client", "tritonclient"])
+def test_python_examples(code: str, server: LocalServer, tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", on_test_ports(code, server)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    if "rain.wav" in code:
+        assert (tmp_path / "rain.wav").stat().st_size == 44 + 2 * 5 * 16000
+        assert run.stdout.rstrip().endswith(" 0")
+    else:
+        assert run.stdout.startswith("(163840,) 16000 ")
+
+
+def test_curl_returns_audio(server: LocalServer) -> None:
+    (command,) = (code for code in code_blocks("bash") if code.startswith("curl"))
+    run = subprocess.run(["bash", "-c", on_test_ports(command, server)], capture_output=True, text=True, check=True)
+    answer = json.loads(run.stdout)
+    assert len(answer["audio"]) == 2 * 16000
+    assert 0.01 < max(map(abs, answer["audio"])) <= 1
+    assert answer["seed_used"] == 0
+    assert answer["sampling_rate"] == 16000
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)", README))))
+def test_links_lead_somewhere(link: str) -> None:
+    assert (ROOT / link).exists()
