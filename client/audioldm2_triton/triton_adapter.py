@@ -5,6 +5,7 @@ Imports `triton_python_backend_utils`, which exists only inside Triton's Python 
 
 import json
 import logging
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -58,18 +59,41 @@ def as_known_error(error: BaseException, stage: str) -> AudioLDM2Error:
 
 def deadline_ns(request: Any) -> int:
     """The absolute deadline of a request that has just arrived, on the monotonic clock in ns; 0 where it has none."""
-    timeout_us: int = request.timeout()
-    return time.monotonic_ns() + timeout_us * 1000 if timeout_us > 0 else 0
+    timeout = timeout_us(request)
+    return time.monotonic_ns() + timeout * 1000 if timeout > 0 else 0
+
+
+def timeout_us(request: Any) -> int:
+    """What a request allows in microseconds; 0 where it sets nothing.
+
+    From the endpoints `generate` and `generate_stream`, `timeout` arrives among the custom parameters.
+    """
+    own: int = request.timeout()
+    given = json.loads(request.parameters() or "{}").get("timeout", 0)
+    return own or (int(given) if isinstance(given, int | float) else 0)
 
 
 @cache
-def _requests_gauge(stage: str) -> tuple[Any, Any]:
-    """Of the requests that a stateless stage works on, by which a server is drained before it stops."""
-    family = pb_utils.MetricFamily(
+def _requests_family() -> Any:
+    return pb_utils.MetricFamily(
         name=STAGE_REQUESTS_METRIC, description="Requests that a stage works on", kind=pb_utils.MetricFamily.GAUGE
     )
-    # The family too: its metrics end with it.
-    return family, family.Metric(labels={"model": stage})
+
+
+class RequestsGauge:
+    """Of the requests that a stage works on, by which a server is drained before it stops."""
+
+    def __init__(self, stage: str) -> None:
+        self._metric = _requests_family().Metric(labels={"model": stage})
+        self._lock = threading.Lock()
+
+    def add(self, requests: int) -> None:
+        # Two threads in operations of one metric bring down the whole server (2.51.0): they share a buffer.
+        with self._lock:
+            self._metric.increment(requests)
+
+
+requests_gauge = cache(RequestsGauge)
 
 
 def respond_together(
@@ -83,15 +107,15 @@ def respond_together(
     A request that does not parse fails alone. Where the common call fails, each is computed alone, so that only the
     one that cannot be computed fails.
     """
-    _, gauge = _requests_gauge(stage)
-    gauge.increment(len(requests))
+    gauge = requests_gauge(stage)
+    gauge.add(len(requests))
     try:
         parsed = [_caught(parse, request) for request in requests]
         good = [item for item in parsed if not isinstance(item, Exception)]
         computed = iter(_compute_isolated(compute, good))
         results = [item if isinstance(item, Exception) else next(computed) for item in parsed]
     finally:
-        gauge.increment(-len(requests))
+        gauge.add(-len(requests))
     return [error_response(item, stage) if isinstance(item, Exception) else response(item) for item in results]
 
 

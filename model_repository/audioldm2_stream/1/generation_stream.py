@@ -1,0 +1,73 @@
+"""One streamed generation: the stages one after the other, with what each gives sent as soon as it is there."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from audioldm2_triton.errors import DEADLINE_EXCEEDED, DeadlineExceededError
+from stage_calls import CallStage, Interruption, Send, StageCall, Tensors
+from watched_denoising import INPUTS as DENOISER_INPUTS
+from watched_denoising import denoise
+
+TEXT_CONDITIONING: Final = "text_conditioning"
+DECODER: Final = "decoder"
+
+
+@dataclass(frozen=True)
+class StreamRequest:
+    inputs: Tensors  # of the contract, [1, 1] each
+    timeout_us: int  # 0: none
+
+
+def stream_generation(
+    request: StreamRequest, call: CallStage, send: Send, interruption: Interruption
+) -> dict[str, np.ndarray]:
+    """Sends the progress and the audio; returns the last response.
+
+    The responses before the last are, in this order: each with `step` and `num_steps` INT32 [1, 1], counted from 1;
+    each with `audio` FP32 [1, N, samples of the chunk] in generation order, and `chunk`, counted from 0, and
+    `num_chunks` INT32 [1, 1]. The last has `score` FP32 [1, N] and `order` INT32 [1, N], best first, and
+    `sampling_rate` INT32 and `seed_used` INT64 [1, 1].
+
+    Raises an `AudioLDM2Error`: a stage's own, the interruption, or `DeadlineExceededError`.
+    """
+    outputs = [*DENOISER_INPUTS, "num_samples", "return_scores", "text_embeds"]
+    conditioning = call(StageCall(TEXT_CONDITIONING, request.inputs, outputs, timeout_us=request.timeout_us))
+    deadline_ns = int(conditioning["deadline_ns"][0, 0])
+
+    def check(before: str) -> None:
+        reason = interruption()
+        if reason is not None:
+            raise reason
+        if 0 < deadline_ns <= time.monotonic_ns():
+            raise DeadlineExceededError(f"{DEADLINE_EXCEEDED} before {before}")
+
+    check("denoising")
+    latents = denoise(call, conditioning, send, interruption)
+    check("decoding")
+    audio = _send_audio(latents, conditioning, call, send, check)
+    check("scoring")
+    scored = {"audio": audio, **{name: conditioning[name] for name in ("return_scores", "text_embeds")}}
+    ranking = call(StageCall(DECODER, scored, ["score", "order", "sampling_rate"], {"ctl": "score"}))
+    return {**ranking, "seed_used": conditioning["seed"]}
+
+
+def _send_audio(
+    latents: np.ndarray, conditioning: Tensors, call: CallStage, send: Send, check: Callable[[str], None]
+) -> np.ndarray:
+    """Sends the audio chunk by chunk; returns the whole [1, N, S], in generation order."""
+    inputs = {"latents": latents, "num_samples": conditioning["num_samples"]}
+    cut = call(StageCall(DECODER, inputs, ["mel_windows", "kept_samples"], {"ctl": "mel"}))
+    num_chunks = cut["mel_windows"].shape[1]
+    parts = []
+    for index in range(num_chunks):
+        check(f"chunk {index} of {num_chunks}")
+        window = {"mel_window": cut["mel_windows"][:, index], "kept_samples": cut["kept_samples"][:, index]}
+        audio = call(StageCall(DECODER, window, ["audio"], {"ctl": "vocode"}))["audio"]
+        counts = {"chunk": np.array([[index]], np.int32), "num_chunks": np.array([[num_chunks]], np.int32)}
+        send({"audio": audio, **counts})
+        parts.append(audio)
+    return np.concatenate(parts, axis=2)

@@ -1,0 +1,133 @@
+"""The denoiser's part of a stream: while it works, its progress is passed on, and a cancellation passed in."""
+
+import logging
+import threading
+import time
+import uuid
+from queue import Empty, SimpleQueue
+from typing import Final, TypeAlias
+
+import numpy as np
+
+from audioldm2_triton.errors import AudioLDM2Error
+from stage_calls import CallStage, Interruption, Send, StageCall, Tensors
+
+DENOISER: Final = "denoiser"
+INPUTS: Final = (
+    "prompt_embeds",
+    "attention_mask",
+    "generated_prompt_embeds",
+    "negative_prompt_embeds",
+    "negative_attention_mask",
+    "negative_generated_prompt_embeds",
+    "latent_frames",
+    "num_inference_steps",
+    "guidance_scale",
+    "num_waveforms_per_prompt",
+    "seed",
+    "scheduler",
+    "deadline_ns",
+)
+SECOND_ORDER: Final = (b"HeunDiscreteScheduler", b"KDPM2DiscreteScheduler")
+INTERRUPTION_POLL_IN_S: Final = 0.03
+UNKNOWN_JOB_RETRY_IN_S: Final = 0.01
+
+_Outcome: TypeAlias = Tensors | Exception
+
+logger = logging.getLogger(__name__)
+
+
+def denoise(call: CallStage, conditioning: Tensors, send: Send, interruption: Interruption) -> np.ndarray:
+    """The latents [1, N, C, H, W] of one request; sends each of its steps once, in order and without gaps.
+
+    Args:
+        conditioning: the outputs of the text stage.
+
+    Raises what the denoiser refuses or fails with, and the interruption as soon as the denoiser has let go.
+    """
+    job = uuid.uuid4().hex
+    outcomes: SimpleQueue[_Outcome | tuple[int, int]] = SimpleQueue()
+    over = threading.Event()
+    for target, arguments in ((_denoise, (call, conditioning, job, outcomes)), (_watch, (call, job, outcomes, over))):
+        threading.Thread(target=target, args=arguments, name=f"{target.__name__}-{job}", daemon=True).start()
+    sent, num_steps = 0, num_evaluations(conditioning)
+    reason: AudioLDM2Error | None = None
+    next_poll = time.monotonic()
+    try:
+        while True:
+            outcome = _next(outcomes, max(0.0, next_poll - time.monotonic()))
+            if time.monotonic() >= next_poll:
+                next_poll = time.monotonic() + INTERRUPTION_POLL_IN_S
+                reason = reason or interruption()
+                if reason is not None:
+                    # Again and again: the job may not have been known yet.
+                    _control(call, "cancel", job)
+            if isinstance(outcome, tuple):
+                step, num_steps = outcome
+                if reason is None:
+                    sent = _send_steps(send, sent, step, num_steps)
+            elif outcome is not None:
+                if reason is not None:
+                    raise reason
+                if isinstance(outcome, Exception):
+                    raise outcome
+                _send_steps(send, sent, num_steps, num_steps)
+                return outcome["latents"]
+    finally:
+        over.set()
+
+
+def num_evaluations(conditioning: Tensors) -> int:
+    """What the denoiser counts as steps, for a job that is done before it could be asked."""
+    steps = int(conditioning["num_inference_steps"][0, 0])
+    return 2 * steps - 1 if conditioning["scheduler"][0, 0] in SECOND_ORDER else steps
+
+
+def _next(
+    outcomes: "SimpleQueue[_Outcome | tuple[int, int]]", timeout_in_s: float
+) -> _Outcome | tuple[int, int] | None:
+    try:
+        return outcomes.get(timeout=timeout_in_s)
+    except Empty:
+        return None
+
+
+def _send_steps(send: Send, sent: int, step: int, num_steps: int) -> int:
+    """Sends what lies between the last sent and `step`: quick steps outrun the asking. Returns the last sent."""
+    for index in range(sent + 1, step + 1):
+        send({"step": np.array([[index]], np.int32), "num_steps": np.array([[num_steps]], np.int32)})
+    return max(sent, step)
+
+
+def _denoise(
+    call: CallStage, conditioning: Tensors, job: str, outcomes: "SimpleQueue[_Outcome | tuple[int, int]]"
+) -> None:
+    try:
+        inputs = {name: conditioning[name] for name in INPUTS}
+        outcomes.put(call(StageCall(DENOISER, inputs, ["latents"], {"job": job})))
+    except Exception as error:
+        outcomes.put(error)
+
+
+def _watch(
+    call: CallStage, job: str, outcomes: "SimpleQueue[_Outcome | tuple[int, int]]", over: threading.Event
+) -> None:
+    """Asks for progress again and again; the denoiser answers when there is some."""
+    seen = 0
+    try:
+        while not over.is_set():
+            step, num_steps = _control(call, "progress", job, after=seen)
+            if step > seen:
+                seen = step
+                outcomes.put((step, num_steps))
+            else:
+                over.wait(UNKNOWN_JOB_RETRY_IN_S)  # not known yet, or not any more
+    except Exception:
+        logger.exception("the progress of a request cannot be told")
+
+
+def _control(call: CallStage, control: str, job: str, **parameters: int) -> tuple[int, int]:
+    # Triton wants at least one input.
+    inputs = {"deadline_ns": np.zeros((1, 1), np.int64)}
+    answer = call(StageCall(DENOISER, inputs, ["step", "num_steps"], {"ctl": control, "job": job, **parameters}))
+    return int(answer["step"][0, 0]), int(answer["num_steps"][0, 0])
