@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ import pytest
 import audioldm2_triton
 from audioldm2_triton import AsyncAudioLDM2Client, AudioLDM2Client, ServerInfo, contract, errors, wire
 from audioldm2_triton.contract import Limits
+from contract_stand_in.both_clients import Client, open_client
 from contract_stand_in.stand_in_audio import NATIVE_AUDIO_LENGTH_IN_S, SAMPLING_RATE, stand_in_audio, stand_in_scores
 from contract_stand_in.stand_in_server import StandInServer, stand_in_server
 
@@ -31,38 +32,6 @@ ARGUMENTS: dict[str, Any] = {
     "seed": contract.MAX_SEED,
     "scheduler": "DDIMScheduler",
 }
-
-
-class Client(Protocol):
-    def generate(self, prompt: Any, **options: Any) -> Any: ...
-    def server_info(self) -> ServerInfo: ...
-
-
-class Awaited:
-    """The asyncio client as if it were the other one."""
-
-    def __init__(self, url: str, root_certificates: Path | None, loop: asyncio.AbstractEventLoop) -> None:
-        self._client, self._loop = AsyncAudioLDM2Client(url, root_certificates=root_certificates), loop
-
-    def generate(self, prompt: Any, **options: Any) -> Any:
-        return self._loop.run_until_complete(self._client.generate(prompt, **options))
-
-    def server_info(self) -> ServerInfo:
-        return self._loop.run_until_complete(self._client.server_info())
-
-    def close(self) -> None:
-        self._loop.run_until_complete(self._client.close())
-
-
-@contextlib.contextmanager
-def open_client(kind: str, url: str, root_certificates: Path | None = None) -> Iterator[Client]:
-    if kind == "sync":
-        with AudioLDM2Client(url, root_certificates=root_certificates) as client:
-            yield client
-        return
-    loop = asyncio.new_event_loop()
-    with contextlib.closing(loop), contextlib.closing(Awaited(url, root_certificates, loop)) as awaited:
-        yield awaited
 
 
 @contextlib.contextmanager
@@ -188,7 +157,7 @@ def test_one_prompt_in_a_sequence_gives_a_list(client: Client) -> None:
 
 def test_server_info(client: Client) -> None:
     assert client.server_info() == ServerInfo(
-        Limits(30, 100, 4), NATIVE_AUDIO_LENGTH_IN_S, SAMPLING_RATE, contract.SCHEDULERS[:3], "stand-in", 8
+        Limits(30, 100, 4), NATIVE_AUDIO_LENGTH_IN_S, SAMPLING_RATE, contract.SCHEDULERS[:3], "stand-in", 8, True
     )
 
 
@@ -208,14 +177,14 @@ def test_failures_are_one_line_of_the_right_kind(
     client: Client, url: str, command: str, kind_of_error: type[Exception], message: str, request_id: str
 ) -> None:
     with pytest.raises(errors.AudioLDM2Error) as caught:
-        client.generate(command, request_id=request_id)
+        client.generate([command], request_id=request_id)  # a sequence, which goes to the ensemble over gRPC too
     assert type(caught.value) is kind_of_error
     assert str(caught.value) == message.format(url=url)
 
 
 def test_a_timeout_reaches_the_server_as_its_deadline(client: Client) -> None:
     with pytest.raises(errors.DeadlineExceededError, match=r"^deadline exceeded: 250000 us$"):
-        client.generate("!sleep 20", timeout=0.25)
+        client.generate(["!sleep 20"], timeout=0.25)
     assert client.generate("!sleep 0.01", timeout=5).num_waveforms == 1
 
 
@@ -224,7 +193,7 @@ def test_a_server_that_minds_no_deadline_is_given_up(client: Client, url: str, m
     client.server_info()  # without a timeout, which must not stay
     start = time.monotonic()
     with pytest.raises(errors.DeadlineExceededError, match=rf"no answer from {url} within 1 s"):
-        client.generate("!deaf 3", timeout=1)
+        client.generate(["!deaf 3"], timeout=1)
     assert time.monotonic() - start < 2.5
     # The late answer is nobody's.
     result = client.generate("rain", timeout=1, **ARGUMENTS)
@@ -267,19 +236,6 @@ def test_one_asyncio_client_keeps_many_requests_in_flight(url: str) -> None:
     assert asyncio.run(meet()) == list(range(8))
 
 
-def test_cancelling_an_asyncio_request_leaves_the_client_usable(url: str) -> None:
-    async def cancel_and_go_on() -> int:
-        async with AsyncAudioLDM2Client(url) as client:
-            task = asyncio.create_task(client.generate("!sleep 1"))
-            await asyncio.sleep(0.2)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            return (await client.generate("rain", seed=9)).seed
-
-    assert asyncio.run(cancel_and_go_on()) == 9
-
-
 def test_a_closed_client_says_so(url: str) -> None:
     client = AudioLDM2Client(url)
     client.server_info()
@@ -317,7 +273,8 @@ def test_the_length_is_the_servers_where_it_publishes_none(kind: str, bare_serve
 def test_grpc_over_tls(kind: str, bare_server: StandInServer, certificate: Path) -> None:
     url = f"grpcs://{bare_server.grpc}"
     with open_client(kind, url, root_certificates=certificate) as client:
-        assert client.generate("rain", seed=5).seed == 5
+        assert client.generate(["rain"], seed=5)[0].seed == 5
+        assert client.stream("rain", seed=5)[-1].result.seed == 5
     with open_client(kind, url) as client, pytest.raises(errors.UnavailableError, match=rf"^{url}: "):
         client.generate("rain")
 
@@ -326,13 +283,14 @@ def test_https_by_way_of_a_gateway(kind: str, bare_server: StandInServer, certif
     with tls_gateway(certificate, bare_server.http) as address:
         url = f"https://{address}"
         with open_client(kind, url, root_certificates=certificate) as client:
-            assert client.generate("rain", seed=5).seed == 5
+            assert client.generate(["rain"], seed=5)[0].seed == 5
+        assert client.stream("rain", seed=5)[-1].result.seed == 5
         with open_client(kind, url) as client, pytest.raises(errors.UnavailableError, match=rf"^{url}: .*certificate"):
             client.generate("rain")
 
 
 def test_the_two_clients_are_twins() -> None:
-    for name in ("__init__", "generate", "server_info", "close"):
+    for name in ("__init__", "generate", "stream", "server_info", "close"):
         signatures = [
             inspect.signature(getattr(twin, name)).replace(return_annotation=None)
             for twin in (AudioLDM2Client, AsyncAudioLDM2Client)

@@ -15,8 +15,8 @@ from audioldm2_triton.failures import clean_message, known_failures
 from audioldm2_triton.server_info import ServerInfo, read_server_info
 from audioldm2_triton.wire import DTYPES, InferRequest, build_request
 
-INFO = ServerInfo(Limits(), 10.24, 16000, ("DDIMScheduler", "EulerDiscreteScheduler"), "checkpoint", 8)
-UNPUBLISHED = read_server_info({"name": "audioldm2", "max_batch_size": 8})
+INFO = ServerInfo(Limits(), 10.24, 16000, ("DDIMScheduler", "EulerDiscreteScheduler"), "checkpoint", 8, True)
+UNPUBLISHED = read_server_info({"name": "audioldm2", "max_batch_size": 8}, False)
 
 DEFAULTS: dict[str, Any] = {
     "negative_prompt": None,
@@ -149,17 +149,18 @@ def test_published_parameters_are_read_and_missing_ones_default() -> None:
                 "max_num_inference_steps": {"string_value": ""},
                 "schedulers": {"string_value": "DDIMScheduler, EulerDiscreteScheduler"},
             },
-        }
+        },
+        False,
     )
     assert info == ServerInfo(
-        Limits(max_audio_length_in_s=12.5), None, None, ("DDIMScheduler", "EulerDiscreteScheduler"), None, 4
+        Limits(max_audio_length_in_s=12.5), None, None, ("DDIMScheduler", "EulerDiscreteScheduler"), None, 4, False
     )
     assert (UNPUBLISHED.limits, UNPUBLISHED.schedulers) == (Limits(), contract.SCHEDULERS)
 
 
 def test_a_published_value_that_is_no_number_is_named() -> None:
     with pytest.raises(errors.InternalError, match=r"`sampling_rate`: got 'fast' but expected a number"):
-        read_server_info({"parameters": {"sampling_rate": {"string_value": "fast"}}})
+        read_server_info({"parameters": {"sampling_rate": {"string_value": "fast"}}}, True)
 
 
 @pytest.mark.parametrize(

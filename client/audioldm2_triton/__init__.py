@@ -17,16 +17,20 @@ if TYPE_CHECKING:
     )
     from audioldm2_triton.result import GenerationResult
     from audioldm2_triton.server_info import ServerInfo
+    from audioldm2_triton.stream import AudioChunk, Finished, Progress
 
 __all__ = [
     "AsyncAudioLDM2Client",
+    "AudioChunk",
     "AudioLDM2Client",
     "AudioLDM2Error",
     "DeadlineExceededError",
+    "Finished",
     "GenerationResult",
     "InternalError",
     "InvalidArgumentError",
     "Limits",
+    "Progress",
     "RequestCancelledError",
     "ServerInfo",
     "UnavailableError",
@@ -34,9 +38,12 @@ __all__ = [
 
 _MODULES = {
     "AsyncAudioLDM2Client": "aio",
+    "AudioChunk": "stream",
     "AudioLDM2Client": "client",
+    "Finished": "stream",
     "GenerationResult": "result",
     "Limits": "contract",
+    "Progress": "stream",
     "ServerInfo": "server_info",
 }
 

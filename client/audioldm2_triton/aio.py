@@ -1,23 +1,22 @@
 """The client for asyncio, the twin of `client`."""
 
-import asyncio
-import ssl
-from collections.abc import Awaitable, Mapping, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
 from os import PathLike, fspath
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, overload
 
 from audioldm2_triton import contract, wire
-from audioldm2_triton.endpoint import DEFAULT_URL, Endpoint, parse_url
+from audioldm2_triton.aio_connection import AsyncGrpcConnection, AsyncHttpConnection
+from audioldm2_triton.endpoint import DEFAULT_URL, parse_url
 from audioldm2_triton.failures import known_failures
 from audioldm2_triton.result import GenerationResult
 from audioldm2_triton.server_info import ServerInfo, read_server_info
+from audioldm2_triton.stream import Finished, OnProgress, Progress, StreamEvent, StreamReader
 from audioldm2_triton.wire import GenerateOptions, InferRequest, PerRow
 
 if TYPE_CHECKING:
     from typing import Self, Unpack
-
-T = TypeVar("T")
 
 
 class AsyncAudioLDM2Client:
@@ -26,7 +25,7 @@ class AsyncAudioLDM2Client:
     def __init__(self, url: str = DEFAULT_URL, *, root_certificates: str | PathLike[str] | None = None) -> None:
         self._endpoint = parse_url(url)
         self._root_certificates = None if root_certificates is None else fspath(root_certificates)
-        self._connection: _GrpcConnection | _HttpConnection | None = None
+        self._connection: AsyncGrpcConnection | AsyncHttpConnection | None = None
         self._info: ServerInfo | None = None
         self._closed = False
 
@@ -50,11 +49,14 @@ class AsyncAudioLDM2Client:
         wire.check_timeout(timeout)
         with known_failures(self._endpoint, timeout):
             config = await self._open().model_config(timeout)
-        self._info = read_server_info(config)
+            serves_stream = await self._open().is_model_ready(contract.STREAM, timeout)
+        self._info = read_server_info(config, serves_stream)
         return self._info
 
     @overload
-    async def generate(self, prompt: str, **options: "Unpack[GenerateOptions]") -> GenerationResult: ...  # type: ignore[overload-overlap]
+    async def generate(  # type: ignore[overload-overlap]
+        self, prompt: str, *, on_progress: OnProgress | None = None, **options: "Unpack[GenerateOptions]"
+    ) -> GenerationResult: ...
 
     @overload
     async def generate(self, prompt: Sequence[str], **options: "Unpack[GenerateOptions]") -> list[GenerationResult]: ...
@@ -73,8 +75,9 @@ class AsyncAudioLDM2Client:
         return_scores: PerRow[bool | None] = None,
         timeout: float | None = None,
         request_id: str = "",
+        on_progress: OnProgress | None = None,
     ) -> GenerationResult | list[GenerationResult]:
-        """As `AudioLDM2Client.generate`."""
+        """As `AudioLDM2Client.generate`; where an interrupt reaches the server there, cancelling the task does here."""
         request = wire.build_request(
             self._info or await self.server_info(timeout),
             prompt,
@@ -89,78 +92,56 @@ class AsyncAudioLDM2Client:
             timeout=timeout,
             request_id=request_id,
         )
+        if on_progress is not None or self._goes_by_stream(request):
+            return await self._generate_by_stream(request, on_progress)
         with known_failures(self._endpoint, timeout):
             answer = await self._open().infer(request)
         return wire.read_results(request, answer)
 
-    def _open(self) -> "_GrpcConnection | _HttpConnection":
+    async def stream(self, prompt: str, **options: "Unpack[GenerateOptions]") -> AsyncGenerator[StreamEvent, None]:
+        """As `AudioLDM2Client.stream`, for `async for`; cancelling the task cancels the request on the server too.
+
+        After a `break` the generator is closed, and the request cancelled, when the event loop gets to it;
+        `contextlib.aclosing` waits for that.
+        """
+        request = wire.build_request(self._info or await self.server_info(options.get("timeout")), prompt, **options)
+        async with contextlib.aclosing(self._events(request)) as events:
+            async for event in events:
+                yield event
+
+    async def _events(self, request: InferRequest) -> AsyncGenerator[StreamEvent, None]:
+        wire.check_single(request)
+        reader = StreamReader(request)
+        with known_failures(self._endpoint, request.timeout):
+            async with contextlib.aclosing(self._open().stream(request)) as responses:
+                async for tensors in responses:
+                    event = reader.read(tensors)
+                    if event is not None:
+                        yield event
+        reader.end()
+
+    def _goes_by_stream(self, request: InferRequest) -> bool:
+        """As in `AudioLDM2Client`."""
+        return (
+            request.single and self._endpoint.protocol == "grpc" and self._info is not None and self._info.serves_stream
+        )
+
+    async def _generate_by_stream(self, request: InferRequest, on_progress: OnProgress | None) -> GenerationResult:
+        result = None
+        async with contextlib.aclosing(self._events(request)) as events:
+            async for event in events:
+                if isinstance(event, Progress) and on_progress is not None:
+                    on_progress(event)
+                elif isinstance(event, Finished):
+                    result = event.result
+        assert result is not None  # else the stream has raised
+        return result
+
+    def _open(self) -> "AsyncGrpcConnection | AsyncHttpConnection":
         """The connection, opened at the first call because it belongs to the running event loop."""
         if self._closed:
             raise RuntimeError("the client is closed")
         if self._connection is None:
-            open_connection = _GrpcConnection if self._endpoint.protocol == "grpc" else _HttpConnection
+            open_connection = AsyncGrpcConnection if self._endpoint.protocol == "grpc" else AsyncHttpConnection
             self._connection = open_connection(self._endpoint, self._root_certificates)
         return self._connection
-
-
-class _GrpcConnection:
-    def __init__(self, endpoint: Endpoint, root_certificates: str | None) -> None:
-        from tritonclient.grpc import aio
-
-        self._input_class = aio.InferInput
-        self._client = aio.InferenceServerClient(
-            endpoint.address, ssl=endpoint.tls, root_certificates=root_certificates
-        )
-
-    async def model_config(self, timeout: float | None) -> Mapping[str, Any]:
-        answer = await self._client.get_model_config(
-            contract.ENSEMBLE, as_json=True, client_timeout=wire.client_timeout(timeout)
-        )
-        config: Mapping[str, Any] = answer["config"]
-        return config
-
-    async def infer(self, request: InferRequest) -> Any:
-        return await self._client.infer(
-            contract.ENSEMBLE,
-            wire.infer_inputs(request, self._input_class),
-            request_id=request.request_id,
-            timeout=request.timeout_us,
-            client_timeout=wire.client_timeout(request.timeout),
-        )
-
-    async def close(self) -> None:
-        await self._client.close()
-
-
-class _HttpConnection:
-    def __init__(self, endpoint: Endpoint, root_certificates: str | None) -> None:
-        from tritonclient.http import aio
-
-        self._input_class = aio.InferInput
-        self._client = aio.InferenceServerClient(
-            endpoint.address,
-            # Neither a limit on what is in flight, which is the caller's, nor on the time, which is per request.
-            conn_limit=0,
-            conn_timeout=None,
-            ssl=endpoint.tls,
-            ssl_context=ssl.create_default_context(cafile=root_certificates) if endpoint.tls else True,
-        )
-
-    async def model_config(self, timeout: float | None) -> Mapping[str, Any]:
-        return await _within(timeout, self._client.get_model_config(contract.ENSEMBLE))
-
-    async def infer(self, request: InferRequest) -> Any:
-        answer = self._client.infer(
-            contract.ENSEMBLE,
-            wire.infer_inputs(request, self._input_class),
-            request_id=request.request_id,
-            timeout=request.timeout_us,
-        )
-        return await _within(request.timeout, answer)
-
-    async def close(self) -> None:
-        await self._client.close()
-
-
-async def _within(timeout: float | None, answer: Awaitable[T]) -> T:
-    return await asyncio.wait_for(answer, wire.client_timeout(timeout))

@@ -5,8 +5,9 @@ import asyncio
 import sys
 import time
 from collections.abc import Awaitable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, NoReturn, TypeVar
 
 from tqdm import tqdm
 
@@ -16,6 +17,7 @@ from audioldm2_triton.endpoint import DEFAULT_URL
 from audioldm2_triton.errors import AudioLDM2Error, invalid
 from audioldm2_triton.result import GenerationResult, check_audio_path, check_path
 from audioldm2_triton.server_info import ServerInfo
+from audioldm2_triton.stream import Progress
 from audioldm2_triton.wire import GenerateOptions
 
 T = TypeVar("T")
@@ -28,6 +30,7 @@ EPILOG: Final = """\
 With several waveforms per prompt the best goes to out.wav and the others, by falling score, to out-1.wav, out-2.wav
 and so on. With --batch the file is named after the prompt's line, 0001.wav. Existing files are overwritten. Each file
 is reported on standard output: path, length, seed, score, latency of its request.
+Ctrl-C also cancels what is in flight on the server (over HTTP not with --batch).
 Exit code: 0; 1 where something failed; 2 for a wrong command line; 130 after Ctrl-C.
 """
 
@@ -147,25 +150,41 @@ async def _generate_one(client: AsyncAudioLDM2Client, arguments: argparse.Namesp
 
         require_matplotlib()
         check_path(arguments.plot, (".png",))
-    await client.server_info(arguments.timeout)
+    info = await client.server_info(arguments.timeout)
     start = time.monotonic()
-    result = await _with_clock(client.generate(arguments.prompt, **_options(arguments)))
+    with _progress_bar() as bar:
+        # By way of the stream, where there is one: so Ctrl-C stops the work on the server too.
+        on_progress = partial(_show_progress, bar) if info.serves_stream else None
+        answer = client.generate(arguments.prompt, on_progress=on_progress, **_options(arguments))
+        result = await _refreshing(bar, answer)
     _save(result, path, time.monotonic() - start)
     if arguments.plot is not None:
         result.plot(arguments.plot)
     return 0
 
 
-async def _with_clock(answer: Awaitable[T]) -> T:
-    """Waits for an answer behind a bar that shows the time."""
+def _progress_bar() -> "tqdm[NoReturn]":
+    """A bar that shows the time, until it knows the number of steps."""
+    return tqdm(bar_format="generating {elapsed}", leave=False, disable=None, file=sys.stderr)
+
+
+def _show_progress(bar: "tqdm[NoReturn]", progress: Progress) -> None:
+    bar.bar_format = "generating {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} {elapsed}"
+    bar.total = progress.num_steps
+    bar.update(progress.step - bar.n)
+
+
+async def _refreshing(bar: "tqdm[NoReturn]", answer: Awaitable[T]) -> T:
+    """Waits for an answer while the bar's time goes on."""
     task = asyncio.ensure_future(answer)
-    with tqdm(bar_format="generating {elapsed}", leave=False, disable=None, file=sys.stderr) as bar:
-        try:
-            while not task.done():
-                await asyncio.wait({task}, timeout=REFRESH_IN_S)
-                bar.refresh()
-        finally:
-            task.cancel()
+    try:
+        while not task.done():
+            await asyncio.wait({task}, timeout=REFRESH_IN_S)
+            bar.refresh()
+    finally:
+        if task.cancel():
+            # Its cancellation has to reach the server before the connection is closed.
+            await asyncio.wait({task})
     return task.result()
 
 
@@ -201,6 +220,8 @@ async def _all(works: Iterable[Awaitable[None]]) -> None:
     finally:
         for task in tasks:
             task.cancel()
+        # As in `_refreshing`.
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _read_prompts(path: Path) -> list[tuple[int, str]]:

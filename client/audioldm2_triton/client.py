@@ -1,16 +1,18 @@
 """The client for ordinary programs; `aio` has its twin for asyncio."""
 
-import threading
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Generator, Sequence
 from os import PathLike, fspath
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 from audioldm2_triton import contract, wire
-from audioldm2_triton.endpoint import DEFAULT_URL, Endpoint, parse_url
+from audioldm2_triton.connection import GrpcConnection, HttpConnection
+from audioldm2_triton.endpoint import DEFAULT_URL, parse_url
 from audioldm2_triton.failures import known_failures
 from audioldm2_triton.result import GenerationResult
 from audioldm2_triton.server_info import ServerInfo, read_server_info
+from audioldm2_triton.stream import Finished, OnProgress, Progress, StreamEvent, StreamReader
 from audioldm2_triton.wire import GenerateOptions, InferRequest, PerRow
 
 if TYPE_CHECKING:
@@ -28,8 +30,8 @@ class AudioLDM2Client:
     def __init__(self, url: str = DEFAULT_URL, *, root_certificates: str | PathLike[str] | None = None) -> None:
         self._endpoint = parse_url(url)
         certificates = None if root_certificates is None else fspath(root_certificates)
-        open_connection = _GrpcConnection if self._endpoint.protocol == "grpc" else _HttpConnection
-        self._connection: _GrpcConnection | _HttpConnection = open_connection(self._endpoint, certificates)
+        open_connection = GrpcConnection if self._endpoint.protocol == "grpc" else HttpConnection
+        self._connection: GrpcConnection | HttpConnection = open_connection(self._endpoint, certificates)
         self._info: ServerInfo | None = None
         self._closed = False
 
@@ -55,11 +57,14 @@ class AudioLDM2Client:
         wire.check_timeout(timeout)
         with known_failures(self._endpoint, timeout):
             config = self._connection.model_config(timeout)
-        self._info = read_server_info(config)
+            serves_stream = self._connection.is_model_ready(contract.STREAM, timeout)
+        self._info = read_server_info(config, serves_stream)
         return self._info
 
     @overload
-    def generate(self, prompt: str, **options: "Unpack[GenerateOptions]") -> GenerationResult: ...  # type: ignore[overload-overlap]
+    def generate(  # type: ignore[overload-overlap]
+        self, prompt: str, *, on_progress: OnProgress | None = None, **options: "Unpack[GenerateOptions]"
+    ) -> GenerationResult: ...
 
     @overload
     def generate(self, prompt: Sequence[str], **options: "Unpack[GenerateOptions]") -> list[GenerationResult]: ...
@@ -78,6 +83,7 @@ class AudioLDM2Client:
         return_scores: PerRow[bool | None] = None,
         timeout: float | None = None,
         request_id: str = "",
+        on_progress: OnProgress | None = None,
     ) -> GenerationResult | list[GenerationResult]:
         """Generates the waveforms of one prompt, or of several in one request.
 
@@ -94,6 +100,12 @@ class AudioLDM2Client:
             return_scores: whether to score the waveforms; by default, and always, with more than one of them.
             timeout: seconds until the server gives the request up; by default it never does.
             request_id: a name for the request in the server's logs and traces.
+            on_progress: called with each `Progress`, once per evaluation of the UNet; for one prompt only, and not
+                with a server that lacks `audioldm2_stream`.
+
+        Over gRPC one prompt goes by way of the stream, as everything with `on_progress` does, so that an interrupt
+        (Ctrl-C) also stops the work on the server. Several prompts in one request, and plain requests over HTTP, are
+        only stopped there by `timeout`: see `stream` for what can always be stopped.
 
         Returns one result for a string and a list of results, in order, for a sequence.
 
@@ -114,85 +126,57 @@ class AudioLDM2Client:
             timeout=timeout,
             request_id=request_id,
         )
+        if on_progress is not None or self._goes_by_stream(request):
+            return self._generate_by_stream(request, on_progress)
         self._check_open()
         with known_failures(self._endpoint, timeout):
             answer = self._connection.infer(request)
         return wire.read_results(request, answer)
 
+    def stream(self, prompt: str, **options: "Unpack[GenerateOptions]") -> Generator[StreamEvent, None, None]:
+        """Generates the waveforms of one prompt and tells of it: `Progress`, then `AudioChunk`, `Finished` at the end.
+
+        Arguments and errors are those of `generate`; nothing is sent, and nothing raised, before the first event is
+        asked for. Whatever ends the iteration early (`break`, an exception, `close()`) cancels the request on the
+        server, at its next denoising step.
+
+        Over HTTP the server sees a cancellation as the end of the connection, which a proxy on the way may keep to
+        itself. Errors in a stream have no codes: their kind is told from the wording of the message.
+        """
+        request = wire.build_request(self._info or self.server_info(options.get("timeout")), prompt, **options)
+        yield from self._events(request)
+
+    def _events(self, request: InferRequest) -> Generator[StreamEvent, None, None]:
+        wire.check_single(request)
+        self._check_open()
+        reader = StreamReader(request)
+        with (
+            known_failures(self._endpoint, request.timeout),
+            contextlib.closing(self._connection.stream(request)) as responses,
+        ):
+            for tensors in responses:
+                event = reader.read(tensors)
+                if event is not None:
+                    yield event
+        reader.end()
+
+    def _goes_by_stream(self, request: InferRequest) -> bool:
+        """Whether a request without `on_progress` does: over HTTP it would be much larger, as JSON."""
+        return (
+            request.single and self._endpoint.protocol == "grpc" and self._info is not None and self._info.serves_stream
+        )
+
+    def _generate_by_stream(self, request: InferRequest, on_progress: OnProgress | None) -> GenerationResult:
+        result = None
+        with contextlib.closing(self._events(request)) as events:
+            for event in events:
+                if isinstance(event, Progress) and on_progress is not None:
+                    on_progress(event)
+                elif isinstance(event, Finished):
+                    result = event.result
+        assert result is not None  # else the stream has raised
+        return result
+
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the client is closed")
-
-
-class _GrpcConnection:
-    """One channel, shared by all threads."""
-
-    def __init__(self, endpoint: Endpoint, root_certificates: str | None) -> None:
-        from tritonclient import grpc
-
-        self._input_class = grpc.InferInput
-        self._client = grpc.InferenceServerClient(
-            endpoint.address, ssl=endpoint.tls, root_certificates=root_certificates
-        )
-
-    def model_config(self, timeout: float | None) -> Mapping[str, Any]:
-        answer = self._client.get_model_config(
-            contract.ENSEMBLE, as_json=True, client_timeout=wire.client_timeout(timeout)
-        )
-        config: Mapping[str, Any] = answer["config"]
-        return config
-
-    def infer(self, request: InferRequest) -> Any:
-        return self._client.infer(
-            contract.ENSEMBLE,
-            wire.infer_inputs(request, self._input_class),
-            request_id=request.request_id,
-            timeout=request.timeout_us,
-            client_timeout=wire.client_timeout(request.timeout),
-        )
-
-    def close(self) -> None:
-        self._client.close()
-
-
-class _HttpConnection:
-    """One `tritonclient.http` per thread, because it is not thread-safe."""
-
-    def __init__(self, endpoint: Endpoint, root_certificates: str | None) -> None:
-        self._endpoint = endpoint
-        self._root_certificates = root_certificates
-        self._local = threading.local()
-
-    def model_config(self, timeout: float | None) -> Mapping[str, Any]:
-        config: Mapping[str, Any] = self._client(timeout).get_model_config(contract.ENSEMBLE)
-        return config
-
-    def infer(self, request: InferRequest) -> Any:
-        from tritonclient import http
-
-        return self._client(request.timeout).infer(
-            contract.ENSEMBLE,
-            wire.infer_inputs(request, http.InferInput),
-            request_id=request.request_id,
-            timeout=request.timeout_us,
-        )
-
-    def close(self) -> None:
-        # Each thread's client closes itself when nothing refers to it any more.
-        self._local = threading.local()
-
-    def _client(self, timeout: float | None) -> Any:
-        """This thread's client. A timeout belongs to the connection, so that another one takes a new connection."""
-        from tritonclient import http
-
-        if getattr(self._local, "timeout", -1) != timeout:
-            network_timeout = wire.client_timeout(timeout)
-            self._local.client = http.InferenceServerClient(
-                self._endpoint.address,
-                connection_timeout=network_timeout,
-                network_timeout=network_timeout,
-                ssl=self._endpoint.tls,
-                ssl_options={"ca_certs": self._root_certificates} if self._root_certificates else None,
-            )
-            self._local.timeout = timeout
-        return self._local.client

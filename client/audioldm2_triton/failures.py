@@ -1,4 +1,4 @@
-"""What went wrong in a call, from `tritonclient`'s exceptions to the errors of the contract."""
+"""What went wrong in a call, from the exceptions of `tritonclient` and gRPC to the errors of the contract."""
 
 import asyncio
 import re
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
+import grpc
 from tritonclient.utils import InferenceServerException
 
 from audioldm2_triton.endpoint import Endpoint
@@ -40,11 +41,22 @@ _KINDS: Final[dict[str, type[AudioLDM2Error]]] = {
     "504": DeadlineExceededError,
 }
 
+# Errors in a stream have no status. Over HTTP there is none; over gRPC Triton sends one if the client's metadata have
+# `triton_grpc_error`, but 24.10 dies of it (SIGSEGV) within a few hundred failing or cancelled streams. So the kind is
+# told from the wording: that of `errors.invalid`, and what the stages and Triton say of a lack that may pass.
+_WORDINGS: Final[tuple[tuple[re.Pattern[str], type[AudioLDM2Error]], ...]] = (
+    (re.compile(r"`\w+`(?:, `\w+`)*: "), InvalidArgumentError),
+    (re.compile(r"\w+ is (?:full|out of memory|shutting down)\b"), UnavailableError),
+    (re.compile(r"\w+: (?:the|every) engine is (?:broken|shutting down)\b"), UnavailableError),
+    (re.compile(r"Request for unknown model: |.*\bModel '?\w+'? is not ready"), UnavailableError),
+)
+
 _WRAPPING: Final = re.compile(r"(?:in ensemble '[^']*', |\[request id: [^\]]*\] )+")
 _RAISED_IN_STAGE: Final = re.compile(
     r"Failed to process the request\(s\) for model(?: instance)? '(?P<stage>[^']*)', message: (?P<message>.*)",
     re.DOTALL,
 )
+_HTTP_LIBRARIES: Final = ("aiohttp", "geventhttpclient", "http")
 _STACK: Final = re.compile(r"\n\s*\nAt:\n.*", re.DOTALL)
 
 
@@ -63,11 +75,14 @@ def known_failures(endpoint: Endpoint, timeout: float | None) -> Iterator[None]:
 def _known(error: Exception, endpoint: Endpoint, timeout: float | None) -> AudioLDM2Error | None:
     if isinstance(error, InferenceServerException):
         return _from_triton(error, endpoint, timeout)
+    if isinstance(error, grpc.RpcError):
+        # From a stream, whose exceptions `tritonclient` lets pass as they are.
+        return _from_triton(InferenceServerException(error.details(), str(error.code())), endpoint, timeout)
     # Without a timeout of ours it is the operating system that gave up connecting. In Python 3.10 there are two kinds.
     if isinstance(error, (TimeoutError, asyncio.TimeoutError)) and timeout is not None:
         return DeadlineExceededError(_no_answer(endpoint, timeout))
     # The HTTP libraries are imported only where they are used.
-    if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in ("aiohttp", "geventhttpclient"):
+    if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _HTTP_LIBRARIES:
         return UnavailableError(f"{endpoint.url}: {_one_line(str(error)) or 'the connection broke'}")
     return None
 
@@ -79,8 +94,8 @@ def _from_triton(error: InferenceServerException, endpoint: Endpoint, timeout: f
         message = f"{endpoint.url}: got HTTP status {status} with no message of Triton's"
     else:
         message = clean_message(error.message() or "")
-    kind = _KINDS.get(status, InternalError)
-    if kind in (InvalidArgumentError, RequestCancelledError):
+    kind = _KINDS.get(status, InternalError) if status else _kind_by_wording(message)
+    if not status or kind in (InvalidArgumentError, RequestCancelledError):
         if message.startswith(DEADLINE_EXCEEDED):
             kind = DeadlineExceededError
         elif message.startswith(CANCELLED):
@@ -88,9 +103,13 @@ def _from_triton(error: InferenceServerException, endpoint: Endpoint, timeout: f
     elif kind is DeadlineExceededError:
         # The words of gRPC or of a gateway; the server's own deadline travels as a cancellation.
         message = _no_answer(endpoint, timeout)
-    elif kind is UnavailableError and not message.startswith(endpoint.url):
+    if kind is UnavailableError and not message.startswith(endpoint.url):
         message = f"{endpoint.url}: {message}"
     return kind(message)
+
+
+def _kind_by_wording(message: str) -> type[AudioLDM2Error]:
+    return next((kind for wording, kind in _WORDINGS if wording.match(message)), InternalError)
 
 
 def clean_message(message: str) -> str:

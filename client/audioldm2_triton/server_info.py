@@ -1,4 +1,4 @@
-"""What a server says about itself in the configuration of the model `audioldm2`."""
+"""What a server says about itself, most of it in the configuration of the model `audioldm2`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,9 +25,10 @@ class ServerInfo:
     schedulers: tuple[str, ...]  # accepted names, the default first
     checkpoint: str | None
     max_batch_size: int  # rows of one request
+    serves_stream: bool  # whether `audioldm2_stream` is there: progress, and requests that can be cancelled
 
 
-def read_server_info(config: Mapping[str, Any]) -> ServerInfo:
+def read_server_info(config: Mapping[str, Any], serves_stream: bool) -> ServerInfo:
     """Reads the model configuration of `audioldm2` as JSON. Raises `InternalError` for values that make no sense."""
     published = {key: value.get("string_value", "") for key, value in config.get("parameters", {}).items()}
     defaults = Limits()
@@ -42,6 +43,7 @@ def read_server_info(config: Mapping[str, Any]) -> ServerInfo:
         schedulers=_read(published, "schedulers", _names, contract.SCHEDULERS),
         checkpoint=published.get("checkpoint") or None,
         max_batch_size=int(config.get("max_batch_size") or contract.MAX_BATCH_SIZE),
+        serves_stream=serves_stream,
     )
 
 

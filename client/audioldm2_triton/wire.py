@@ -10,6 +10,7 @@ from typing import Any, Final, TypeAlias, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from tritonclient.utils import serialize_byte_tensor
 
 from audioldm2_triton import contract
 from audioldm2_triton.errors import InternalError, InvalidArgumentError, invalid
@@ -67,16 +68,16 @@ def build_request(
     info: ServerInfo,
     prompt: str | Sequence[str],
     *,
-    negative_prompt: PerRow[str | None],
-    audio_length_in_s: float | None,
-    num_inference_steps: PerRow[int],
-    guidance_scale: PerRow[float],
-    num_waveforms_per_prompt: int,
-    seed: PerRow[int | None],
-    scheduler: PerRow[str | None],
-    return_scores: PerRow[bool | None],
-    timeout: float | None,
-    request_id: str,
+    negative_prompt: PerRow[str | None] = None,
+    audio_length_in_s: float | None = None,
+    num_inference_steps: PerRow[int] = contract.DEFAULT_NUM_INFERENCE_STEPS,
+    guidance_scale: PerRow[float] = contract.DEFAULT_GUIDANCE_SCALE,
+    num_waveforms_per_prompt: int = contract.DEFAULT_NUM_WAVEFORMS_PER_PROMPT,
+    seed: PerRow[int | None] = None,
+    scheduler: PerRow[str | None] = None,
+    return_scores: PerRow[bool | None] = None,
+    timeout: float | None = None,
+    request_id: str = "",
 ) -> InferRequest:
     """The tensors of one request; arguments as in `AudioLDM2Client.generate`.
 
@@ -127,6 +128,12 @@ def build_request(
     )
 
 
+def check_single(request: InferRequest) -> None:
+    """Raises `InvalidArgumentError` for a request that a stream cannot carry."""
+    if not request.single:
+        raise invalid("prompt", f"{len(request.prompts)} prompts", "one text: a stream, like `on_progress`, is of one")
+
+
 def check_timeout(timeout: float | None) -> float | None:
     """Raises `InvalidArgumentError` for a timeout that is no positive, finite number of seconds."""
     if timeout is None:
@@ -148,6 +155,25 @@ def infer_inputs(request: InferRequest, input_class: Any) -> list[Any]:
         inputs.append(input_class(name, list(tensor.shape), contract.INPUTS[name]))
         inputs[-1].set_data_from_numpy(tensor)
     return inputs
+
+
+def stream_message(request: InferRequest) -> Any:
+    """The request to `audioldm2_stream` as a `ModelInferRequest` of gRPC."""
+    from tritonclient.grpc import service_pb2
+
+    message = service_pb2.ModelInferRequest(model_name=contract.STREAM, id=request.request_id)
+    if request.timeout_us is not None:
+        message.parameters["timeout"].int64_param = request.timeout_us
+    for name, tensor in request.tensors.items():
+        message.inputs.add(name=name, datatype=contract.INPUTS[name], shape=tensor.shape)
+        data = serialize_byte_tensor(tensor).item() if tensor.dtype == np.object_ else tensor.tobytes()
+        message.raw_input_contents.append(data)
+    return message
+
+
+def grpc_tensors(answer: Any) -> dict[str, NDArray[Any]]:
+    """All tensors in an `InferResult` of gRPC by name."""
+    return {output.name: answer.as_numpy(output.name) for output in answer.get_response().outputs}
 
 
 def read_results(request: InferRequest, answer: Any) -> GenerationResult | list[GenerationResult]:

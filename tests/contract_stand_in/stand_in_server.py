@@ -1,4 +1,4 @@
-"""Starts a real Triton from the wheel `nvidia-pytriton` with the stand-in behind the ensemble `audioldm2`."""
+"""Starts a real Triton with the stand-in behind the ensemble `audioldm2`, and as `audioldm2_stream`."""
 
 import contextlib
 import shutil
@@ -19,6 +19,14 @@ SOURCES = Path(__file__).parent
 STEP = "stand_in"
 START_TIMEOUT_IN_S = 60
 
+STREAM_OUTPUTS: Mapping[str, str] = {
+    "step": "INT32",
+    "num_steps": "INT32",
+    "chunk": "INT32",
+    "num_chunks": "INT32",
+    "order": "INT32",
+}
+
 PARAMETERS: Mapping[str, str] = {
     "checkpoint": "stand-in",
     "native_audio_length_in_s": str(NATIVE_AUDIO_LENGTH_IN_S),
@@ -36,6 +44,7 @@ class StandInServer:
 
     grpc: str  # host:port
     http: str  # host:port
+    process: subprocess.Popen[bytes]
 
     @property
     def urls(self) -> tuple[str, str]:
@@ -44,10 +53,22 @@ class StandInServer:
 
 @contextlib.contextmanager
 def stand_in_server(
-    directory: Path, parameters: Mapping[str, str] = PARAMETERS, options: Sequence[str] = ()
+    directory: Path,
+    parameters: Mapping[str, str] = PARAMETERS,
+    options: Sequence[str] = (),
+    *,
+    with_stream: bool = True,
 ) -> Iterator[StandInServer]:
     """A server with its repository in `directory`, ready; `parameters` is what it publishes about itself."""
     repository = _write_repository(directory / "models", parameters)
+    if with_stream:
+        outputs = {**contract.OUTPUTS, **STREAM_OUTPUTS}
+        _write_model(
+            repository,
+            contract.STREAM,
+            "stream_model.py",
+            f"max_batch_size: 1 model_transaction_policy {{ decoupled: true }} {_tensors(outputs)}",
+        )
     triton = find_triton(directory)
     http, grpc, metrics = _free_ports(3)
     command = [
@@ -63,37 +84,41 @@ def stand_in_server(
         process = subprocess.Popen(command, env=triton.environment, stdout=log, stderr=subprocess.STDOUT)
         try:
             _wait_until_ready(process, http, directory / "log")
-            yield StandInServer(f"localhost:{grpc}", f"localhost:{http}")
+            yield StandInServer(f"localhost:{grpc}", f"localhost:{http}", process)
         finally:
             process.terminate()
             process.wait()
 
 
 def _write_repository(repository: Path, parameters: Mapping[str, str]) -> Path:
-    (repository / STEP / "1").mkdir(parents=True)
+    _write_model(repository, STEP, "model.py", f"max_batch_size: 8 {_tensors(contract.OUTPUTS)}")
     (repository / contract.ENSEMBLE / "1").mkdir(parents=True)
-    for name in ("model.py", "stand_in_audio.py"):
-        shutil.copy(SOURCES / name, repository / STEP / "1" / name)
-    tensors = _tensors()
     names = [(kind, name) for kind in ("input", "output") for name in getattr(contract, f"{kind.upper()}S")]
     maps = " ".join(f'{kind}_map {{ key: "{name}" value: "{name}" }}' for kind, name in names)
     published = " ".join(
         f'parameters {{ key: "{key}" value: {{ string_value: "{value}" }} }}' for key, value in parameters.items()
     )
-    (repository / STEP / "config.pbtxt").write_text(f'backend: "python" max_batch_size: 8 {tensors}')
     (repository / contract.ENSEMBLE / "config.pbtxt").write_text(
-        f'platform: "ensemble" max_batch_size: {contract.MAX_BATCH_SIZE} {tensors} {published} '
+        f'platform: "ensemble" max_batch_size: {contract.MAX_BATCH_SIZE} {_tensors(contract.OUTPUTS)} {published} '
         f'ensemble_scheduling {{ step [ {{ model_name: "{STEP}" model_version: -1 {maps} }} ] }}'
     )
     return repository
 
 
-def _tensors() -> str:
-    dims = {"audio": "-1, -1", "score": "-1"}
+def _write_model(repository: Path, name: str, source: str, config: str) -> None:
+    (repository / name / "1").mkdir(parents=True)
+    shutil.copy(SOURCES / source, repository / name / "1" / "model.py")
+    for module in ("stand_in_audio.py", "stand_in_commands.py"):
+        shutil.copy(SOURCES / module, repository / name / "1" / module)
+    (repository / name / "config.pbtxt").write_text(f'backend: "python" {config}')
+
+
+def _tensors(outputs: Mapping[str, str]) -> str:
+    dims = {"audio": "-1, -1", "score": "-1", "order": "-1"}
     return " ".join(
         f'{kind} {{ name: "{name}" data_type: TYPE_{"STRING" if dtype == "BYTES" else dtype} '
         f"dims: [ {dims.get(name, '1')} ] {'optional: true' if kind == 'input' and name != 'prompt' else ''} }}"
-        for kind, tensors in (("input", contract.INPUTS), ("output", contract.OUTPUTS))
+        for kind, tensors in (("input", contract.INPUTS), ("output", outputs))
         for name, dtype in tensors.items()
     )
 

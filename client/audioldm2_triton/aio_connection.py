@@ -1,0 +1,130 @@
+"""How the client for asyncio reaches a server: `tritonclient`, and what that lacks of streams."""
+
+import asyncio
+import ssl
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from audioldm2_triton import contract, event_stream, wire
+from audioldm2_triton.endpoint import Endpoint
+from audioldm2_triton.stream import Tensors
+from audioldm2_triton.wire import InferRequest
+
+if TYPE_CHECKING:
+    from aiohttp import ClientSession
+
+T = TypeVar("T")
+
+
+class AsyncGrpcConnection:
+    def __init__(self, endpoint: Endpoint, root_certificates: str | None) -> None:
+        from tritonclient.grpc import aio
+
+        self._input_class = aio.InferInput
+        self._client = aio.InferenceServerClient(
+            endpoint.address, ssl=endpoint.tls, root_certificates=root_certificates
+        )
+
+    async def model_config(self, timeout: float | None) -> Mapping[str, Any]:
+        answer = await self._client.get_model_config(
+            contract.ENSEMBLE, as_json=True, client_timeout=wire.client_timeout(timeout)
+        )
+        config: Mapping[str, Any] = answer["config"]
+        return config
+
+    async def infer(self, request: InferRequest) -> Any:
+        return await self._client.infer(
+            contract.ENSEMBLE,
+            wire.infer_inputs(request, self._input_class),
+            request_id=request.request_id,
+            timeout=request.timeout_us,
+            client_timeout=wire.client_timeout(request.timeout),
+        )
+
+    async def is_model_ready(self, name: str, timeout: float | None) -> bool:
+        return bool(await self._client.is_model_ready(name, client_timeout=wire.client_timeout(timeout)))
+
+    async def stream(self, request: InferRequest) -> AsyncGenerator[Tensors, None]:
+        async def requests() -> AsyncIterator[dict[str, Any]]:
+            yield {
+                "model_name": contract.STREAM,
+                "inputs": wire.infer_inputs(request, self._input_class),
+                "request_id": request.request_id,
+                "timeout": request.timeout_us,
+            }
+
+        call = self._client.stream_infer(requests(), stream_timeout=wire.client_timeout(request.timeout))
+        try:
+            async for result, error in call:
+                if error is not None:
+                    raise error
+                yield wire.grpc_tensors(result)
+        finally:
+            call.cancel()  # nothing, if it is at its end
+
+    async def close(self) -> None:
+        await self._client.close()
+
+
+class AsyncHttpConnection:
+    def __init__(self, endpoint: Endpoint, root_certificates: str | None) -> None:
+        from tritonclient.http import aio
+
+        self._scheme = "https" if endpoint.tls else "http"
+        self._address = endpoint.address
+        self._ssl = ssl.create_default_context(cafile=root_certificates) if endpoint.tls else True
+        self._session: ClientSession | None = None  # for the streams, which `tritonclient.http` has not
+        self._input_class = aio.InferInput
+        self._client = aio.InferenceServerClient(
+            endpoint.address,
+            # Neither a limit on what is in flight, which is the caller's, nor on the time, which is per request.
+            conn_limit=0,
+            conn_timeout=None,
+            ssl=endpoint.tls,
+            ssl_context=self._ssl,
+        )
+
+    async def model_config(self, timeout: float | None) -> Mapping[str, Any]:
+        return await _within(timeout, self._client.get_model_config(contract.ENSEMBLE))
+
+    async def infer(self, request: InferRequest) -> Any:
+        answer = self._client.infer(
+            contract.ENSEMBLE,
+            wire.infer_inputs(request, self._input_class),
+            request_id=request.request_id,
+            timeout=request.timeout_us,
+        )
+        return await _within(request.timeout, answer)
+
+    async def is_model_ready(self, name: str, timeout: float | None) -> bool:
+        return bool(await _within(timeout, self._client.is_model_ready(name)))
+
+    async def stream(self, request: InferRequest) -> AsyncGenerator[Tensors, None]:
+        from aiohttp import ClientSession, ClientTimeout, TCPConnector
+
+        if self._session is None:
+            self._session = ClientSession(connector=TCPConnector(ssl=self._ssl, limit=0))
+        response = await self._session.post(
+            f"{self._scheme}://{self._address}{event_stream.path()}",
+            data=event_stream.request_body(request),
+            headers=event_stream.HEADERS,
+            timeout=ClientTimeout(total=wire.client_timeout(request.timeout)),
+        )
+        try:
+            if response.status != 200:
+                raise event_stream.refusal(response.status, await response.read())
+            events = event_stream.EventStream()
+            async for piece in response.content.iter_any():
+                for tensors in events.feed(piece):
+                    yield tensors
+        finally:
+            response.close()  # and with it the connection, whose end is the cancellation
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+        await self._client.close()
+
+
+async def _within(timeout: float | None, answer: Awaitable[T]) -> T:
+    return await asyncio.wait_for(answer, wire.client_timeout(timeout))

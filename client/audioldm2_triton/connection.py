@@ -1,0 +1,158 @@
+"""How the client for ordinary programs reaches a server: `tritonclient`, and what that lacks of streams."""
+
+import contextlib
+import ssl
+import threading
+import time
+from collections.abc import Generator, Iterator, Mapping
+from http.client import HTTPConnection, HTTPSConnection
+from pathlib import Path
+from typing import Any, Final
+
+from tritonclient.utils import InferenceServerException
+
+from audioldm2_triton import contract, event_stream, wire
+from audioldm2_triton.endpoint import Endpoint
+from audioldm2_triton.stream import Tensors
+from audioldm2_triton.wire import InferRequest
+
+PIECE: Final = 2**16  # bytes of an HTTP stream read at once, at most
+
+
+class GrpcConnection:
+    """One channel for single answers and one for streams, shared by all threads.
+
+    The streams are not `tritonclient`'s: it has one per client, and each that is cancelled leaves a thread behind.
+    """
+
+    def __init__(self, endpoint: Endpoint, root_certificates: str | None) -> None:
+        import grpc
+        from tritonclient import grpc as triton
+
+        self._input_class = triton.InferInput
+        self._result_class = triton.InferResult
+        self._client = triton.InferenceServerClient(
+            endpoint.address, ssl=endpoint.tls, root_certificates=root_certificates
+        )
+        options = [(f"grpc.max_{way}_message_length", triton.MAX_GRPC_MESSAGE_SIZE) for way in ("send", "receive")]
+        if endpoint.tls:
+            trusted = None if root_certificates is None else Path(root_certificates).read_bytes()
+            credentials = grpc.ssl_channel_credentials(trusted)
+            self._channel = grpc.secure_channel(endpoint.address, credentials, options)
+        else:
+            self._channel = grpc.insecure_channel(endpoint.address, options)
+        self._stub = triton.service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    def model_config(self, timeout: float | None) -> Mapping[str, Any]:
+        answer = self._client.get_model_config(
+            contract.ENSEMBLE, as_json=True, client_timeout=wire.client_timeout(timeout)
+        )
+        config: Mapping[str, Any] = answer["config"]
+        return config
+
+    def infer(self, request: InferRequest) -> Any:
+        return self._client.infer(
+            contract.ENSEMBLE,
+            wire.infer_inputs(request, self._input_class),
+            request_id=request.request_id,
+            timeout=request.timeout_us,
+            client_timeout=wire.client_timeout(request.timeout),
+        )
+
+    def is_model_ready(self, name: str, timeout: float | None) -> bool:
+        return bool(self._client.is_model_ready(name, client_timeout=wire.client_timeout(timeout)))
+
+    def stream(self, request: InferRequest) -> Generator[Tensors, None, None]:
+        call = self._stub.ModelStreamInfer(
+            iter([wire.stream_message(request)]),
+            timeout=wire.client_timeout(request.timeout),
+        )
+        try:
+            for response in call:
+                if response.error_message:
+                    raise InferenceServerException(response.error_message)
+                yield wire.grpc_tensors(self._result_class(response.infer_response))
+        finally:
+            call.cancel()  # nothing, if it is at its end
+
+    def close(self) -> None:
+        self._channel.close()
+        self._client.close()
+
+
+class HttpConnection:
+    """One `tritonclient.http` per thread, because it is not thread-safe."""
+
+    def __init__(self, endpoint: Endpoint, root_certificates: str | None) -> None:
+        self._endpoint = endpoint
+        self._root_certificates = root_certificates
+        self._local = threading.local()
+
+    def model_config(self, timeout: float | None) -> Mapping[str, Any]:
+        config: Mapping[str, Any] = self._client(timeout).get_model_config(contract.ENSEMBLE)
+        return config
+
+    def infer(self, request: InferRequest) -> Any:
+        from tritonclient import http
+
+        return self._client(request.timeout).infer(
+            contract.ENSEMBLE,
+            wire.infer_inputs(request, http.InferInput),
+            request_id=request.request_id,
+            timeout=request.timeout_us,
+        )
+
+    def is_model_ready(self, name: str, timeout: float | None) -> bool:
+        return bool(self._client(timeout).is_model_ready(name))
+
+    def stream(self, request: InferRequest) -> Generator[Tensors, None, None]:
+        # `tritonclient.http` has no streams. Each gets a connection of its own, whose end is the cancellation.
+        remaining = _countdown(wire.client_timeout(request.timeout))
+        host, slash, base = self._endpoint.address.partition("/")
+        with contextlib.closing(self._open_connection(host, next(remaining))) as connection:
+            body = event_stream.request_body(request)
+            connection.request("POST", f"{slash}{base}{event_stream.path()}", body, event_stream.HEADERS)
+            socket = connection.sock  # which the connection forgets
+            with connection.getresponse() as response:
+                if response.status != 200:
+                    raise event_stream.refusal(response.status, response.read())
+                events = event_stream.EventStream()
+                while piece := response.read1(PIECE):
+                    yield from events.feed(piece)
+                    socket.settimeout(next(remaining))
+
+    def _open_connection(self, host: str, timeout: float | None) -> HTTPConnection:
+        if not self._endpoint.tls:
+            return HTTPConnection(host, timeout=timeout)
+        context = ssl.create_default_context(cafile=self._root_certificates)
+        return HTTPSConnection(host, timeout=timeout, context=context)
+
+    def close(self) -> None:
+        # Each thread's client closes itself when nothing refers to it any more.
+        self._local = threading.local()
+
+    def _client(self, timeout: float | None) -> Any:
+        """This thread's client. A timeout belongs to the connection, so that another one takes a new connection."""
+        from tritonclient import http
+
+        if getattr(self._local, "timeout", -1) != timeout:
+            network_timeout = wire.client_timeout(timeout)
+            self._local.client = http.InferenceServerClient(
+                self._endpoint.address,
+                connection_timeout=network_timeout,
+                network_timeout=network_timeout,
+                ssl=self._endpoint.tls,
+                ssl_options={"ca_certs": self._root_certificates} if self._root_certificates else None,
+            )
+            self._local.timeout = timeout
+        return self._local.client
+
+
+def _countdown(timeout: float | None) -> Iterator[float | None]:
+    """How many of `timeout` seconds are left, whenever asked; None: for ever. Raises `TimeoutError` when none are."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            raise TimeoutError
+        yield left

@@ -1,0 +1,101 @@
+"""What `audioldm2_stream` sends: the events that the clients hand out, and their assembly from tensors."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from audioldm2_triton.errors import InternalError
+from audioldm2_triton.result import GenerationResult
+from audioldm2_triton.wire import InferRequest
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One evaluation of the UNet is done."""
+
+    step: int  # from 1
+    num_steps: int  # evaluations in all, which some schedulers need more of than steps
+
+
+@dataclass(frozen=True, eq=False)
+class AudioChunk:
+    """A part of every waveform. The waveforms are in generation order: which is best is known only at the end."""
+
+    audio: NDArray[np.float32]  # float32 [N, samples of this chunk]
+    chunk: int  # from 0
+    num_chunks: int
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """The last event of a stream that succeeds."""
+
+    result: GenerationResult  # the chunks joined, best waveform first
+
+
+StreamEvent: TypeAlias = Progress | AudioChunk | Finished
+OnProgress: TypeAlias = Callable[[Progress], None]
+Tensors: TypeAlias = Mapping[str, NDArray[Any]]
+
+
+class StreamReader:
+    """Turns the responses to one request into events."""
+
+    def __init__(self, request: InferRequest) -> None:
+        self._request = request
+        self._num_waveforms = int(request.tensors["num_waveforms_per_prompt"][0, 0])
+        self._chunks: list[AudioChunk] = []
+        self._finished = False
+
+    def read(self, tensors: Tensors) -> StreamEvent | None:
+        """The event in one response; None for a response that carries none of a known kind.
+
+        Tensors may be flat, as JSON has them. Raises `InternalError` for a response that is not whole.
+        """
+        try:
+            if "audio" in tensors:
+                return self._audio_chunk(tensors)
+            if "step" in tensors:
+                return Progress(_integer(tensors["step"]), _integer(tensors["num_steps"]))
+            return self._result(tensors) if "score" in tensors else None
+        except (KeyError, ValueError) as error:
+            raise InternalError(f"the server's stream has a response that is not whole: {error}") from error
+
+    def end(self) -> None:
+        """To be called when the server ends the stream. Raises `InternalError` if there was no last response."""
+        if not self._finished:
+            raise InternalError("the server ended the stream before its last response")
+
+    def _audio_chunk(self, tensors: Tensors) -> AudioChunk:
+        # A copy: the tensors of gRPC are read-only, and the samples are the caller's.
+        audio = np.array(tensors["audio"], np.float32).reshape(self._num_waveforms, -1)
+        chunk = AudioChunk(audio, _integer(tensors["chunk"]), _integer(tensors["num_chunks"]))
+        if chunk.chunk != len(self._chunks):
+            raise ValueError(f"chunk {chunk.chunk} of {chunk.num_chunks} came as number {len(self._chunks)}")
+        self._chunks.append(chunk)
+        return chunk
+
+    def _result(self, tensors: Tensors) -> Finished:
+        if not self._chunks or len(self._chunks) != self._chunks[0].num_chunks:
+            raise ValueError(f"{len(self._chunks)} chunks of audio are not all of them")
+        order = np.array(tensors["order"]).reshape(-1)
+        if sorted(order) != list(range(self._num_waveforms)):
+            raise ValueError(f"`order` is {order.tolist()} for {self._num_waveforms} waveforms")
+        scores = np.array(tensors["score"], np.float32).reshape(self._num_waveforms)
+        self._finished = True
+        return Finished(
+            GenerationResult(
+                audio=np.concatenate([chunk.audio for chunk in self._chunks], axis=1)[order],
+                scores=scores if self._request.scored[0] else None,
+                seed=_integer(tensors["seed_used"]),
+                sampling_rate=_integer(tensors["sampling_rate"]),
+                prompt=self._request.prompts[0],
+            )
+        )
+
+
+def _integer(tensor: NDArray[Any]) -> int:
+    return int(np.array(tensor).reshape(-1)[0])
