@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def test_info(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "complaint"),
     [
         (["!fail INVALID_ARG `seed`: got -1 but expected more"], "`seed`: got -1 but expected more"),
-        (["!raise"], "stand_in_0 failed: ValueError: an exception out of execute()"),
+        (["!raise"], "audioldm2_stream_0 failed: ValueError: an exception out of execute()"),
         ([PROMPT, "-o=out.mp3"], "`path`: got 'out.mp3' but expected a file name that ends in .wav or .flac"),
         ([PROMPT, "-o=no/out.wav"], "`path`: got 'no/out.wav' but expected a file in a directory that exists"),
         ([PROMPT, "--plot=out.gif"], "`path`: got 'out.gif' but expected a file name that ends in .png"),
@@ -164,13 +165,17 @@ def test_wrong_command_lines_exit_with_2(arguments: list[str], capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
-    ("arguments", "shown"), [(["!sleep 20"], "generating"), (["--batch=prompts.txt", "-o=made"], "1/3")]
+    ("arguments", "shown"),
+    [(["!watch {}", "--num-inference-steps=7"], "step 1/7"), (["--batch=prompts.txt", "-o=made"], "1/3")],
 )
-def test_a_terminal_shows_a_bar_and_ctrl_c_ends_it_quietly(url: str, arguments: list[str], shown: str) -> None:
-    Path("prompts.txt").write_text("!sleep 20\nrain\n!sleep 20\n")
+def test_a_terminal_shows_a_bar_and_ctrl_c_cancels_on_the_server(
+    url: str, arguments: list[str], shown: str, tmp_path: Path
+) -> None:
+    watch = tmp_path / "seen"
+    Path("prompts.txt").write_text(f"!watch {watch}\nrain\n!sleep 20\n")
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
-    command = [sys.executable, "-m", "audioldm2_triton.cli", *arguments, url]
+    command = [sys.executable, "-m", "audioldm2_triton.cli", *(item.format(watch) for item in arguments), url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs) as process:
         os.close(theirs)
         seen = ""
@@ -186,3 +191,19 @@ def test_a_terminal_shows_a_bar_and_ctrl_c_ends_it_quietly(url: str, arguments: 
     os.close(ours)
     assert "Traceback" not in seen
     assert "rror" not in seen
+    # A batch over HTTP is of plain requests, which are stopped only by their deadline.
+    if "http" in url and "--batch=prompts.txt" in arguments:
+        return
+    deadline = time.monotonic() + 10
+    while not (watch.exists() and watch.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert watch.read_text() == "cancelled"
+
+
+def test_a_server_without_the_stream_serves_all_the_same(
+    url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contract, "STREAM", "another")
+    assert main([PROMPT, url, "--seed=7"]) == 0
+    assert report(capsys.readouterr().out.rstrip("\n"))["seed"] == "7"

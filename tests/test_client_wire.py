@@ -1,5 +1,8 @@
 """The client's arguments as tensors, and the answers of servers that cannot be had here."""
 
+import inspect
+import json
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -8,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.utils import InferenceServerException
 
-from audioldm2_triton import contract, errors
+from audioldm2_triton import AudioLDM2Client, contract, errors
 from audioldm2_triton.contract import Limits
 from audioldm2_triton.endpoint import parse_url
+from audioldm2_triton.event_stream import EventStream, refusal, request_body
 from audioldm2_triton.failures import clean_message, known_failures
 from audioldm2_triton.server_info import ServerInfo, read_server_info
+from audioldm2_triton.stream import StreamReader
 from audioldm2_triton.wire import DTYPES, InferRequest, build_request
 
 INFO = ServerInfo(Limits(), 10.24, 16000, ("DDIMScheduler", "EulerDiscreteScheduler"), "checkpoint", 8, True)
@@ -201,6 +206,16 @@ def test_other_urls_are_refused_with_what_is_accepted(url: str) -> None:
         ("429", "slow down", errors.UnavailableError),
         ("StatusCode.UNIMPLEMENTED", "no", errors.InternalError),
         (None, "malformed", errors.InternalError),
+        # As in a stream, whose errors have no status.
+        (None, "`seed`: got -1 but expected more", errors.InvalidArgumentError),
+        (None, "`scheduler`, `num_inference_steps`: no", errors.InvalidArgumentError),
+        (None, "decoder failed: `x`: is full", errors.InternalError),
+        (None, "denoiser is full: 3 requests in flight and 0 waiting; try later", errors.UnavailableError),
+        (None, "decoder is out of memory; try again later, or ask for less", errors.UnavailableError),
+        (None, "denoiser: the engine is shutting down", errors.UnavailableError),
+        (None, "Request for unknown model: 'audioldm2_stream' is not found", errors.UnavailableError),
+        (None, "cancelled after 3 of 20 steps", errors.RequestCancelledError),
+        (None, "deadline exceeded after 3 of 20 steps", errors.DeadlineExceededError),
     ],
 )
 def test_statuses_and_messages_tell_the_kind(
@@ -230,3 +245,91 @@ def test_other_exceptions_pass_as_they_are() -> None:
 )
 def test_only_tritons_words_around_a_message_are_removed(noise: str, own: str) -> None:
     assert clean_message(noise + own) == own
+
+
+def test_a_request_as_json_loses_nothing() -> None:
+    options = {"guidance_scale": 2.3, "audio_length_in_s": 1.93, "seed": contract.MAX_SEED, "return_scores": True}
+    built = request("噪音\n", negative_prompt='"', timeout=0.25, request_id="a-b", **options)
+    body = json.loads(request_body(built))
+    assert (body.pop("timeout"), body.pop("id")) == (250000, "a-b")
+    assert set(body) == set(contract.INPUTS)
+    for name, tensor in built.tensors.items():
+        value = body[name].encode() if contract.INPUTS[name] == "BYTES" else body[name]
+        assert np.array([[value]], DTYPES[contract.INPUTS[name]]) == tensor, name
+
+
+def test_numbers_that_json_has_not_are_refused() -> None:
+    with pytest.raises(errors.InvalidArgumentError, match=r"^`guidance_scale`: got inf but expected a finite number"):
+        request_body(request(guidance_scale=1e39))
+
+
+@given(st.lists(st.integers(1, 60)))
+def test_an_event_stream_is_the_same_in_whatever_pieces_it_arrives(lengths: list[int]) -> None:
+    body = 'data: {"step":1,"prompt":"噪音"}\n\n: a comment\r\n\r\ndata: {"audio":[0.5,-1.0]}\r\n\r\n'.encode()
+    stream, tensors = EventStream(), []
+    for length in [*lengths, len(body)]:
+        tensors += stream.feed(body[:length])
+        body = body[length:]
+    assert [{name: value.tolist() for name, value in item.items()} for item in tensors] == [
+        {"step": 1, "prompt": "噪音"},
+        {"audio": [0.5, -1.0]},
+    ]
+
+
+def test_an_event_that_is_no_json_is_internal() -> None:
+    with pytest.raises(errors.InternalError, match="no JSON"):
+        list(EventStream().feed(b"data: <html>\n"))
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "message"),
+    [
+        (400, b'data: {"error":"`seed`: got -1"}\n\n', errors.InvalidArgumentError, "`seed`: got -1"),
+        (404, b'{"error":"unknown"}', errors.UnavailableError, "http://host: unknown"),
+        (502, b"<html>", errors.UnavailableError, "http://host: got HTTP status 502 with no message of Triton's"),
+    ],
+)
+def test_a_stream_refused_over_http(status: int, body: bytes, kind: type[Exception], message: str) -> None:
+    with pytest.raises(errors.AudioLDM2Error) as caught, known_failures(parse_url("http://host"), None):
+        raise refusal(status, body)
+    assert (type(caught.value), str(caught.value)) == (kind, message)
+
+
+def chunk(index: int, count: int, samples: int = 2) -> dict[str, Any]:
+    return {"audio": np.zeros(2 * samples), "chunk": np.array(index), "num_chunks": np.array(count)}
+
+
+LAST = {
+    "score": np.array([0.9, 0.1]),
+    "order": np.array([1, 0]),
+    "seed_used": np.array(7),
+    "sampling_rate": np.array(9),
+}
+
+
+@pytest.mark.parametrize(
+    ("responses", "complaint"),
+    [
+        ([chunk(1, 2)], "chunk 1 of 2 came as number 0"),
+        ([chunk(0, 2), LAST], "1 chunks of audio are not all of them"),
+        ([LAST], "0 chunks of audio are not all of them"),
+        ([chunk(0, 1), {**LAST, "order": np.array([1, 1])}], r"`order` is \[1, 1\] for 2 waveforms"),
+        ([chunk(0, 1), {name: LAST[name] for name in ("score", "order")}], "seed_used"),
+        ([{"step": np.array(1)}], "num_steps"),
+        ([{"audio": np.zeros(3), "chunk": np.array(0), "num_chunks": np.array(1)}], "reshape"),
+    ],
+)
+def test_a_stream_that_is_not_whole_is_internal(responses: list[dict[str, Any]], complaint: str) -> None:
+    reader = StreamReader(request(num_waveforms_per_prompt=2))
+    with pytest.raises(errors.InternalError, match=f"not whole: .*{complaint}"):
+        deque(map(reader.read, responses))
+
+
+def test_the_requests_defaults_are_those_of_generate() -> None:
+    assert {
+        name: parameter.default
+        for name, parameter in inspect.signature(AudioLDM2Client.generate).parameters.items()
+        if name in DEFAULTS
+    } == DEFAULTS
+    for name, parameter in inspect.signature(build_request).parameters.items():
+        assert parameter.default == DEFAULTS.get(name, inspect.Parameter.empty), name
