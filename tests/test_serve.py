@@ -6,8 +6,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from audioldm2_triton import AudioLDM2Client
 from audioldm2_triton.contract import SCHEDULERS
 from audioldm2_triton.settings import Settings, SettingsError, read_settings
 from conftest import ROOT
+from metrics_page import wait_for_metrics
 from serving.local_server import LocalServer, free_ports, local_server
 
 SERVE = str(ROOT / "scripts" / "serve")
@@ -105,7 +104,7 @@ def test_sigterm_lets_a_running_request_finish_and_exits_with_0(tiny_checkpoint:
 
         thread = threading.Thread(target=generate)
         thread.start()
-        wait_for_rows_in_flight(server)
+        wait_for_metrics(server, lambda metrics: metrics["audioldm2_rows_in_flight"] > 0, "a request in flight")
     thread.join(timeout=60)
     assert results, f"the request was lost: {(tmp_path / 'log').read_text()[-3000:]}"
     info, result = results[0]
@@ -117,15 +116,3 @@ def test_ctrl_c_exits_with_0(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with local_server(tiny_checkpoint, tmp_path / "log") as server:
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(timeout=60) == 0
-
-
-def wait_for_rows_in_flight(server: LocalServer) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        with urllib.request.urlopen(f"http://localhost:{server.metrics_port}/metrics") as answer:
-            lines = answer.read().decode().splitlines()
-        values = [float(line.split()[-1]) for line in lines if line.startswith("audioldm2_rows_in_flight{")]
-        if sum(values) > 0:
-            return
-        assert time.monotonic() < deadline, "no request reached the denoiser"
-        time.sleep(0.05)

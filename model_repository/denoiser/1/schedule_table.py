@@ -21,8 +21,8 @@ WINDOW: Final = 4
 _FIT_TOLERANCE: Final = 1e-6
 """How well the coefficients must reproduce the scheduler's own result, relative."""
 
-_FLOAT32_ROUNDING: Final = 3e-7
-"""Many schedulers compute in float32 inside. A fit this good is complete: a longer window would fit the rounding."""
+_GOOD_FIT: Final = 2e-8
+"""A fit this good is complete: what is left is the rounding of DPM-Solver++, which computes in float32 inside."""
 
 
 class ScheduleError(ValueError):
@@ -126,31 +126,34 @@ def _is_linear(run: _Run) -> bool:
 def _fit(samples: np.ndarray) -> tuple[np.ndarray, float]:
     """Coefficients [E, WINDOW, 2] that give each sample from the pairs before it, and their worst relative residual.
 
-    Each step takes the shortest window that fits. A longer one has many solutions, with large weights that cancel.
+    Each step takes the fewest samples that fit, then the fewest model outputs. Others would fit as well, but with
+    large weights that cancel: two samples differ by little, and their difference stands for a model output.
     """
     evaluations = len(samples) - 1
     coefficients = np.zeros((evaluations, WINDOW, 2))
     worst = 0.0
     for index in range(evaluations):
+        longest = min(WINDOW, index + 1)
         best = np.inf
-        for window in range(1, min(WINDOW, index + 1) + 1):
-            fitted, residual = _fit_step(samples, index, window)
+        for num_samples, num_outputs in ((s, o) for s in range(1, longest + 1) for o in range(s, longest + 1)):
+            fitted, residual = _fit_step(samples, index, num_samples, num_outputs)
             if residual < best:
-                best = residual
-                coefficients[index] = 0
-                coefficients[index, :window] = fitted
-            if best < _FLOAT32_ROUNDING:
+                best, coefficients[index] = residual, fitted
+            if best < _GOOD_FIT:
                 break
         worst = max(worst, best)
     return coefficients, worst
 
 
-def _fit_step(samples: np.ndarray, index: int, window: int) -> tuple[np.ndarray, float]:
+def _fit_step(samples: np.ndarray, index: int, num_samples: int, num_outputs: int) -> tuple[np.ndarray, float]:
+    """Coefficients [WINDOW, 2] from the latest so many samples and model outputs, and their relative residual."""
     target = samples[index + 1]
-    pairs = samples[index - np.arange(window)]  # [window, E + 1], latest first
-    # Model outputs older than the window can only come in through the samples, which fixes the samples' weights.
-    old = index - window + 2
-    weights = np.linalg.lstsq(pairs[:, :old].T, target[:old], rcond=None)[0]
-    rest = target - weights @ pairs
-    residual = float(np.abs(rest[:old]).max() / np.abs(target).max())
-    return np.stack([weights, rest[index + 1 - np.arange(window)]], axis=1), residual
+    latest = samples[index - np.arange(num_samples)]  # [num_samples, E + 1]
+    # Older model outputs can only come in through the samples, which fixes the samples' weights.
+    old = index - num_outputs + 2
+    weights = np.linalg.lstsq(latest[:, :old].T, target[:old], rcond=None)[0]
+    rest = target - weights @ latest
+    fitted = np.zeros((WINDOW, 2))
+    fitted[:num_samples, 0] = weights
+    fitted[:num_outputs, 1] = rest[index + 1 - np.arange(num_outputs)]
+    return fitted, float(np.abs(rest[:old]).max() / np.abs(target).max())

@@ -1,0 +1,161 @@
+"""In-flight batching on the real server: mixing, joining, overload, deadlines, metrics."""
+
+import random
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from audioldm2_pipeline import Call, Reference, difference, random_call
+from audioldm2_triton import (
+    AudioLDM2Client,
+    DeadlineExceededError,
+    GenerationResult,
+    InvalidArgumentError,
+    UnavailableError,
+)
+from audioldm2_triton.contract import SCHEDULERS
+from metrics_page import is_idle, read_metrics, wait_for_metrics
+from serving.local_server import LocalServer, local_server
+from test_batch_invariance import generate, in_any_order
+
+TOLERANCE = 1e-4  # of the peak
+
+
+def different_calls() -> list[Call]:
+    """32 calls that differ in everything; few have many steps, so that the test ends."""
+    generator = random.Random(7)
+    steps = [1, 2, 3, 4, 5, 6, 7, 9, 11, 14, 18, 25, 37, 60, 81, 100] + [2, 3, 5, 8, 10, 12] * 3
+    calls = []
+    for index in range(32):
+        calls.append(
+            random_call(
+                generator,
+                num_inference_steps=steps[index],
+                scheduler=SCHEDULERS[index % len(SCHEDULERS)],
+                audio_length_in_s=0.1 if steps[index] > 50 else generator.choice([0.2, 0.37, 0.64, 1.0]),
+                num_waveforms_per_prompt=1 if steps[index] > 20 else generator.choice([1, 1, 2, 3]),
+                guidance_scale=generator.choice([0.5, 1.0, 2.0, 3.5, 7.5]),
+            )
+        )
+    return calls
+
+
+def test_32_different_requests_at_once(server: LocalServer, reference: Reference) -> None:
+    calls = different_calls()
+    generator = random.Random(8)
+    with AudioLDM2Client(server.grpc_url) as client:
+        client.server_info()
+        alone = [generate(client, call) for call in calls]
+        before = read_metrics(server)
+        delays = [generator.random() * 3 for _ in calls]
+
+        def later(call: Call, delay: float) -> GenerationResult:
+            time.sleep(delay)
+            return generate(client, call)
+
+        with ThreadPoolExecutor(32) as pool:
+            together = list(pool.map(later, calls, delays))
+    after = wait_for_metrics(server, is_idle, "an idle server")
+    forwards = after["audioldm2_step_count"] - before["audioldm2_step_count"]
+    rows = after["audioldm2_rows_per_forward_sum"] - before["audioldm2_rows_per_forward_sum"]
+    assert rows / forwards > 4, f"{rows} rows in {forwards} forwards: they did not share"
+    for call, solo, mixed in zip(calls, alone, together, strict=True):
+        expected = reference.generate(call)
+        assert in_any_order(mixed.audio, solo.audio) < TOLERANCE, call
+        assert in_any_order(mixed.audio[:, : expected.shape[1]], expected) < TOLERANCE, call
+
+
+def test_a_short_request_overtakes_a_long_one(server: LocalServer) -> None:
+    finished = []
+    with AudioLDM2Client(server.grpc_url) as client, ThreadPoolExecutor(2) as pool:
+
+        def run(name: str, steps: int, scheduler: str) -> None:
+            client.generate("rain", audio_length_in_s=0.64, num_inference_steps=steps, scheduler=scheduler, seed=1)
+            finished.append(name)
+
+        long = pool.submit(run, "long", 200, "HeunDiscreteScheduler")
+        wait_for_metrics(server, lambda metrics: metrics["audioldm2_rows_in_flight"] > 0, "the long request")
+        pool.submit(run, "short", 4, "DDIMScheduler").result()
+        assert finished == ["short"]
+        long.result()
+    assert finished == ["short", "long"]
+
+
+@pytest.fixture(scope="module")
+def small_server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    """Room for two guided waveforms, and for three requests that wait."""
+    log = tmp_path_factory.mktemp("small") / "log"
+    with local_server(tiny_checkpoint, log, "--max-active-rows=4", "--max-waiting=3") as running:
+        yield running
+
+
+def test_overload_is_refused_and_the_rest_is_right(small_server: LocalServer) -> None:
+    call = Call("rain", audio_length_in_s=0.2, num_inference_steps=12, seed=3)
+    with AudioLDM2Client(small_server.grpc_url) as client:
+        expected = generate(client, call)
+        before = read_metrics(small_server)
+
+        def attempt(_: int) -> GenerationResult | UnavailableError:
+            try:
+                return generate(client, call)
+            except UnavailableError as error:
+                return error
+
+        with ThreadPoolExecutor(50) as pool:
+            outcomes = list(pool.map(attempt, range(50)))
+    answered = [outcome for outcome in outcomes if isinstance(outcome, GenerationResult)]
+    refused = [str(outcome) for outcome in outcomes if isinstance(outcome, UnavailableError)]
+    assert len(answered) >= 5
+    assert len(refused) >= 1
+    assert all("requests in flight and" in message and "waiting" in message for message in refused)
+    for result in answered:
+        assert difference(result.audio, expected.audio) < TOLERANCE
+    after = wait_for_metrics(small_server, is_idle, "an idle server")
+    # The largest forward was exactly as large as it may be.
+    assert (
+        after['audioldm2_rows_per_forward_bucket{engine="cpu",model="denoiser",le="4"}']
+        == after["audioldm2_rows_per_forward_count"]
+    )
+    full = after["audioldm2_rows_per_forward_sum"] - before["audioldm2_rows_per_forward_sum"]
+    assert full >= 0.8 * 4 * (after["audioldm2_step_count"] - before["audioldm2_step_count"])
+
+
+def test_what_can_never_fit_is_an_invalid_argument(small_server: LocalServer) -> None:
+    with (
+        AudioLDM2Client(small_server.grpc_url) as client,
+        pytest.raises(InvalidArgumentError, match=r"`num_waveforms_per_prompt`: got 3 .*at most 4 UNet rows, not 6"),
+    ):
+        client.generate("rain", num_waveforms_per_prompt=3, audio_length_in_s=0.2)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_deadline_ends_the_request_in_the_denoiser(protocol: str, small_server: LocalServer) -> None:
+    before = read_metrics(small_server)
+    url = small_server.grpc_url if protocol == "grpc" else small_server.http_url
+    with AudioLDM2Client(url) as client:
+        client.server_info()
+        with pytest.raises(DeadlineExceededError, match="deadline exceeded after"):
+            client.generate("rain", num_inference_steps=200, audio_length_in_s=2.0, timeout=1.0)
+    after = wait_for_metrics(small_server, is_idle, "an idle server")
+    name = 'audioldm2_request_count{engine="cpu",model="denoiser",outcome="deadline_exceeded"}'
+    assert after[name] == before[name] + 1
+    assert after["audioldm2_step_count"] - before["audioldm2_step_count"] < 200
+
+
+def test_metrics_count_what_was_done(small_server: LocalServer) -> None:
+    before = wait_for_metrics(small_server, is_idle, "an idle server")
+    with AudioLDM2Client(small_server.http_url) as client:
+        client.generate("rain", num_inference_steps=5, audio_length_in_s=0.64, num_waveforms_per_prompt=2, seed=1)
+    after = wait_for_metrics(small_server, is_idle, "an idle server")
+    gained = {name: after[name] - before[name] for name in before if after[name] != before[name]}
+    assert gained["audioldm2_step_count"] == 5
+    assert gained["audioldm2_rows_per_forward_count"] == 5
+    assert gained["audioldm2_rows_per_forward_sum"] == 5 * 4
+    assert gained["audioldm2_step_duration_ms_count"] == 5
+    assert gained["audioldm2_step_duration_ms_sum"] > 0
+    assert gained["audioldm2_audio_duration_s"] == pytest.approx(2 * 0.64)
+    assert gained['audioldm2_request_count{engine="cpu",model="denoiser",outcome="success"}'] == 1
+    assert 'audioldm2_engine_broken{engine="cpu",model="denoiser"}' in after
