@@ -12,6 +12,8 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+from serving.metrics import read_metrics
+
 EXIT_TIMEOUT_IN_S: Final = 30
 SETTLING_TIME_IN_S: Final = 0.5  # a request between two stages shows in neither
 REQUEST_GAUGES: Final = ("audioldm2_stage_requests", "audioldm2_requests_in_flight", "audioldm2_requests_waiting")
@@ -89,11 +91,10 @@ def _drain_and_terminate(process: subprocess.Popen[str], metrics_port: int) -> N
 def _requests_inside(metrics_port: int) -> float:
     """The requests that any stage works on."""
     try:
-        with urllib.request.urlopen(f"http://localhost:{metrics_port}/metrics", timeout=5) as answer:
-            lines = answer.read().decode().splitlines()
+        metrics = read_metrics(metrics_port)
     except OSError:
         return 0
-    return sum(float(line.split()[-1]) for line in lines if line.partition("{")[0] in REQUEST_GAUGES)
+    return sum(metrics.get(name, 0.0) for name in REQUEST_GAUGES)
 
 
 def _forward_log(process: subprocess.Popen[str], failures: list[str]) -> None:

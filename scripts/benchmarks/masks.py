@@ -1,6 +1,4 @@
-"""What rows of different lengths cost in one forward of the UNet, as CSV on the standard output.
-
-    .venv/bin/python scripts/mask_cost.py --threads 1 > mask_cost.csv
+"""`scripts/benchmark masks`: what rows of different lengths cost in one forward of the UNet, as CSV.
 
 Three ways for the same rows, medians of interleaved runs: one masked forward padded to the longest (`masked_ms`),
 unmasked forwards over groups of equal length in turn (`grouped_ms`), and one unmasked forward of the padded shape
@@ -24,7 +22,7 @@ import torch
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
 from torch import Tensor
 
-ROOT: Final = Path(__file__).parents[1]
+ROOT: Final = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "model_repository" / "denoiser" / "1"))
 
 from length_masks import MaskedUNet  # noqa: E402
@@ -160,14 +158,16 @@ def measure(
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--unet", nargs="+", choices=CHANGES, default=list(CHANGES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
     parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
+
+
+def measure_masks(arguments: argparse.Namespace) -> None:
+    """Writes the table to the standard output, a line at a time."""
     torch.set_num_threads(arguments.threads)
     table = csv.writer(sys.stdout)
     table.writerow(field.name for field in fields(Row))
@@ -178,7 +178,3 @@ def main() -> None:
             for mixture in MIXTURES[name]:
                 table.writerow(astuple(measure(name, unet, masked, mixture, arguments.repeats, arguments.device)))
                 sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,80 @@
+"""Triton's own load generator, from the wheel that still runs on this system's C library."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+WHEEL: Final = "tritonclient==2.51.0"
+MISSING_LIBRARIES: Final = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """One concurrency of one run; latencies in milliseconds."""
+
+    concurrency: int
+    throughput: float  # requests per second
+    p50: float
+    p95: float
+    p99: float
+
+
+def install_perf_analyzer(directory: Path) -> Path:
+    """The binary, in a virtual environment of its own: its client library must not replace the project's.
+
+    It wants two libraries that it does not bring; copies lie in the wheel `nvidia-pytriton`.
+    """
+    binary = directory / "bin" / "perf_analyzer"
+    if not binary.exists():
+        venv.create(directory, with_pip=True)
+        pip = [str(directory / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-deps", WHEEL]
+        subprocess.run(pip, check=True, stdout=sys.stderr)
+    libraries = directory / "libraries"
+    libraries.mkdir(exist_ok=True)
+    spec = find_spec("pytriton")
+    assert spec is not None
+    assert spec.origin is not None
+    for name, pattern in MISSING_LIBRARIES.items():
+        found = sorted((Path(spec.origin).parent.parent / "nvidia_pytriton.libs").glob(pattern))
+        if found and not (libraries / name).exists():
+            (libraries / name).symlink_to(found[0])
+    return binary
+
+
+def write_input_data(path: Path, requests: Sequence[dict[str, Any]]) -> None:
+    """The requests as perf_analyzer reads them: one element per input of a row."""
+    data = [{name: {"content": [value], "shape": [1]} for name, value in request.items()} for request in requests]
+    path.write_text(json.dumps({"data": data}))
+
+
+def run_load(
+    binary: Path, protocol: str, port: int, input_data: Path, concurrency: int, request_count: int
+) -> LoadResult:
+    """Sends at least `request_count` requests of `input_data` in turn, `concurrency` at a time."""
+    report = input_data.with_name(f"{protocol}-{concurrency}.csv")
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(binary.parent.parent / "libraries")}
+    command = [
+        *(str(binary), "-m", "audioldm2", "-i", protocol, "-u", f"localhost:{port}", "-b", "1"),
+        *("--input-data", str(input_data), "--concurrency-range", str(concurrency)),
+        *("--measurement-mode", "count_windows", "--measurement-request-count", str(request_count)),
+        # One window of a known number of requests, not as many as it takes until three agree.
+        *("--max-trials", "1", "--stability-percentage", "999", "--percentile", "99"),
+        *("-f", str(report)),
+    ]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if not report.exists():
+        raise RuntimeError(f"perf_analyzer gave no report:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+    (row,) = csv.DictReader(report.open())
+    return LoadResult(
+        concurrency,
+        float(row["Inferences/Second"]),
+        *(float(row[f"p{percent} latency"]) / 1000 for percent in (50, 95, 99)),
+    )

@@ -1,0 +1,22 @@
+"""Triton's `/metrics` page, as numbers."""
+
+import urllib.request
+
+
+def read_metrics(port: int) -> dict[str, float]:
+    """Every sample of the page: by its name with labels, and summed over its labels by the name alone.
+
+    Raises `OSError` where no server answers.
+    """
+    with urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    metrics: dict[str, float] = {}
+    for line in lines:
+        if not line or line.startswith("#"):
+            continue
+        name, _, value = line.rpartition(" ")
+        metrics[name] = float(value)
+        plain = name.partition("{")[0]
+        if plain != name:
+            metrics[plain] = metrics.get(plain, 0.0) + float(value)
+    return metrics
