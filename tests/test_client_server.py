@@ -46,7 +46,15 @@ def tls_gateway(certificate: Path, address: str) -> Iterator[str]:
 
     async def hand_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         onward_reader, onward_writer = await asyncio.open_connection(*address.split(":"))
-        await asyncio.gather(copy(reader, onward_writer), copy(onward_reader, writer))
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(copy(reader, onward_writer), copy(onward_reader, writer))
+
+    async def shut() -> None:
+        gateway.close()
+        connections = asyncio.all_tasks() - {asyncio.current_task()}
+        for connection in connections:
+            connection.cancel()
+        await asyncio.gather(*connections, return_exceptions=True)
 
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate, certificate.with_name("key.pem"))
@@ -57,9 +65,9 @@ def tls_gateway(certificate: Path, address: str) -> Iterator[str]:
     try:
         yield f"localhost:{gateway.sockets[0].getsockname()[1]}"
     finally:
+        asyncio.run_coroutine_threadsafe(shut(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
-        gateway.close()
         loop.close()
 
 
@@ -284,7 +292,7 @@ def test_https_by_way_of_a_gateway(kind: str, bare_server: StandInServer, certif
         url = f"https://{address}"
         with open_client(kind, url, root_certificates=certificate) as client:
             assert client.generate(["rain"], seed=5)[0].seed == 5
-        assert client.stream("rain", seed=5)[-1].result.seed == 5
+            assert client.stream("rain", seed=5)[-1].result.seed == 5
         with open_client(kind, url) as client, pytest.raises(errors.UnavailableError, match=rf"^{url}: .*certificate"):
             client.generate("rain")
 

@@ -113,6 +113,8 @@ def _serve(settings: Settings, run_directory: Path, ports: dict[str, int], trito
         "--disable-auto-complete-config",
         "--model-control-mode=none",
         "--backend-config=python,stub-timeout-seconds=120",
+        # Calls of a stage by `audioldm2_stream` hold two threads each until they are answered.
+        "--backend-config=python,thread-pool-size=256",
         f"--exit-timeout-secs={EXIT_TIMEOUT_IN_S}",
         *triton_arguments,
     ]

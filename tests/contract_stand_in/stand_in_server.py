@@ -1,7 +1,9 @@
 """Starts a real Triton with the stand-in behind the ensemble `audioldm2`, and as `audioldm2_stream`."""
 
 import contextlib
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -81,13 +83,18 @@ def stand_in_server(
         *options,
     ]
     with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(command, env=triton.environment, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=triton.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             _wait_until_ready(process, http, directory / "log")
             yield StandInServer(f"localhost:{grpc}", f"localhost:{http}", process)
         finally:
             process.terminate()
             process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                # The models' processes, which outlive a server that was killed or whose exit timeout is over.
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _write_repository(repository: Path, parameters: Mapping[str, str]) -> Path:
