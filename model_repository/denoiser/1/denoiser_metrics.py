@@ -1,5 +1,6 @@
 """The engine's metrics on Triton's `/metrics` endpoint; Triton's own count only `execute()`, which returns at once."""
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,6 +60,7 @@ class EngineMetrics:
 
     def __init__(self, families: DenoiserMetrics, engine: str) -> None:
         labels = {"model": "denoiser", "engine": engine}
+        self._lock = threading.Lock()
         self._seconds_per_frame = families.seconds_per_frame
         self._rows_in_flight = families.rows_in_flight.Metric(labels=labels)
         self._rows_waiting = families.rows_waiting.Metric(labels=labels)
@@ -93,10 +95,12 @@ class EngineMetrics:
         self._audio_duration.increment(frames * self._seconds_per_frame)
 
     def changed(self, load: EngineLoad) -> None:
-        self._rows_in_flight.set(load.active_rows)
-        self._rows_waiting.set(load.pending_rows)
-        self._requests_in_flight.set(load.active_requests)
-        self._requests_waiting.set(load.waiting_requests)
+        # From several threads, and two operations of one metric at once bring down the server (2.51.0).
+        with self._lock:
+            self._rows_in_flight.set(load.active_rows)
+            self._rows_waiting.set(load.pending_rows)
+            self._requests_in_flight.set(load.active_requests)
+            self._requests_waiting.set(load.waiting_requests)
 
     def broke(self, _: Exception) -> None:
         self._engine_broken.set(1)
