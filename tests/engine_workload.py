@@ -12,7 +12,8 @@ from torch import Tensor
 
 from audioldm2_triton.contract import DEFAULT_SCHEDULER
 from denoising_request import DenoisingRequest, DenoisingRow, TextStates
-from engine import Engine, EngineLimits
+from engine import Engine
+from engine_load import EngineLimits
 from forward_plan import ALWAYS_MIX, ForwardCosts
 from schedule_table import ScheduleTables
 

@@ -52,12 +52,12 @@ def test_32_different_requests_at_once(server: LocalServer, reference: Reference
         before = read_metrics(server)
         delays = [generator.random() * 3 for _ in calls]
 
-        def later(call: Call, delay: float) -> GenerationResult:
+        def later(call: Call, delay: float, ensemble: bool) -> GenerationResult:
             time.sleep(delay)
-            return generate(client, call)
+            return generate(client, call, ensemble)
 
         with ThreadPoolExecutor(32) as pool:
-            together = list(pool.map(later, calls, delays))
+            together = list(pool.map(later, calls, delays, [True, False] * 16))
     after = wait_for_metrics(server, is_idle, "an idle server")
     forwards = after["audioldm2_step_count"] - before["audioldm2_step_count"]
     rows = after["audioldm2_rows_per_forward_sum"] - before["audioldm2_rows_per_forward_sum"]

@@ -15,7 +15,8 @@ from audioldm2_triton.geometry import AudioGeometry
 from audioldm2_triton.settings import Settings, resolve_device, resolve_dtype
 from denoising_request import DenoisingRequest, DenoisingRow, TextStates
 from denoising_unet import load_unet
-from engine import Engine, EngineLimits, Observer
+from engine import Engine
+from engine_load import EngineLimits, Observer
 from engine_pool import EnginePool
 from schedule_table import ScheduleTables
 

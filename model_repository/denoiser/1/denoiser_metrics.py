@@ -16,7 +16,7 @@ from audioldm2_triton.errors import (
 )
 from audioldm2_triton.geometry import AudioGeometry
 from denoising_request import DenoisingRequest
-from engine import EngineLoad
+from engine_load import EngineLoad
 
 ROWS_BUCKETS = [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64]
 STEP_BUCKETS_MS = [1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000]

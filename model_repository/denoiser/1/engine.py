@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -26,7 +26,9 @@ from audioldm2_triton.errors import (
     invalid,
 )
 from denoising_request import DenoisingRequest, OnDone
+from engine_load import EngineLimits, EngineLoad, Observer
 from forward_plan import Flight, ForwardCosts, plan_forwards
+from job import Job, OnProgress
 from schedule_table import ScheduleError, ScheduleTables
 from step_batch import StepBatch, UNet, WaveformState, advance, stack_waveforms, start_waveform, unstack_waveforms
 
@@ -34,84 +36,6 @@ logger = logging.getLogger(__name__)
 
 CANCELLATION_POLL_NS: Final = 20_000_000  # asking Triton costs more than a flag, so not before every step of 5 ms
 MAX_FAILED_STEPS: Final = 3  # in a row; after these the engine counts as broken
-
-OnProgress = Callable[[int, int], None]
-"""Called with the UNet evaluations done and in all; with zeros where the request is not in flight any more."""
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    max_active_rows: int  # UNet batch items in flight, which is also the largest forward
-    max_waiting: int  # requests that may wait for room
-
-
-@dataclass(frozen=True)
-class EngineLoad:
-    """What an engine holds at one moment."""
-
-    active_rows: int  # UNet batch items in flight
-    pending_rows: int  # UNet batch items that wait for room
-    active_requests: int
-    waiting_requests: int
-
-
-class Observer(Protocol):
-    """What an engine tells of itself; implementations must be quick, and `changed` safe to call from any thread."""
-
-    def stepped(self, rows: int, seconds: float) -> None:
-        """One forward of so many UNet batch items, and the time since the last or since there was work."""
-
-    def admitted(self, waited_s: float) -> None:
-        """A request's first waveform is in flight."""
-
-    def finished(self, request: DenoisingRequest, outcome: Tensor | Exception) -> None:
-        """A request was answered."""
-
-    def changed(self, load: EngineLoad) -> None:
-        """Something entered or left."""
-
-    def broke(self, error: Exception, /) -> None:
-        """The engine has given up."""
-
-
-class Job:
-    """A request in the engine. Its fields belong to the engine's lock."""
-
-    def __init__(
-        self,
-        request: DenoisingRequest,
-        waveforms: tuple[WaveformState, ...],
-        on_done: OnDone,
-        is_cancelled: Callable[[], bool] | None,
-    ) -> None:
-        self.request = request
-        self.waveforms = waveforms
-        self.pending = deque(waveforms)  # not yet in flight, in generation order
-        self.on_done = on_done
-        self.is_cancelled = is_cancelled
-        self.cancelled = False
-        self.started = False
-        self.done = False
-        self.must_wait = False  # there was no room when it came
-        self.submitted_ns = time.monotonic_ns()
-        self.polled_ns = 0
-        self.listeners: list[tuple[int, OnProgress]] = []
-
-    @property
-    def evaluations_done(self) -> int:
-        """Of the waveform with the most left to do."""
-        return self.num_evaluations - max(w.table.num_evaluations - w.evaluation for w in self.waveforms)
-
-    @property
-    def num_evaluations(self) -> int:
-        return max(waveform.table.num_evaluations for waveform in self.waveforms)
-
-    def progressed(self) -> list[Callable[[], None]]:
-        """The calls that are due to those who wait for progress."""
-        done, total = self.evaluations_done, self.num_evaluations
-        due = [listener for after, listener in self.listeners if done > after]
-        self.listeners = [(after, listener) for after, listener in self.listeners if done <= after]
-        return [lambda listener=listener: listener(done, total) for listener in due]  # type: ignore[misc]
 
 
 @dataclass

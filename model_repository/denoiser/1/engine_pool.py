@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from audioldm2_triton.errors import AudioLDM2Error, UnavailableError
 from denoising_request import DenoisingRequest, OnDone
-from engine import Engine, Job, OnProgress
+from engine import Engine
+from job import Job, OnProgress
 from schedule_table import ScheduleError, ScheduleTables
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,43 @@
+"""How much an engine may hold, what it holds, and who is told."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from denoising_request import DenoisingRequest
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    max_active_rows: int  # UNet batch items in flight, which is also the largest forward
+    max_waiting: int  # requests that may wait for room
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """What an engine holds at one moment."""
+
+    active_rows: int  # UNet batch items in flight
+    pending_rows: int  # UNet batch items that wait for room
+    active_requests: int
+    waiting_requests: int
+
+
+class Observer(Protocol):
+    """What an engine tells of itself; implementations must be quick, and `changed` safe to call from any thread."""
+
+    def stepped(self, rows: int, seconds: float) -> None:
+        """One forward of so many UNet batch items, and the time since the last or since there was work."""
+
+    def admitted(self, waited_s: float) -> None:
+        """A request's first waveform is in flight."""
+
+    def finished(self, request: DenoisingRequest, outcome: Tensor | Exception) -> None:
+        """A request was answered."""
+
+    def changed(self, load: EngineLoad) -> None:
+        """Something entered or left."""
+
+    def broke(self, error: Exception, /) -> None:
+        """The engine has given up."""

@@ -1,0 +1,51 @@
+"""A request while it is in the engine."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from denoising_request import DenoisingRequest, OnDone
+from step_batch import WaveformState
+
+OnProgress = Callable[[int, int], None]
+"""Called with the UNet evaluations done and in all; with zeros where the request is not in flight any more."""
+
+
+class Job:
+    """A request in the engine. Its fields belong to the engine's lock."""
+
+    def __init__(
+        self,
+        request: DenoisingRequest,
+        waveforms: tuple[WaveformState, ...],
+        on_done: OnDone,
+        is_cancelled: Callable[[], bool] | None,
+    ) -> None:
+        self.request = request
+        self.waveforms = waveforms
+        self.pending = deque(waveforms)  # not yet in flight, in generation order
+        self.on_done = on_done
+        self.is_cancelled = is_cancelled
+        self.cancelled = False
+        self.started = False
+        self.done = False
+        self.must_wait = False  # there was no room when it came
+        self.submitted_ns = time.monotonic_ns()
+        self.polled_ns = 0
+        self.listeners: list[tuple[int, OnProgress]] = []
+
+    @property
+    def evaluations_done(self) -> int:
+        """Of the waveform with the most left to do."""
+        return self.num_evaluations - max(w.table.num_evaluations - w.evaluation for w in self.waveforms)
+
+    @property
+    def num_evaluations(self) -> int:
+        return max(waveform.table.num_evaluations for waveform in self.waveforms)
+
+    def progressed(self) -> list[Callable[[], None]]:
+        """The calls that are due to those who wait for progress."""
+        done, total = self.evaluations_done, self.num_evaluations
+        due = [listener for after, listener in self.listeners if done > after]
+        self.listeners = [(after, listener) for after, listener in self.listeners if done <= after]
+        return [lambda listener=listener: listener(done, total) for listener in due]  # type: ignore[misc]
