@@ -159,3 +159,18 @@ def test_metrics_count_what_was_done(small_server: LocalServer) -> None:
     assert gained["audioldm2_audio_duration_s"] == pytest.approx(2 * 0.64)
     assert gained['audioldm2_request_count{engine="cpu",model="denoiser",outcome="success"}'] == 1
     assert 'audioldm2_engine_broken{engine="cpu",model="denoiser"}' in after
+
+
+def test_the_stateless_stages_batch_requests_too(server: LocalServer) -> None:
+    before = read_metrics(server)
+    calls = [Call(f"sound number {index}", audio_length_in_s=0.64, num_inference_steps=1) for index in range(24)]
+    with AudioLDM2Client(server.grpc_url) as client:
+        client.server_info()
+        with ThreadPoolExecutor(24) as pool:
+            list(pool.map(lambda call: generate(client, call), calls))
+    after = wait_for_metrics(server, is_idle, "an idle server")
+    for model in ("text_conditioning", "decoder"):
+        name = f'nv_inference_{{}}{{model="{model}",version="1"}}'
+        rows, executions = (after[name.format(kind)] - before[name.format(kind)] for kind in ("count", "exec_count"))
+        assert rows == 24
+        assert executions < 24, f"{model} ran {executions} times for 24 requests"
