@@ -170,7 +170,8 @@ def test_the_stateless_stages_batch_requests_too(server: LocalServer) -> None:
             list(pool.map(lambda call: generate(client, call), calls))
     after = wait_for_metrics(server, is_idle, "an idle server")
     for model in ("text_conditioning", "decoder"):
-        name = f'nv_inference_{{}}{{model="{model}",version="1"}}'
-        rows, executions = (after[name.format(kind)] - before[name.format(kind)] for kind in ("count", "exec_count"))
+        labels = f'{{model="{model}",version="1"}}'
+        names = (f"nv_inference_count{labels}", f"nv_inference_exec_count{labels}")
+        rows, executions = (after[name] - before[name] for name in names)
         assert rows == 24
         assert executions < 24, f"{model} ran {executions} times for 24 requests"

@@ -58,15 +58,14 @@ def write_input_data(path: Path, requests: Sequence[dict[str, Any]]) -> None:
 def run_load(
     binary: Path, protocol: str, port: int, input_data: Path, concurrency: int, request_count: int
 ) -> LoadResult:
-    """Sends at least `request_count` requests of `input_data` in turn, `concurrency` at a time."""
+    """Sends `request_count` requests of `input_data` in turn, `concurrency` at a time."""
     report = input_data.with_name(f"{protocol}-{concurrency}.csv")
     environment = {**os.environ, "LD_LIBRARY_PATH": str(binary.parent.parent / "libraries")}
     command = [
         *(str(binary), "-m", "audioldm2", "-i", protocol, "-u", f"localhost:{port}", "-b", "1"),
         *("--input-data", str(input_data), "--concurrency-range", str(concurrency)),
-        *("--measurement-mode", "count_windows", "--measurement-request-count", str(request_count)),
-        # One window of a known number of requests, not as many as it takes until three agree.
-        *("--max-trials", "1", "--stability-percentage", "999", "--percentile", "99"),
+        # One pass over a known number of requests, not windows until three of them agree.
+        *("--request-count", str(request_count), "--percentile", "99"),
         *("-f", str(report)),
     ]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
