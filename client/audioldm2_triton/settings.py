@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 ENVIRONMENT_PREFIX: Final = "AUDIOLDM2_"
 DEVICES: Final = "auto, cpu, cuda or cuda:INDEX"
 DTYPES: Final = ("auto", "float32", "float16", "bfloat16")
+COMPILE: Final = ("auto", "on", "off")
 
 
 class SettingsError(ValueError):
@@ -35,10 +36,21 @@ class Settings:
     max_num_waveforms_per_prompt: int = 8
     max_active_rows: int = 0  # UNet batch items in flight in one engine; 0: derived from the device
     max_waiting: int = 0  # requests that may wait for a place; 0: derived from the device
+    compile: str = "auto"  # whether torch.compile is used: on CUDA
+    compile_cache: str = ""  # a directory in which compiled code outlives the server; empty: none
+    compile_lengths_in_s: str = ""  # the audio lengths to compile for, as 2.56,10.24; empty: the native length
+    compile_max_rows: int = 0  # UNet batch items of the largest compiled forward; 0: derived from the device
+    embedding_cache_size: int = 1024  # texts whose encoding is kept; 0: none
 
     @property
     def limits(self) -> Limits:
         return Limits(self.max_audio_length_in_s, self.max_num_inference_steps, self.max_num_waveforms_per_prompt)
+
+    def lengths_to_compile(self, native_audio_length_in_s: float) -> tuple[float, ...]:
+        """Seconds of audio, the shortest first."""
+        if not self.compile_lengths_in_s:
+            return (native_audio_length_in_s,)
+        return tuple(sorted({float(length) for length in self.compile_lengths_in_s.split(",")}))
 
 
 _RANGES: Final[Mapping[str, tuple[float, float]]] = {
@@ -47,6 +59,8 @@ _RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "max_num_waveforms_per_prompt": (1, 64),
     "max_active_rows": (0, 4096),
     "max_waiting": (0, 1_000_000),
+    "compile_max_rows": (0, 4096),
+    "embedding_cache_size": (0, 1_000_000),
 }
 
 
@@ -73,12 +87,27 @@ def read_settings(parameters: Mapping[str, str], environ: Mapping[str, str] = os
     settings = Settings(**values)  # type: ignore[arg-type]
     if settings.dtype not in DTYPES:
         raise SettingsError(f"dtype: got {settings.dtype!r} but expected one of {', '.join(DTYPES)}")
+    if settings.compile not in COMPILE:
+        raise SettingsError(f"compile: got {settings.compile!r} but expected one of {', '.join(COMPILE)}")
+    _check_lengths(settings)
     device, _, index = settings.device.partition(":")
     if device not in ("auto", "cpu", "cuda") or (index and (device != "cuda" or not index.isdigit())):
         raise SettingsError(f"device: got {settings.device!r} but expected {DEVICES}")
     if device == "cpu" and settings.dtype == "float16":
         raise SettingsError("dtype: got 'float16' on a CPU but expected float32 or bfloat16 (float16 needs a GPU)")
     return settings
+
+
+def _check_lengths(settings: Settings) -> None:
+    try:
+        valid = all(0.1 <= length <= settings.max_audio_length_in_s for length in settings.lengths_to_compile(0.1))
+    except ValueError:
+        valid = False
+    if not valid:
+        raise SettingsError(
+            f"compile_lengths_in_s: got {settings.compile_lengths_in_s!r} but expected seconds from 0.1 to "
+            f"{settings.max_audio_length_in_s:g}, separated by commas"
+        )
 
 
 def _number(name: str, given: str, whole: bool) -> int | float:
@@ -121,3 +150,8 @@ def resolve_dtype(settings: Settings, device: "torch.device") -> "torch.dtype":
         raise SettingsError("dtype: got 'float16' on a CPU but expected float32 or bfloat16 (float16 needs a GPU)")
     dtype: torch.dtype = getattr(torch, settings.dtype)
     return dtype
+
+
+def resolve_compile(settings: Settings, device: "torch.device") -> bool:
+    """Whether a stage on this device compiles."""
+    return settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")

@@ -8,7 +8,6 @@ mixing pays. The UNets are uncompiled.
 
 import argparse
 import csv
-import json
 import statistics
 import sys
 import time
@@ -16,27 +15,18 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
 from torch import Tensor
 
+from checkpoints.shapes import component_config
+
 ROOT: Final = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "model_repository" / "denoiser" / "1"))
 
 from length_masks import MaskedUNet  # noqa: E402
-
-BASE_CONFIG: Final = ROOT / "scripts" / "checkpoints" / "reference_configs" / "audioldm2" / "unet" / "config.json"
-CHANGES: Final[dict[str, dict[str, Any]]] = {
-    "tiny": {
-        "attention_head_dim": 2,
-        "block_out_channels": [16, 16, 24, 32],
-        "cross_attention_dim": [[None, 32, 48]] * 4,
-        "norm_num_groups": 8,
-    },
-    "base": {},
-}
 
 # Latent frames of each row, 25 a second. Rows of one clip with guidance come in pairs.
 MIXTURES: Final[dict[str, tuple[tuple[int, ...], ...]]] = {
@@ -85,8 +75,7 @@ class Row:
 def build_unet(name: str, device: str, dtype: torch.dtype) -> AudioLDM2UNet2DConditionModel:
     """A UNet of random weights; its cost is that of trained ones."""
     torch.manual_seed(0)
-    config = json.loads(BASE_CONFIG.read_text()) | CHANGES[name]
-    unet: torch.nn.Module = AudioLDM2UNet2DConditionModel.from_config(config)
+    unet: torch.nn.Module = AudioLDM2UNet2DConditionModel.from_config(component_config(name, "unet"))
     return unet.to(device, dtype).eval()  # type: ignore[return-value]
 
 
@@ -159,7 +148,7 @@ def measure(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--unet", nargs="+", choices=CHANGES, default=list(CHANGES))
+    parser.add_argument("--unet", nargs="+", choices=MIXTURES, default=list(MIXTURES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
