@@ -1,46 +1,32 @@
-"""`scripts/benchmark`: measurements, each one command."""
+"""`scripts/benchmark`: measurements, each one command, each with its rows in a CSV file."""
 
 import argparse
 import sys
-from pathlib import Path
+from importlib import import_module
 from typing import Final
 
-from benchmarks import masks
-from benchmarks.load import LoadOptions, measure_load
-
-ROOT: Final = Path(__file__).resolve().parent.parent.parent
+# A command's module is imported when it is asked for: not every machine has what all of them need.
+COMMANDS: Final = {
+    "joining": "a short request that joins a long one in flight",
+    "load": "perf_analyzer over concurrency, against the pipeline one by one",
+    "masks": "mixed lengths in one forward, against groups of equal length",
+}
+FUNCTIONS: Final = {"masks": "measure_masks"}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/benchmark", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    load_command = commands.add_parser("load", help="perf_analyzer over concurrency, against the pipeline one by one")
-    load_command.add_argument("--checkpoint", type=Path, required=True)
-    load_command.add_argument("--audio-length-in-s", type=float, default=0.64)
-    load_command.add_argument("--num-inference-steps", type=int, default=20)
-    load_command.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    load_command.add_argument("--requests", type=int, default=32, help="per concurrency (default: %(default)s)")
-    load_command.add_argument("--csv", type=Path, help="where to write the table")
-    load_command.set_defaults(measure=_load)
-    masks_command = commands.add_parser("masks", help="mixed lengths in one forward, against groups of equal length")
-    masks.add_arguments(masks_command)
-    masks_command.set_defaults(measure=masks.measure_masks)
+    chosen = next((argument for argument in sys.argv[1:] if argument in COMMANDS), None)
+    for name, description in COMMANDS.items():
+        command = commands.add_parser(name, help=description)
+        if name == chosen:
+            module = import_module(f"benchmarks.{name}")
+            module.add_arguments(command)
+            command.set_defaults(measure=getattr(module, FUNCTIONS.get(name, "measure")))
     arguments = parser.parse_args()
     arguments.measure(arguments)
     return 0
-
-
-def _load(arguments: argparse.Namespace) -> None:
-    options = LoadOptions(
-        checkpoint=arguments.checkpoint,
-        audio_length_in_s=arguments.audio_length_in_s,
-        num_inference_steps=arguments.num_inference_steps,
-        concurrencies=tuple(arguments.concurrency),
-        request_count=arguments.requests,
-        csv_file=arguments.csv,
-        cache=ROOT / ".cache",
-    )
-    measure_load(options, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """`scripts/benchmark load`: perf_analyzer against the server, and the same load one by one through the pipeline."""
 
+import argparse
 import csv
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.perf_analyzer import LoadResult, install_perf_analyzer, run_load, write_input_data
+from benchmarks.setting import CACHE
 from serving.local_server import local_server
 from serving.metrics import read_metrics
 
@@ -42,6 +45,28 @@ class LoadOptions:
     request_count: int  # per concurrency
     csv_file: Path | None
     cache: Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--audio-length-in-s", type=float, default=0.64)
+    parser.add_argument("--num-inference-steps", type=int, default=20)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--requests", type=int, default=32, help="per concurrency (default: %(default)s)")
+    parser.add_argument("--csv", type=Path, help="where to write the table")
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    options = LoadOptions(
+        checkpoint=arguments.checkpoint,
+        audio_length_in_s=arguments.audio_length_in_s,
+        num_inference_steps=arguments.num_inference_steps,
+        concurrencies=tuple(arguments.concurrency),
+        request_count=arguments.requests,
+        csv_file=arguments.csv,
+        cache=CACHE,
+    )
+    measure_load(options, sys.stdout)
 
 
 def measure_load(options: LoadOptions, out: TextIO) -> None:

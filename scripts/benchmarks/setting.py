@@ -1,0 +1,135 @@
+"""What all commands are told and what they note down of where they run."""
+
+import argparse
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from audioldm2_triton.settings import DTYPES, Settings, resolve_device, resolve_dtype
+from benchmarks.measurement import Row, append_row
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+CACHE: Final = ROOT / ".cache"
+PARTS_THAT_COUNT: Final = ("model_repository", "client", "scripts")  # for the figures
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured where, and the file that it goes to."""
+
+    checkpoint: Path
+    device: torch.device
+    dtype: torch.dtype
+    csv: Path
+    row: Row  # with everything that the measurements of this run share
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def serve_arguments(self) -> tuple[str, ...]:
+        """For `scripts/serve`, so that it runs in the same setting."""
+        return f"--device={self.device}", f"--dtype={self.dtype_name}"
+
+    def keep(self, row: Row) -> Row:
+        """Writes a measurement down at once: what is interrupted later does not lose it."""
+        append_row(self.csv, row)
+        return row
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, command: str) -> None:
+    checkpoint = CACHE / "checkpoints" / "tiny"
+    default_csv = CACHE / "benchmarks" / f"{command}.csv"
+    parser.add_argument("--checkpoint", type=Path, default=checkpoint, help="default: a tiny one, built if missing")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:INDEX (default: auto)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: float16 on a GPU, else float32")
+    parser.add_argument("--csv", type=Path, default=default_csv, help="rows are added to it (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="of PyTorch on a CPU (default: PyTorch's)")
+
+
+def read_setting(arguments: argparse.Namespace, command: str) -> Setting:
+    if arguments.threads:
+        # Read by the processes that are started too.
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+        torch.set_num_threads(arguments.threads)
+    checkpoint: Path = arguments.checkpoint.expanduser()
+    build_if_missing(checkpoint)
+    settings = Settings(str(checkpoint), device=arguments.device, dtype=arguments.dtype)
+    device = resolve_device(settings)
+    dtype = resolve_dtype(settings, device)
+    row = Row(
+        what=command,
+        path="",
+        device=device_name(device),
+        dtype=str(dtype).removeprefix("torch."),
+        torch=torch.__version__,
+        checkpoint=checkpoint.name,
+        commit=commit(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=shlex.join(["scripts/benchmark", *sys.argv[1:]]),
+    )
+    return Setting(checkpoint.resolve(), device, dtype, arguments.csv, row)
+
+
+def build_if_missing(checkpoint: Path, size: str = "") -> None:
+    """Builds one of random weights, whose cost is that of trained ones; its size is its name, if not given.
+
+    Raises `FileNotFoundError` for a missing one of another name.
+    """
+    if checkpoint.exists():
+        return
+    from checkpoints.building import build
+    from checkpoints.shapes import SIZES
+
+    if (size or checkpoint.name) not in SIZES:
+        raise FileNotFoundError(
+            f"checkpoint: got {checkpoint} but expected a directory that exists, or one of {', '.join(SIZES)} to build"
+        )
+    build(size or checkpoint.name, checkpoint, report=lambda component: print(f"building {component}", file=sys.stderr))
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_model()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"CPU {names[0] if names else platform.machine()}"
+
+
+def commit() -> str:
+    """The commit, with a plus where the code has changed since; empty outside a repository."""
+    try:
+        head = _git("rev-parse", "--short", "HEAD")
+        return head + ("+" if _git("status", "--porcelain", "--", *PARTS_THAT_COUNT) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _git(*arguments: str) -> str:
+    run = subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True)
+    return run.stdout.strip()
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Of this process so far: what PyTorch has held on a GPU, else the resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    # Linux counts in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
