@@ -14,8 +14,10 @@ from audioldm2_triton.contract import DEFAULT_SCHEDULER
 from denoising_request import DenoisingRequest, DenoisingRow, TextStates
 from engine import Engine
 from engine_load import EngineLimits
-from forward_plan import ALWAYS_MIX, ForwardCosts
-from schedule_table import ScheduleTables
+from forward_plan import ALWAYS_MIX, Bucket, ForwardCosts
+from lean_unet import TextKeys
+from schedule_table import ScheduleTable, ScheduleTables
+from step_batch import StepInputs, denoise
 
 CPU = torch.device("cpu")
 CHANNELS, WIDTH = 2, 4
@@ -36,16 +38,25 @@ class WatchedUNet:
     def masks(self, valid_frames: Sequence[int], frames: int) -> Any:
         return torch.tensor([[frame < valid for frame in range(frames)] for valid in valid_frames])
 
-    def forward(
-        self, sample: Tensor, timestep: Tensor, generated: Tensor, prompt_embeds: Tensor, mask: Tensor, masks: Any
-    ) -> Tensor:
-        tags = tuple(int(tag) for tag in generated[:, 0, 0].tolist())
+    def text_keys(self, generated: Tensor, prompt_embeds: Tensor, mask: Tensor) -> TextKeys:
+        return TextKeys(generated, prompt_embeds, mask)
+
+    def time_biases(self, table: ScheduleTable) -> Tensor:
+        return table.timesteps[:, None]
+
+    def denoise(self, inputs: StepInputs, bucket: Bucket | None) -> Tensor:
+        assert bucket is None
+        return denoise(self.forward, inputs)
+
+    def forward(self, sample: Tensor, time_biases: Tensor, text: TextKeys, masks: Any) -> Tensor:
+        tags = tuple(int(tag) for tag in text.states[:, 0, 0].tolist())
+        prompt_embeds, mask, timestep = text.states_1, text.bias_1, time_biases[:, 0]
         if self.gate is not None:
             self.gate.acquire()
         self.forwards.append(tags)
         self.fail(tags)
-        text = (prompt_embeds.mean(2) * mask).sum(1) / mask.sum(1)
-        output = torch.tanh(sample + text[:, None, None, None]) * (1 + timestep / 1000)[:, None, None, None]
+        mean = (prompt_embeds.mean(2) * mask).sum(1) / mask.sum(1)
+        output = torch.tanh(sample + mean[:, None, None, None]) * (1 + timestep / 1000)[:, None, None, None]
         return output if masks is None else output * masks[:, None, :, None]
 
 
@@ -56,7 +67,7 @@ def make_engine(
     max_waiting: int = 1000,
     costs: ForwardCosts = ALWAYS_MIX,
 ) -> Engine:
-    return Engine(unet, tables, EngineLimits(max_active_rows, max_waiting), costs, CPU, torch.float32)
+    return Engine(unet, tables, EngineLimits(max_active_rows, max_waiting), lambda: costs, CPU, torch.float32)
 
 
 def make_request(
@@ -106,10 +117,12 @@ def reference_latents(request: DenoisingRequest, scheduler_config: dict[str, Any
             items = len(scaled)
             return unet.forward(
                 scaled,
-                timestep.float().expand(items),
-                text.generated_prompt_embeds.expand(items, -1, -1),
-                text.prompt_embeds.expand(items, -1, -1),
-                text.attention_mask.expand(items, -1),
+                timestep.float().expand(items)[:, None],
+                TextKeys(
+                    text.generated_prompt_embeds.expand(items, -1, -1),
+                    text.prompt_embeds.expand(items, -1, -1),
+                    text.attention_mask.expand(items, -1),
+                ),
                 None,
             )
 

@@ -30,7 +30,7 @@ COSTS = st.builds(
 def seconds(plan: list[Forward], flights: list[Flight], costs: ForwardCosts) -> float:
     total = 0.0
     for forward in plan:
-        cost = costs.masked if forward.masked else costs.plain
+        cost = costs.masked if forward.mixed else costs.plain
         total += cost.seconds(sum(flights[index].items for index in forward.indices), forward.frames)
     return total
 
@@ -42,7 +42,7 @@ def test_every_waveform_is_in_one_forward_that_is_long_enough(flights: list[Flig
     for forward in plan:
         lengths = [flights[index].frames for index in forward.indices]
         assert forward.frames == max(lengths)
-        assert forward.masked == (len(set(lengths)) > 1)
+        assert forward.mixed == (len(set(lengths)) > 1)
 
 
 @given(FLIGHTS, COSTS)

@@ -26,7 +26,7 @@ from checkpoints.shapes import component_config
 ROOT: Final = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "model_repository" / "denoiser" / "1"))
 
-from length_masks import MaskedUNet  # noqa: E402
+from lean_unet import LeanUNet, TextKeys  # noqa: E402
 
 # Latent frames of each row, 25 a second. Rows of one clip with guidance come in pairs.
 MIXTURES: Final[dict[str, tuple[tuple[int, ...], ...]]] = {
@@ -72,26 +72,21 @@ class Row:
     ratio: float
 
 
-def build_unet(name: str, device: str, dtype: torch.dtype) -> AudioLDM2UNet2DConditionModel:
+def build_unet(name: str, device: str, dtype: torch.dtype) -> LeanUNet:
     """A UNet of random weights; its cost is that of trained ones."""
     torch.manual_seed(0)
-    unet: torch.nn.Module = AudioLDM2UNet2DConditionModel.from_config(component_config(name, "unet"))
-    return unet.to(device, dtype).eval()  # type: ignore[return-value]
+    unet = AudioLDM2UNet2DConditionModel.from_config(component_config(name, "unet"))
+    return LeanUNet(unet).to(device, dtype).eval()
 
 
-def random_inputs(unet: AudioLDM2UNet2DConditionModel, rows: int, frames: int) -> dict[str, Tensor]:
+def random_inputs(unet: LeanUNet, rows: int, frames: int) -> tuple[Tensor, Tensor, TextKeys]:
     _, gpt2, t5 = unet.config["cross_attention_dim"][0]
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(rows, *shape, device=unet.device, dtype=unet.dtype)
 
-    return {
-        "sample": noise(unet.config["in_channels"], frames, 16),
-        "timestep": torch.full((rows,), 500, device=unet.device),
-        "encoder_hidden_states": noise(8, gpt2),
-        "encoder_hidden_states_1": noise(T5_TOKENS, t5),
-        "encoder_attention_mask_1": torch.ones(rows, T5_TOKENS, device=unet.device),
-    }
+    text = unet.text_keys(noise(8, gpt2), noise(T5_TOKENS, t5), torch.ones(rows, T5_TOKENS, device=unet.device))
+    return noise(unet.config["in_channels"], frames, 16), unet.time_biases(torch.full((rows,), 500.0)), text
 
 
 def medians(ways: list[Callable[[], None]], repeats: int, device: str) -> list[float]:
@@ -110,8 +105,7 @@ def medians(ways: list[Callable[[], None]], repeats: int, device: str) -> list[f
 
 def measure(
     name: str,
-    unet: AudioLDM2UNet2DConditionModel,
-    masked: MaskedUNet,
+    unet: LeanUNet,
     mixture: tuple[int, ...],
     repeats: int,
     device: str,
@@ -119,17 +113,17 @@ def measure(
     rows, frames = len(mixture), max(mixture)
     padded = random_inputs(unet, rows, frames)
     groups = [random_inputs(unet, count, length) for length, count in Counter(mixture).items()]
-    masks = masked.masks(mixture, frames)
+    masks = unet.masks(mixture, frames)
 
     def run_masked() -> None:
-        masked(masks, **padded)
+        unet(*padded, masks)
 
     def run_groups() -> None:
         for group in groups:
-            unet(**group)
+            unet(*group, None)
 
     def run_padded() -> None:
-        unet(**padded)
+        unet(*padded, None)
 
     masked_ms, grouped_ms, padded_ms = medians([run_masked, run_groups, run_padded], repeats, device)
     return Row(
@@ -163,7 +157,6 @@ def measure_masks(arguments: argparse.Namespace) -> None:
     with torch.inference_mode():
         for name in arguments.unet:
             unet = build_unet(name, arguments.device, getattr(torch, arguments.dtype))
-            masked = MaskedUNet(unet)
             for mixture in MIXTURES[name]:
-                table.writerow(astuple(measure(name, unet, masked, mixture, arguments.repeats, arguments.device)))
+                table.writerow(astuple(measure(name, unet, mixture, arguments.repeats, arguments.device)))
                 sys.stdout.flush()

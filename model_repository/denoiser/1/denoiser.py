@@ -1,7 +1,6 @@
 """The stage without Triton: a checkpoint's engines, and the resolved tensors of a request as they take them."""
 
 import json
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
@@ -10,21 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from audioldm2_triton.compilation import compile_cache
 from audioldm2_triton.errors import invalid
 from audioldm2_triton.geometry import AudioGeometry
-from audioldm2_triton.settings import Settings, resolve_device, resolve_dtype
+from audioldm2_triton.settings import Settings, resolve_compile, resolve_device, resolve_dtype
 from denoising_request import DenoisingRequest, DenoisingRow, TextStates
 from denoising_unet import load_unet
 from engine import Engine
 from engine_load import EngineLimits, Observer
 from engine_pool import EnginePool
+from forward_plan import Bucket
 from schedule_table import ScheduleTables
-
-logger = logging.getLogger(__name__)
 
 CPU_MAX_ACTIVE_ROWS: Final = 32
 CPU_MAX_WAITING: Final = 64
-GPU_MAX_ACTIVE_ROWS: Final = 62  # from 64 on, the UNet's upsampler gives up the channels-last layout
+GPU_MAX_ACTIVE_ROWS: Final = 62
+COMPILED_ITEMS: Final = (2, 4, 8, 12, 16, 24, 32, 48, 62)  # UNet batch items; half of a forward is waste at worst
 GPU_BYTES_PER_ROW: Final = 256 * 2**20  # an estimate of the activations of one row of 10 s, not measured yet
 
 
@@ -35,21 +35,50 @@ def load_schedule_tables(checkpoint: Path) -> ScheduleTables:
 def load_engines(
     settings: Settings, geometry: AudioGeometry, observe: Callable[[torch.device], Observer]
 ) -> EnginePool:
-    """One engine per visible GPU, or one on the CPU; measured, and so warmed up.
+    """One engine per visible GPU, or one on the CPU; compiled, measured, and so warmed up.
 
     Args:
         observe: makes the observer of the engine on a device.
     """
     checkpoint = Path(settings.checkpoint)
     tables = load_schedule_tables(checkpoint)
+    devices = denoising_devices(settings)
+    dtype = resolve_dtype(settings, devices[0])
+    buckets = {device: compile_buckets(settings, geometry, device) for device in devices}
+    config = (checkpoint / "unet" / "config.json").read_text()
+    cache = compile_cache(settings, "denoiser", devices[0], dtype, (config, buckets[devices[0]]))
+    if buckets[devices[0]]:
+        cache.restore()
     engines = []
-    for device in denoising_devices(settings):
-        unet = load_unet(checkpoint, geometry.latent_width, device, resolve_dtype(settings, device))
-        costs = unet.measure_costs()
-        logger.info("%s: a forward takes %s", device, costs)
+    for device in devices:
+        unet = load_unet(checkpoint, geometry.latent_width, device, dtype, buckets[device])
         limits = engine_limits(settings, device)
-        engines.append(Engine(unet, tables, limits, costs, device, unet.dtype, observe(device)))
+        engines.append(Engine(unet, tables, limits, unet.warm_up, device, dtype, observe(device)))
+    for engine in engines:
+        engine.wait_until_warm()
+    if buckets[devices[0]]:
+        cache.save()
     return EnginePool(engines, tables)
+
+
+def compile_buckets(settings: Settings, geometry: AudioGeometry, device: torch.device) -> tuple[Bucket, ...]:
+    """The shapes to compile for, the smallest first; none where nothing is compiled.
+
+    On a GPU a length runs, masked, in the next longer bucket. On a CPU every frame costs, and a shape takes minutes to
+    compile: there only what has exactly the length, and one waveform, is compiled for, unless more rows are asked for.
+    """
+    if not resolve_compile(settings, device):
+        return ()
+    on_gpu = device.type == "cuda"
+    largest = settings.compile_max_rows or (engine_limits(settings, device).max_active_rows if on_gpu else 2)
+    sizes = sorted({min(size, largest) for size in COMPILED_ITEMS})
+    lengths = settings.lengths_to_compile(geometry.native_audio_length_in_s)
+    return tuple(
+        Bucket(items, geometry.latent_frames(length), masked)
+        for length in lengths
+        for masked in ((False, True) if on_gpu else (False,))
+        for items in sizes
+    )
 
 
 def denoising_devices(settings: Settings) -> list[torch.device]:

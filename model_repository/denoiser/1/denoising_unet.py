@@ -1,7 +1,10 @@
-"""A checkpoint's UNet as the engine calls it: plain for equal lengths, masked for different ones."""
+"""A checkpoint's UNet as the engine calls it: eager for any shape, compiled for the buckets."""
 
+import logging
 import time
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -9,88 +12,149 @@ import torch
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
 from torch import Tensor
 
-from forward_plan import ForwardCosts, fit_cost
-from length_masks import LengthMasks, MaskedUNet
+from forward_plan import Bucket, ForwardCosts, fit_cost
+from lean_unet import LeanUNet, TextKeys
+from length_masks import LengthMasks
+from schedule_table import WINDOW, ScheduleTable
+from step_batch import COMPILED_T5_LENGTH, T5_BUCKET, StepInputs, denoise
+
+logger = logging.getLogger(__name__)
 
 PROBES: Final = ((1, 16), (2, 64))
 """(items, latent frames) of the two forwards that a cost is fitted through: one of 0.64 s, two of 2.56 s of audio."""
 PROBE_REPEATS: Final = 3
+AFTER_WARM_UP: Final = "eager_on_recompile"
+"""What was not compiled at the start is not compiled in a request's path."""
+KEPT_SCHEDULES: Final = 64
+"""Schedules whose time biases stay on the device: 13 MB each at 400 evaluations of the base shape in float32."""
 
 
 class DenoisingUNet:
-    """One UNet on one device; the masked one shares its weights."""
+    """One UNet on one device. `denoise` and `warm_up` belong to one thread, as CUDA graphs do.
 
-    def __init__(self, unet: Any, width: int) -> None:
-        self.config = unet.config
+    Args:
+        width: of the latents, W.
+        buckets: the shapes to compile for.
+    """
+
+    def __init__(self, unet: LeanUNet, width: int, buckets: Sequence[Bucket] = ()) -> None:
+        self.config: Any = unet.config
         self.device: torch.device = unet.device
         self.dtype: torch.dtype = unet.dtype
+        self.buckets = tuple(buckets)
         self._unet = unet
-        self._masked = MaskedUNet(unet).eval()
         self._width = width
+        self._eager = partial(denoise, unet)
+        self._compiled = _compile(self._eager, self.device) if buckets else self._eager
+        self._time_biases: OrderedDict[int, tuple[ScheduleTable, Tensor]] = OrderedDict()
 
     def masks(self, valid_frames: Sequence[int], frames: int) -> LengthMasks:
-        return self._masked.masks(valid_frames, frames, self._width)
+        return self._unet.masks(valid_frames, frames, self._width)
 
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        encoder_hidden_states_1: Tensor,
-        encoder_attention_mask_1: Tensor,
-        masks: LengthMasks | None,
-    ) -> Tensor:
-        texts = {
-            "encoder_hidden_states": encoder_hidden_states,
-            "encoder_hidden_states_1": encoder_hidden_states_1,
-            "encoder_attention_mask_1": encoder_attention_mask_1,
-        }
-        if masks is not None:
-            masked: Tensor = self._masked(masks, sample, timestep, **texts)
-            return masked
-        plain: Tensor = self._unet(sample, timestep, **texts, return_dict=False)[0]
-        return plain
+    def text_keys(
+        self, encoder_hidden_states: Tensor, encoder_hidden_states_1: Tensor, encoder_attention_mask_1: Tensor
+    ) -> TextKeys:
+        return self._unet.text_keys(encoder_hidden_states, encoder_hidden_states_1, encoder_attention_mask_1)
+
+    def time_biases(self, table: ScheduleTable) -> Tensor:
+        # By identity: the schedules are kept as objects, and one that is kept here cannot give its id to another.
+        if id(table) not in self._time_biases:
+            self._time_biases[id(table)] = table, self._unet.time_biases(table.timesteps)
+            if len(self._time_biases) > KEPT_SCHEDULES:
+                self._time_biases.popitem(last=False)
+        self._time_biases.move_to_end(id(table))
+        return self._time_biases[id(table)][1]
+
+    def denoise(self, inputs: StepInputs, bucket: Bucket | None) -> Tensor:
+        if bucket is None:
+            return self._eager(inputs)
+        with torch.compiler.set_stance(AFTER_WARM_UP):
+            history = self._compiled(inputs)
+        # A replayed graph overwrites its output at the next replay.
+        return history.clone() if self.device.type == "cuda" else history
 
     @torch.inference_mode()
-    def measure_costs(self) -> ForwardCosts:
-        """Times a few forwards, which also warms them up."""
+    def warm_up(self) -> ForwardCosts:
+        """Compiles the buckets, and times a few steps."""
+        compiled = {}
+        for number, bucket in enumerate(self.buckets, 1):
+            start = time.perf_counter()
+            inputs = self._random_inputs(bucket.items, bucket.frames, bucket.masked, COMPILED_T5_LENGTH)
+            self._compiled(inputs)
+            seconds = time.perf_counter() - start
+            compiled[bucket] = self._time(partial(self.denoise, inputs, bucket))
+            logger.info(
+                "%s: %d of %d, %s compiled in %.1f s, a step takes %.1f ms",
+                *(self.device, number, len(self.buckets), bucket, seconds, 1000 * compiled[bucket]),
+            )
         return ForwardCosts(
             plain=fit_cost(*(self._probe(items, frames, masked=False) for items, frames in PROBES)),
             masked=fit_cost(*(self._probe(items, frames, masked=True) for items, frames in PROBES)),
+            compiled=compiled,
         )
 
     def _probe(self, items: int, frames: int, masked: bool) -> tuple[int, int, float]:
-        generated_dim, prompt_dim = [dim for dim in self.config.cross_attention_dim[0] if dim is not None]
+        inputs = self._random_inputs(items, frames, masked, T5_BUCKET)
+        return items, frames, self._time(partial(self.denoise, inputs, None))
 
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, device=self.device, dtype=self.dtype)
-
-        arguments = (
-            zeros(items, self.config.in_channels, frames, self._width),
-            torch.full((items,), 500.0, device=self.device),
-            zeros(items, 8, generated_dim),
-            zeros(items, 16, prompt_dim),
-            torch.ones(items, 16, device=self.device, dtype=self.dtype),
-            self.masks([frames - 1] * items, frames) if masked else None,
-        )
+    def _time(self, step: Callable[[], Tensor]) -> float:
         seconds = []
         for _ in range(1 + PROBE_REPEATS):
             start = time.perf_counter()
-            self.forward(*arguments)
+            step()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             seconds.append(time.perf_counter() - start)
         # The first is the warm-up; what else runs on the machine only ever adds.
-        return items, frames, min(seconds[1:])
+        return min(seconds[1:])
+
+    def _random_inputs(self, items: int, frames: int, masked: bool, t5_length: int) -> StepInputs:
+        """One step of so many waveforms without guidance, as `advance` makes it."""
+        generated_dim, prompt_dim = [dim for dim in self.config.cross_attention_dim[0] if dim is not None]
+
+        def random(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.randn(shape, device=self.device, dtype=dtype)
+
+        numbers = torch.arange(items, device=self.device)
+        latents = (self.config.in_channels, frames, self._width)
+        biases = self._unet.time_biases(torch.full((1,), 500.0))
+        return StepInputs(
+            history=random(items, WINDOW, 2, *latents, dtype=torch.float32),
+            input_scale=torch.ones(items, device=self.device),
+            coefficients=random(items, WINDOW, 2, dtype=torch.float32),
+            time_biases=biases[torch.zeros_like(numbers)],
+            guidance_scale=torch.ones(items, device=self.device),
+            row_of_item=numbers,
+            negative_item=numbers.clone(),
+            text=self.text_keys(
+                random(items, 8, generated_dim),
+                random(items, t5_length, prompt_dim),
+                torch.ones(items, t5_length, device=self.device, dtype=self.dtype),
+            ),
+            masks=self.masks([frames - 1] * items, frames) if masked else None,
+        )
 
 
-def load_unet(checkpoint: Path, width: int, device: torch.device, dtype: torch.dtype) -> DenoisingUNet:
-    """The UNet in evaluation mode; its attention is PyTorch's SDPA, the default of diffusers.
+def _compile(step: Callable[[StepInputs], Tensor], device: torch.device) -> Callable[[StepInputs], Tensor]:
+    """The step as one compiled region per shape; on a GPU each is replayed as a CUDA graph."""
+    # One entry per bucket; the default of 8 would silently leave the others uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    if device.type != "cuda":
+        return torch.compile(step, fullgraph=True, dynamic=False)
+    options: dict[str, Any] = {"triton.cudagraphs": True, "coordinate_descent_tuning": True, "shape_padding": True}
+    return torch.compile(step, fullgraph=True, dynamic=False, options=options)
+
+
+def load_unet(
+    checkpoint: Path, width: int, device: torch.device, dtype: torch.dtype, buckets: Sequence[Bucket] = ()
+) -> DenoisingUNet:
+    """The UNet in evaluation mode; its attention is PyTorch's SDPA.
 
     Args:
         width: of the latents, W.
+        buckets: the shapes to compile for.
     """
     unet = AudioLDM2UNet2DConditionModel.from_pretrained(
         str(checkpoint / "unet"), torch_dtype=dtype, local_files_only=True
     )
-    return DenoisingUNet(unet.to(device).eval(), width)
+    return DenoisingUNet(LeanUNet(unet).to(device).eval(), width, buckets)

@@ -52,7 +52,8 @@ class Engine:
     Args:
         unet: the UNet, on `device`.
         tables: the schedules of the checkpoint.
-        costs: what forwards cost, by which the engine chooses which waveforms share one.
+        measure_costs: warms the UNet up and tells what its forwards cost, by which the engine chooses which waveforms
+            share one; called in the engine's thread.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Engine:
         unet: UNet,
         tables: ScheduleTables,
         limits: EngineLimits,
-        costs: ForwardCosts,
+        measure_costs: Callable[[], ForwardCosts],
         device: torch.device,
         dtype: torch.dtype,
         observer: Observer | None = None,
@@ -69,7 +70,8 @@ class Engine:
         self.broken: Exception | None = None
         self._unet = unet
         self._tables = tables
-        self._costs = costs
+        self._measure_costs = measure_costs
+        self._costs: ForwardCosts | None = None
         self._device = device
         self._dtype = dtype
         self._observer = observer
@@ -144,6 +146,13 @@ class Engine:
         with self._changed:
             return self._load()
 
+    def wait_until_warm(self) -> None:
+        """Raises what went wrong in the warm-up."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._costs is not None or self.broken)
+        if self.broken:
+            raise self.broken
+
     def close(self) -> None:
         """Fails what is in flight and waiting, and ends the thread."""
         with self._changed:
@@ -165,6 +174,7 @@ class Engine:
     # -- the engine's thread
 
     def _run(self) -> None:
+        self._warm_up()
         with torch.inference_mode():
             while self._wait_for_work():
                 self._drop_cancelled()
@@ -173,6 +183,18 @@ class Engine:
         reason = "broken" if self.broken else "shutting down"
         for job in list(self._jobs):
             self._finish(job, UnavailableError(f"denoiser: the engine is {reason}; try again"))
+
+    def _warm_up(self) -> None:
+        try:
+            costs = self._measure_costs()
+        except Exception as error:
+            with self._changed:
+                self.broken = error
+                self._changed.notify_all()
+        else:
+            with self._changed:
+                self._costs = costs
+                self._changed.notify_all()
 
     def _wait_for_work(self) -> bool:
         with self._changed:
@@ -258,9 +280,11 @@ class Engine:
             waveform.history = waveform.history.to(self._device, non_blocking=True)
         flights = [Flight(index, waveform.unet_items, waveform.frames) for index, waveform in enumerate(self._flight)]
         groups = []
+        assert self._costs is not None
         for forward in plan_forwards(flights, self._costs) if flights else []:
             waveforms = [self._flight[index] for index in forward.indices]
-            groups.append(_Group(waveforms, stack_waveforms(self._unet, waveforms, self._device, self._dtype)))
+            batch = stack_waveforms(self._unet, waveforms, self._device, self._dtype, forward.bucket)
+            groups.append(_Group(waveforms, batch))
         # Lengths take turns: whoever has waited longest for a step goes first.
         groups.sort(key=lambda group: min(waveform.last_step for waveform in group.waveforms))
         self._groups.extend(groups)
@@ -279,7 +303,7 @@ class Engine:
     def _account(self, group: _Group) -> None:
         now = time.perf_counter()
         if self._observer is not None:
-            self._observer.stepped(len(group.batch.row_of_item), now - self._last_step)
+            self._observer.stepped(group.batch.items, now - self._last_step)
         self._last_step = now
         with self._changed:
             for waveform in group.waveforms:

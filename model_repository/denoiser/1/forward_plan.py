@@ -1,7 +1,7 @@
 """Which waveforms share a forward: equal lengths unmasked, or different lengths masked, by measured cost."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 
 
@@ -17,11 +17,37 @@ class LinearCost:
 
 
 @dataclass(frozen=True)
+class Bucket:
+    """A shape that there is compiled code for."""
+
+    items: int  # UNet batch items
+    frames: int  # latent frames
+    masked: bool
+
+
+@dataclass(frozen=True)
 class ForwardCosts:
     """What a forward of the UNet costs on one device."""
 
     plain: LinearCost
     masked: LinearCost
+    compiled: Mapping[Bucket, float] = field(default_factory=dict)  # seconds of each bucket
+
+    def cheapest(self, items: int, frames: int, mixed: bool) -> tuple[float, Bucket | None]:
+        """Seconds of the cheapest way to run so many items padded to so many frames, and its bucket if it has one.
+
+        Args:
+            mixed: whether the items' lengths differ.
+        """
+        ways: list[tuple[float, Bucket | None]] = [
+            ((self.masked if mixed else self.plain).seconds(items, frames), None)
+        ]
+        ways += [
+            (seconds, bucket)
+            for bucket, seconds in self.compiled.items()
+            if items <= bucket.items and frames <= bucket.frames and bucket.masked == (mixed or frames < bucket.frames)
+        ]
+        return min(ways, key=lambda way: way[0])
 
 
 @dataclass(frozen=True)
@@ -39,7 +65,8 @@ class Forward:
 
     indices: tuple[int, ...]
     frames: int  # of the longest
-    masked: bool  # whether their lengths differ
+    mixed: bool  # whether their lengths differ
+    bucket: Bucket | None = None  # where compiled code runs them
 
 
 NEVER_MIX = ForwardCosts(LinearCost(0.0, 1.0), LinearCost(float("inf"), 1.0))
@@ -67,10 +94,9 @@ def plan_forwards(flights: Sequence[Flight], costs: ForwardCosts) -> list[Forwar
         candidates = []
         for start in range(stop):
             together = [flight for length in lengths[start:stop] for flight in length]
-            masked, frames = stop - start > 1, together[0].frames
-            cost = costs.masked if masked else costs.plain
-            seconds = cost.seconds(sum(flight.items for flight in together), frames)
-            forward = Forward(tuple(flight.index for flight in together), frames, masked)
+            mixed, frames = stop - start > 1, together[0].frames
+            seconds, bucket = costs.cheapest(sum(flight.items for flight in together), frames, mixed)
+            forward = Forward(tuple(flight.index for flight in together), frames, mixed, bucket)
             candidates.append((best[start][0] + seconds, [*best[start][1], forward]))
         best.append(min(candidates, key=lambda candidate: candidate[0]))
     return best[-1][1]

@@ -1,16 +1,20 @@
 """One denoising step of a whole batch: one UNet forward, and one update for any mix of schedules and guidance."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from denoising_request import TextStates
+from forward_plan import Bucket
+from lean_unet import TextKeys
 from length_masks import LengthMasks
 from schedule_table import WINDOW, ScheduleTable
+
+T = TypeVar("T")
 
 
 class UNet(Protocol):
@@ -19,20 +23,22 @@ class UNet(Protocol):
     def masks(self, valid_frames: Sequence[int], frames: int) -> LengthMasks:
         """Masks for batch items of these latent frames, padded to `frames`."""
 
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        encoder_hidden_states_1: Tensor,
-        encoder_attention_mask_1: Tensor,
-        masks: LengthMasks | None,
-    ) -> Tensor:
-        """The model output of a batch, masked where its items have lengths of their own."""
+    def text_keys(
+        self, encoder_hidden_states: Tensor, encoder_hidden_states_1: Tensor, encoder_attention_mask_1: Tensor
+    ) -> TextKeys:
+        """What the UNet needs of the texts of a batch."""
+
+    def time_biases(self, table: ScheduleTable) -> Tensor:
+        """What the UNet needs of the timesteps of a schedule [E, K]."""
+
+    def denoise(self, inputs: "StepInputs", bucket: Bucket | None) -> Tensor:
+        """The history after one step: `denoise` of this module, compiled where there is a bucket."""
 
 
 T5_BUCKET: Final = 16
 """T5 states are padded to a multiple of this, so that few shapes occur."""
+COMPILED_T5_LENGTH: Final = 64
+"""To this in compiled code; a batch with a longer text runs uncompiled."""
 
 
 @dataclass
@@ -71,64 +77,116 @@ def start_waveform(
 
 
 @dataclass(frozen=True)
-class StepBatch:
-    """R waveforms stacked for stepping together, all on one device; `U` UNet batch items, `E` evaluations at most.
+class StepInputs:
+    """What one step of R waveforms in `U` UNet batch items reads, all on one device.
 
     Items 0 to R - 1 are the waveforms with their prompts; behind them come those with guidance once more, with their
     negative prompts.
     """
 
     history: Tensor  # [R, WINDOW, 2, C, H, W] float32
-    evaluation: Tensor  # [R] int64
-    timesteps: Tensor  # [R, E] float32
-    input_scales: Tensor  # [R, E] float32
-    coefficients: Tensor  # [R, E, WINDOW, 2] float32
+    input_scale: Tensor  # [R] float32
+    coefficients: Tensor  # [R, WINDOW, 2] float32
+    time_biases: Tensor  # [U, K] in the UNet's dtype
     guidance_scale: Tensor  # [R] float32
     row_of_item: Tensor  # [U] int64
     negative_item: Tensor  # [R] int64; its own item where a row has no guidance
-    encoder_hidden_states: Tensor  # [U, T, D0] in the UNet's dtype
-    encoder_hidden_states_1: Tensor  # [U, L, D1] in the UNet's dtype
-    encoder_attention_mask_1: Tensor  # [U, L] in the UNet's dtype
-    masks: LengthMasks | None  # where the lengths differ
+    text: TextKeys  # of the items
+    masks: LengthMasks | None  # of the items, where the lengths differ
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """R waveforms stacked for stepping together, all on one device; `E` evaluations at most.
+
+    In a bucket, rows and items are as many as the bucket has items; the last ones stand for no waveform.
+    """
+
+    items: int  # UNet batch items that stand for a waveform
+    bucket: Bucket | None
+    history: Tensor  # [R, WINDOW, 2, C, H, W] float32
+    evaluation: Tensor  # [R] int64
+    input_scales: Tensor  # [R, E] float32
+    coefficients: Tensor  # [R, E, WINDOW, 2] float32
+    time_biases: Tensor  # [evaluations of all distinct schedules, K] in the UNet's dtype
+    first_bias: Tensor  # [R] int64, where each row's schedule begins in `time_biases`
+    guidance_scale: Tensor  # [R] float32
+    row_of_item: Tensor  # [U] int64
+    negative_item: Tensor  # [R] int64
+    text: TextKeys
+    masks: LengthMasks | None
 
 
 def stack_waveforms(
-    unet: UNet, waveforms: Sequence[WaveformState], device: torch.device, dtype: torch.dtype
+    unet: UNet,
+    waveforms: Sequence[WaveformState],
+    device: torch.device,
+    dtype: torch.dtype,
+    bucket: Bucket | None = None,
 ) -> StepBatch:
-    """Stacks waveforms, padded to the longest; those of equal length need no masks."""
+    """Stacks waveforms, padded to the longest or to the bucket; those of equal length need no masks."""
     guided = [row for row, waveform in enumerate(waveforms) if waveform.negative is not None]
-    negative_item = list(range(len(waveforms)))
-    for item, row in enumerate(guided, start=len(waveforms)):
-        negative_item[row] = item
     texts = [waveform.positive for waveform in waveforms]
     texts += [waveform.negative for waveform in waveforms if waveform.negative is not None]
-    tables = [waveform.table for waveform in waveforms]
-    frames = [waveform.frames for waveform in waveforms]
-    longest = max(frames)
-    masks = None
-    if min(frames) < longest:
-        masks = unet.masks([*frames, *(frames[row] for row in guided)], longest)
-    evaluations = max(table.num_evaluations for table in tables)
+    items = len(texts)
     t5_length = max(len(text.prompt_embeds) for text in texts)
     t5_length += -t5_length % T5_BUCKET
+    if t5_length > COMPILED_T5_LENGTH:
+        bucket = None
+    # Compiled code has as many rows as items: one shape for any mixture of guidance.
+    rows, padded_items = (bucket.items, bucket.items) if bucket else (len(waveforms), items)
+    t5_length = COMPILED_T5_LENGTH if bucket else t5_length
+    row_of_item = [*range(len(waveforms)), *guided]
+    negative_item = list(range(rows))
+    for item, row in enumerate(guided, start=len(waveforms)):
+        negative_item[row] = item
+    valid_frames = [waveforms[row].frames for row in row_of_item]
+    frames = bucket.frames if bucket else max(valid_frames)
+    masks = None
+    if min(valid_frames) < frames:
+        masks = unet.masks(_filled(valid_frames, padded_items, frames), frames)
+    tables = [waveform.table for waveform in waveforms]
+    evaluations = max(table.num_evaluations for table in tables)
+    first_bias, time_biases = _stack_time_biases(unet, tables)
 
-    def on_device(rows: Sequence[Tensor], to: torch.dtype) -> Tensor:
-        return torch.stack(list(rows)).to(device, to, non_blocking=True)
+    def on_device(parts: Sequence[Tensor], count: int, to: torch.dtype) -> Tensor:
+        return _pad(torch.stack(list(parts)), count).to(device, to, non_blocking=True)
+
+    def numbers(values: Sequence[float], count: int, filling: float = 0) -> Tensor:
+        return torch.tensor(_filled(values, count, filling), device=device)
 
     return StepBatch(
-        history=torch.stack([_fit_frames(waveform, longest) for waveform in waveforms]),
-        evaluation=torch.tensor([waveform.evaluation for waveform in waveforms], device=device),
-        timesteps=on_device([_pad(table.timesteps, evaluations) for table in tables], torch.float32),
-        input_scales=on_device([_pad(table.input_scales, evaluations) for table in tables], torch.float32),
-        coefficients=on_device([_pad(table.coefficients, evaluations) for table in tables], torch.float32),
-        guidance_scale=torch.tensor([waveform.guidance_scale for waveform in waveforms], device=device),
-        row_of_item=torch.tensor([*range(len(waveforms)), *guided], device=device),
-        negative_item=torch.tensor(negative_item, device=device),
-        encoder_hidden_states=on_device([text.generated_prompt_embeds for text in texts], dtype),
-        encoder_hidden_states_1=on_device([_pad(text.prompt_embeds, t5_length) for text in texts], dtype),
-        encoder_attention_mask_1=on_device([_pad(text.attention_mask, t5_length) for text in texts], dtype),
+        items=items,
+        bucket=bucket,
+        history=_pad(torch.stack([_fit_frames(waveform, frames) for waveform in waveforms]), rows),
+        evaluation=numbers([waveform.evaluation for waveform in waveforms], rows),
+        input_scales=on_device([_pad(table.input_scales, evaluations) for table in tables], rows, torch.float32),
+        coefficients=on_device([_pad(table.coefficients, evaluations) for table in tables], rows, torch.float32),
+        time_biases=time_biases,
+        first_bias=numbers(first_bias, rows),
+        guidance_scale=numbers([waveform.guidance_scale for waveform in waveforms], rows, 1.0),
+        row_of_item=numbers(row_of_item, padded_items),
+        negative_item=numbers(negative_item, rows),
+        text=unet.text_keys(
+            on_device([text.generated_prompt_embeds for text in texts], padded_items, dtype),
+            on_device([_pad(text.prompt_embeds, t5_length) for text in texts], padded_items, dtype),
+            on_device([_pad(text.attention_mask, t5_length) for text in texts], padded_items, dtype),
+        ),
         masks=masks,
     )
+
+
+def _stack_time_biases(unet: UNet, tables: Sequence[ScheduleTable]) -> tuple[list[int], Tensor]:
+    """Where each table begins in the distinct tables' biases, and these."""
+    first: dict[int, int] = {}
+    distinct: list[Tensor] = []
+    length = 0
+    for table in tables:
+        if id(table) not in first:
+            first[id(table)] = length
+            distinct.append(unet.time_biases(table))
+            length += len(distinct[-1])
+    return [first[id(table)] for table in tables], torch.cat(distinct)
 
 
 def _fit_frames(waveform: WaveformState, frames: int) -> Tensor:
@@ -141,33 +199,50 @@ def _pad(tensor: Tensor, length: int) -> Tensor:
     return functional.pad(tensor, [0, 0] * (tensor.dim() - 1) + [0, length - len(tensor)])
 
 
+def _filled(values: Sequence[T], length: int, filling: T) -> list[T]:
+    return [*values, *[filling] * (length - len(values))]
+
+
 def unstack_waveforms(batch: StepBatch, waveforms: Sequence[WaveformState]) -> None:
     """Gives each waveform its history back, so that it can be stacked with others."""
-    for waveform, history in zip(waveforms, batch.history.unbind(), strict=True):
+    for waveform, history in zip(waveforms, batch.history.unbind(), strict=False):
         waveform.history = history
 
 
 def advance(unet: UNet, batch: StepBatch) -> StepBatch:
     """The batch after one step of every row. No synchronisation with the host, no work per row in Python."""
-    rows = len(batch.history)
     now = batch.evaluation
-    row = torch.arange(rows, device=now.device)
-    sample = batch.history[:, 0, 0]
-    model_input = sample * _per_row(batch.input_scales[row, now])
-    output = unet.forward(
-        model_input[batch.row_of_item].to(batch.encoder_hidden_states.dtype),
-        batch.timesteps[row, now][batch.row_of_item],
-        batch.encoder_hidden_states,
-        batch.encoder_hidden_states_1,
-        batch.encoder_attention_mask_1,
-        batch.masks,
-    ).float()
-    negative = output[batch.negative_item]
-    guided = negative + _per_row(batch.guidance_scale) * (output[:rows] - negative)
-    window = torch.cat([torch.stack([sample, guided], dim=1)[:, None], batch.history[:, 1:]], dim=1)
-    following = torch.einsum("rwk,rwkchv->rchv", batch.coefficients[row, now], window)
-    history = torch.cat([torch.stack([following, torch.zeros_like(following)], dim=1)[:, None], window[:, :-1]], dim=1)
-    return replace(batch, history=history, evaluation=now + 1)
+    row = torch.arange(len(now), device=now.device)
+    inputs = StepInputs(
+        history=batch.history,
+        input_scale=batch.input_scales[row, now],
+        coefficients=batch.coefficients[row, now],
+        time_biases=batch.time_biases[(batch.first_bias + now)[batch.row_of_item]],
+        guidance_scale=batch.guidance_scale,
+        row_of_item=batch.row_of_item,
+        negative_item=batch.negative_item,
+        text=batch.text,
+        masks=batch.masks,
+    )
+    return replace(batch, history=unet.denoise(inputs, batch.bucket), evaluation=now + 1)
+
+
+Forward = Callable[[Tensor, Tensor, TextKeys, LengthMasks | None], Tensor]
+"""The UNet's forward: latents, time biases, text, masks."""
+
+
+def denoise(forward: Forward, inputs: StepInputs) -> Tensor:
+    """Guidance, the UNet and the schedules' update: the history [R, WINDOW, 2, C, H, W] after one step."""
+    history = inputs.history
+    rows = len(history)
+    sample = history[:, 0, 0]
+    model_input = (sample * _per_row(inputs.input_scale))[inputs.row_of_item]
+    output = forward(model_input.to(inputs.time_biases.dtype), inputs.time_biases, inputs.text, inputs.masks).float()
+    negative = output[inputs.negative_item]
+    guided = negative + _per_row(inputs.guidance_scale) * (output[:rows] - negative)
+    window = torch.cat([torch.stack([sample, guided], dim=1)[:, None], history[:, 1:]], dim=1)
+    following = torch.einsum("rwk,rwkchv->rchv", inputs.coefficients, window)
+    return torch.cat([torch.stack([following, torch.zeros_like(following)], dim=1)[:, None], window[:, :-1]], dim=1)
 
 
 def _per_row(values: Tensor) -> Tensor:

@@ -1,0 +1,189 @@
+"""The UNet as the engine calls it: what runs compiled equals what runs eager, and nothing compiles on the way."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import denoising_unet
+from audioldm2_triton.compilation import compile_cache
+from audioldm2_triton.geometry import read_audio_geometry
+from audioldm2_triton.settings import Settings
+from denoiser import compile_buckets, draw_noise, load_schedule_tables
+from denoising_request import DenoisingRequest, DenoisingRow, TextStates
+from denoising_unet import DenoisingUNet, load_unet
+from engine import Engine
+from engine_load import EngineLimits
+from engine_workload import CPU, Outcomes
+from forward_plan import Bucket, ForwardCosts, LinearCost
+
+PLAIN, MASKED = Bucket(4, 16, False), Bucket(4, 16, True)
+SLOW = LinearCost(1000.0, 0.0)
+SOLVERS = ("DPMSolverMultistepScheduler", "DDIMScheduler", "HeunDiscreteScheduler")
+
+
+@pytest.fixture(autouse=True)
+def _compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def eager_backend(step: Any, device: torch.device) -> Any:  # noqa: ARG001 - as `_compile`
+    return torch.compile(step, fullgraph=True, dynamic=False, backend="eager")
+
+
+def load(checkpoint: Path, buckets: Sequence[Bucket] = ()) -> DenoisingUNet:
+    geometry = read_audio_geometry(checkpoint)
+    return load_unet(checkpoint, geometry.latent_width, CPU, torch.float32, buckets)
+
+
+def request(tag: int, frames: int, guidance_scale: float, unet: DenoisingUNet, t5_length: int = 5) -> DenoisingRequest:
+    generator = torch.Generator().manual_seed(tag)
+    generated_dim, prompt_dim = [dim for dim in unet.config.cross_attention_dim[0] if dim is not None]
+
+    def text() -> TextStates:
+        return TextStates(
+            torch.randn(t5_length, prompt_dim, generator=generator),
+            torch.ones(t5_length),
+            torch.randn(8, generated_dim, generator=generator),
+        )
+
+    negative = text() if guidance_scale > 1 else None
+    noise = draw_noise(tag, (1, unet.config.in_channels, frames, 16))
+    return DenoisingRequest((DenoisingRow(text(), negative, guidance_scale, 4, SOLVERS[tag % 3], noise),))
+
+
+def run(
+    checkpoint: Path, unet: DenoisingUNet, costs: Callable[[], ForwardCosts], requests: Sequence[DenoisingRequest]
+) -> dict[int, Tensor]:
+    outcomes = Outcomes()
+    engine = Engine(unet, load_schedule_tables(checkpoint), EngineLimits(4, 100), costs, CPU, torch.float32)
+    engine.wait_until_warm()
+    for tag, one in enumerate(requests):
+        engine.submit(one, outcomes.callback(tag))
+    collected = outcomes.collect(len(requests))
+    engine.close()
+    assert all(isinstance(outcome, Tensor) for outcome in collected.values()), collected
+    return {tag: outcome for tag, outcome in collected.items() if isinstance(outcome, Tensor)}
+
+
+def eager_costs() -> ForwardCosts:
+    return ForwardCosts(LinearCost(0.0, 1.0), LinearCost(0.0, 1.0))
+
+
+def check_compiled_is_eager(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that fill the buckets in every way: the same latents as eager, from compiled code alone."""
+    buckets = (PLAIN, MASKED)
+    unet = load(checkpoint, buckets)
+    lengths_and_guidance = [(16, 3.5), (16, 1.0), (9, 2.0), (3, 1.0), (16, 5.0), (1, 3.0)]
+    requests = [request(tag, frames, scale, unet) for tag, (frames, scale) in enumerate(lengths_and_guidance)]
+    expected = run(checkpoint, load(checkpoint), eager_costs, requests)
+
+    def costs() -> ForwardCosts:
+        measured = unet.warm_up()
+        assert set(measured.compiled) == set(buckets)
+        # Nothing may be compiled from here on, and nothing may run eager.
+        monkeypatch.setattr(denoising_unet, "AFTER_WARM_UP", "fail_on_recompile")
+        monkeypatch.setattr(unet, "_eager", None)
+        return ForwardCosts(SLOW, SLOW, measured.compiled)
+
+    for tag, latents in run(checkpoint, unet, costs, requests).items():
+        error = (latents - expected[tag]).abs().max() / expected[tag].abs().max()
+        assert error < 1e-4, f"request {tag} is off by {error}"
+
+
+def test_buckets_hold_any_mixture_exactly(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The tracing and the shapes are the compiler's; only its kernels are left out, which take minutes to build.
+    monkeypatch.setattr(denoising_unet, "_compile", eager_backend)
+    check_compiled_is_eager(tiny_checkpoint, monkeypatch)
+
+
+@pytest.mark.slow
+def test_compiled_kernels_are_exact(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_compiled_is_eager(tiny_checkpoint, monkeypatch)
+
+
+def test_what_fits_no_bucket_runs_eager(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(denoising_unet, "_compile", eager_backend)
+    monkeypatch.setattr(denoising_unet, "AFTER_WARM_UP", "fail_on_recompile")
+    unet = load(tiny_checkpoint, (PLAIN,))
+    requests = [request(0, 17, 3.5, unet), request(1, 16, 3.5, unet, t5_length=65), request(2, 8, 1.0, unet)]
+    expected = run(tiny_checkpoint, load(tiny_checkpoint), eager_costs, requests)
+    for tag, latents in run(tiny_checkpoint, unet, unet.warm_up, requests).items():
+        assert (latents - expected[tag]).abs().max() / expected[tag].abs().max() < 1e-4
+
+
+def test_the_cheaper_way_is_taken() -> None:
+    costs = ForwardCosts(LinearCost(1.0, 0.1), LinearCost(2.0, 0.1), {PLAIN: 3.0, MASKED: 4.0, Bucket(8, 16, False): 5})
+    assert costs.cheapest(4, 16, False) == (3.0, PLAIN)
+    assert costs.cheapest(5, 16, False) == (5, Bucket(8, 16, False))
+    assert costs.cheapest(4, 16, True) == (4.0, MASKED)
+    assert costs.cheapest(4, 9, False) == (4.0, MASKED), "a shorter length is masked"
+    assert costs.cheapest(1, 2, False) == (1.2, None), "a small forward costs less than a padded one"
+    assert costs.cheapest(2, 17, False) == (1.0 + 0.1 * 34, None)
+
+
+def test_schedules_that_are_kept_are_bounded(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(denoising_unet, "KEPT_SCHEDULES", 2)
+    unet, tables = load(tiny_checkpoint), load_schedule_tables(tiny_checkpoint)
+    with torch.inference_mode():
+        first = unet.time_biases(tables.get(SOLVERS[0], 3))
+        for steps in (4, 5, 6):
+            assert len(unet.time_biases(tables.get(SOLVERS[0], steps))) == steps
+        assert len(unet._time_biases) == 2
+        assert torch.equal(unet.time_biases(tables.get(SOLVERS[0], 3)), first)
+
+
+def test_a_failed_warm_up_is_told(tiny_checkpoint: Path) -> None:
+    def fail() -> ForwardCosts:
+        raise RuntimeError("no compiler")
+
+    unet = load(tiny_checkpoint)
+    engine = Engine(unet, load_schedule_tables(tiny_checkpoint), EngineLimits(4, 1), fail, CPU, torch.float32)
+    with pytest.raises(RuntimeError, match="no compiler"):
+        engine.wait_until_warm()
+    engine.close()
+
+
+def test_buckets_by_device(tiny_checkpoint: Path) -> None:
+    geometry = read_audio_geometry(tiny_checkpoint)
+
+    def buckets(device: torch.device, **settings: Any) -> tuple[Bucket, ...]:
+        return compile_buckets(Settings(str(tiny_checkpoint), **settings), geometry, device)
+
+    assert buckets(CPU) == ()
+    assert buckets(CPU, compile="on") == (Bucket(2, 256, False),)
+    short = buckets(CPU, compile="on", compile_lengths_in_s="0.64,2.56", compile_max_rows=6)
+    assert short == tuple(Bucket(items, frames, False) for frames in (16, 64) for items in (2, 4, 6))
+
+
+@pytest.mark.parametrize("damage", ["none", "cut", "garbage", "missing"])
+def test_compiled_code_outlives_the_process(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = Settings("checkpoint", compile_cache=str(tmp_path))
+    cache = compile_cache(settings, "stage", CPU, torch.float32, ("shape",))
+    assert cache.path is not None
+    assert cache.path != compile_cache(settings, "stage", CPU, torch.float32, ("other",)).path
+    assert cache.path != compile_cache(settings, "stage", CPU, torch.bfloat16, ("shape",)).path
+    compiled = torch.compile(lambda values: torch.sin(values) * 3 + values.flip(0))
+    compiled(torch.ones(7))
+    cache.save()
+    if damage == "cut":
+        cache.path.write_bytes(cache.path.read_bytes()[:-10])
+    elif damage == "garbage":
+        cache.path.write_bytes(b"garbage" * 100)
+    elif damage == "missing":
+        cache.path.unlink()
+    with caplog.at_level("INFO"):
+        assert cache.restore() == (damage == "none")
+    said = {"none": "restored from", "cut": "not whole", "garbage": "not whole", "missing": "nothing yet"}[damage]
+    assert said in caplog.text
+
+
+def test_without_a_directory_there_is_no_cache() -> None:
+    cache = compile_cache(Settings("checkpoint"), "stage", CPU, torch.float32, ())
+    assert not cache.restore()
+    cache.save()
