@@ -103,14 +103,16 @@ def random_request(tag: int, generator: random.Random, schedulers: Sequence[str]
     )
 
 
-def reference_latents(request: DenoisingRequest, scheduler_config: dict[str, Any]) -> Tensor:
+def reference_latents(
+    request: DenoisingRequest, scheduler_config: dict[str, Any], is_guided: Callable[[int], bool] = lambda _: True
+) -> Tensor:
     """The plain loop of the reference pipeline, with the diffusers scheduler itself and a UNet of its own."""
     (row,) = request.rows
     unet = WatchedUNet()
     solver = getattr(diffusers, row.scheduler).from_config(scheduler_config)
     solver.set_timesteps(row.num_inference_steps)
     sample = row.noise * solver.init_noise_sigma
-    for timestep in solver.timesteps:
+    for step, timestep in enumerate(solver.timesteps):
         scaled = solver.scale_model_input(sample, timestep)
 
         def output(text: TextStates, scaled: Tensor = scaled, timestep: Tensor = timestep) -> Tensor:
@@ -127,7 +129,7 @@ def reference_latents(request: DenoisingRequest, scheduler_config: dict[str, Any
             )
 
         positive = output(row.positive)
-        if row.negative is not None:
+        if row.negative is not None and is_guided(step):
             negative = output(row.negative)
             positive = negative + row.guidance_scale * (positive - negative)
         sample = solver.step(positive, timestep, sample).prev_sample

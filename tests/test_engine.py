@@ -5,8 +5,10 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
@@ -20,9 +22,11 @@ from audioldm2_triton.errors import (
     UnavailableError,
 )
 from conftest import ROOT
+from denoiser import load_schedule_tables
 from engine import Engine
+from engine_load import EngineLimits
 from engine_pool import EnginePool
-from engine_workload import Outcomes, WatchedUNet, make_engine, make_request, random_request, reference_latents
+from engine_workload import CPU, Outcomes, WatchedUNet, make_engine, make_request, random_request, reference_latents
 from forward_plan import ALWAYS_MIX, NEVER_MIX, ForwardCosts
 from schedule_table import ScheduleTables
 
@@ -364,3 +368,33 @@ def test_torch_is_not_left_in_inference_mode_by_the_engine(engine: Engine) -> No
     result = latents(outcomes.collect(1)[1])
     torch.add(result, 1.0)
     assert result.numpy().flags.writeable
+
+
+def test_guidance_in_a_part_of_the_steps(unet: WatchedUNet) -> None:
+    limits = EngineLimits(16, 100)
+    engine = Engine(unet, TABLES, limits, lambda: ALWAYS_MIX, CPU, torch.float32, None, (0.25, 0.75))
+    outcomes = Outcomes()
+    requests = {1: make_request(1, steps=8), 2: make_request(2, steps=4, guidance_scale=1.0)}
+    for tag, request in requests.items():
+        engine.submit(request, outcomes.callback(tag))
+    collected = outcomes.collect(2)
+    engine.close()
+    assert [tags.count(1) for tags in unet.forwards if 1 in tags] == [1, 1, 2, 2, 2, 2, 1, 1]
+    assert_is_reference(collected[2], requests[2])
+    # Without guidance in a step, its scale is one.
+    expected = reference_latents(requests[1], SCHEDULER_CONFIG, lambda step: 2 <= step < 6)
+    assert (latents(collected[1]) - expected).abs().max() / expected.abs().max() < 1e-4
+    exact = reference_latents(requests[1], SCHEDULER_CONFIG)
+    assert (latents(collected[1]) - exact).abs().max() / exact.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "linspace", "karras", "lu_lambdas", "exponential"])
+def test_spacings_are_those_of_diffusers(spacing: str, tiny_checkpoint: Path) -> None:
+    own = load_schedule_tables(tiny_checkpoint).get("DPMSolverMultistepScheduler", 8)
+    table = load_schedule_tables(tiny_checkpoint, spacing).get("DPMSolverMultistepScheduler", 8)
+    option = {"karras": "use_karras_sigmas", "lu_lambdas": "use_lu_lambdas", "exponential": "use_exponential_sigmas"}
+    changes = {option[spacing]: True} if spacing in option else {"timestep_spacing": spacing}
+    solver = diffusers.DPMSolverMultistepScheduler.from_config(SCHEDULER_CONFIG | changes)
+    solver.set_timesteps(8)
+    assert torch.equal(table.timesteps, solver.timesteps.float())
+    assert not torch.equal(table.timesteps, own.timesteps)

@@ -18,6 +18,7 @@ ENVIRONMENT_PREFIX: Final = "AUDIOLDM2_"
 DEVICES: Final = "auto, cpu, cuda or cuda:INDEX"
 DTYPES: Final = ("auto", "float32", "float16", "bfloat16")
 COMPILE: Final = ("auto", "on", "off")
+TIMESTEP_SPACINGS: Final = ("", "leading", "linspace", "trailing", "karras", "exponential", "lu_lambdas")
 
 
 class SettingsError(ValueError):
@@ -41,10 +42,18 @@ class Settings:
     compile_lengths_in_s: str = ""  # the audio lengths to compile for, as 2.56,10.24; empty: the native length
     compile_max_rows: int = 0  # UNet batch items of the largest compiled forward; 0: derived from the device
     embedding_cache_size: int = 1024  # texts whose encoding is kept; 0: none
+    guidance_interval: str = "0,1"  # the share of the steps from which and to which there is guidance; 0,1: all
+    timestep_spacing: str = ""  # instead of the checkpoint's, for schedulers that have it; empty: the checkpoint's
 
     @property
     def limits(self) -> Limits:
         return Limits(self.max_audio_length_in_s, self.max_num_inference_steps, self.max_num_waveforms_per_prompt)
+
+    @property
+    def guided_steps(self) -> tuple[float, float]:
+        """`guidance_interval` as numbers."""
+        first, last = (float(share) for share in self.guidance_interval.split(","))
+        return first, last
 
     def lengths_to_compile(self, native_audio_length_in_s: float) -> tuple[float, ...]:
         """Seconds of audio, the shortest first."""
@@ -89,7 +98,11 @@ def read_settings(parameters: Mapping[str, str], environ: Mapping[str, str] = os
         raise SettingsError(f"dtype: got {settings.dtype!r} but expected one of {', '.join(DTYPES)}")
     if settings.compile not in COMPILE:
         raise SettingsError(f"compile: got {settings.compile!r} but expected one of {', '.join(COMPILE)}")
+    if settings.timestep_spacing not in TIMESTEP_SPACINGS:
+        expected = ", ".join(TIMESTEP_SPACINGS[1:])
+        raise SettingsError(f"timestep_spacing: got {settings.timestep_spacing!r} but expected one of {expected}")
     _check_lengths(settings)
+    _check_guidance_interval(settings)
     device, _, index = settings.device.partition(":")
     if device not in ("auto", "cpu", "cuda") or (index and (device != "cuda" or not index.isdigit())):
         raise SettingsError(f"device: got {settings.device!r} but expected {DEVICES}")
@@ -108,6 +121,17 @@ def _check_lengths(settings: Settings) -> None:
             f"compile_lengths_in_s: got {settings.compile_lengths_in_s!r} but expected seconds from 0.1 to "
             f"{settings.max_audio_length_in_s:g}, separated by commas"
         )
+
+
+def _check_guidance_interval(settings: Settings) -> None:
+    try:
+        first, last = settings.guided_steps
+        valid = 0 <= first <= last <= 1
+    except ValueError:
+        valid = False
+    if not valid:
+        given = settings.guidance_interval
+        raise SettingsError(f"guidance_interval: got {given!r} but expected two shares of the steps, as 0,0.7")
 
 
 def _number(name: str, given: str, whole: bool) -> int | float:

@@ -27,6 +27,10 @@ _HELP: Final = {
     "compile": "auto, on or off: torch.compile (default: auto: on a GPU)",
     "compile_cache": "a directory in which compiled code outlives the server (default: none)",
     "compile_lengths_in_s": "audio lengths to compile for, as 2.56,10.24 (default: the native length)",
+    "embedding_cache_size": "texts whose encoding is kept (default: 1024)",
+    "guidance_interval": "lossy: guidance in a part of the steps only, as 0,0.7 (default: 0,1)",
+    "timestep_spacing": "other timesteps than the checkpoint's: leading, linspace, trailing, karras, exponential or "
+    "lu_lambdas",
     "compile_max_rows": "UNet batch items of the largest compiled forward (default: derived from the device)",
 }
 

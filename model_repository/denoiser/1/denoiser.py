@@ -25,11 +25,26 @@ CPU_MAX_ACTIVE_ROWS: Final = 32
 CPU_MAX_WAITING: Final = 64
 GPU_MAX_ACTIVE_ROWS: Final = 62
 COMPILED_ITEMS: Final = (2, 4, 8, 12, 16, 24, 32, 48, 62)  # UNet batch items; half of a forward is waste at worst
+_SPACINGS: Final[Mapping[str, dict[str, object]]] = {
+    "": {},
+    "leading": {"timestep_spacing": "leading"},
+    "linspace": {"timestep_spacing": "linspace"},
+    "trailing": {"timestep_spacing": "trailing"},
+    "karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True},
+    "lu_lambdas": {"use_lu_lambdas": True},
+}
 GPU_BYTES_PER_ROW: Final = 256 * 2**20  # an estimate of the activations of one row of 10 s, not measured yet
 
 
-def load_schedule_tables(checkpoint: Path) -> ScheduleTables:
-    return ScheduleTables(json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text()))
+def load_schedule_tables(checkpoint: Path, timestep_spacing: str = "") -> ScheduleTables:
+    """The schedules of a checkpoint.
+
+    Args:
+        timestep_spacing: replaces the checkpoint's; a scheduler that does not know it keeps its own.
+    """
+    config = json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text())
+    return ScheduleTables(config | _SPACINGS[timestep_spacing])
 
 
 def load_engines(
@@ -41,7 +56,7 @@ def load_engines(
         observe: makes the observer of the engine on a device.
     """
     checkpoint = Path(settings.checkpoint)
-    tables = load_schedule_tables(checkpoint)
+    tables = load_schedule_tables(checkpoint, settings.timestep_spacing)
     devices = denoising_devices(settings)
     dtype = resolve_dtype(settings, devices[0])
     buckets = {device: compile_buckets(settings, geometry, device) for device in devices}
@@ -53,7 +68,9 @@ def load_engines(
     for device in devices:
         unet = load_unet(checkpoint, geometry.latent_width, device, dtype, buckets[device])
         limits = engine_limits(settings, device)
-        engines.append(Engine(unet, tables, limits, unet.warm_up, device, dtype, observe(device)))
+        engines.append(
+            Engine(unet, tables, limits, unet.warm_up, device, dtype, observe(device), settings.guided_steps)
+        )
     for engine in engines:
         engine.wait_until_warm()
     if buckets[devices[0]]:

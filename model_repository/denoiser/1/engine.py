@@ -54,6 +54,7 @@ class Engine:
         tables: the schedules of the checkpoint.
         measure_costs: warms the UNet up and tells what its forwards cost, by which the engine chooses which waveforms
             share one; called in the engine's thread.
+        guidance_interval: from and to which share of its steps a waveform has guidance.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Engine:
         device: torch.device,
         dtype: torch.dtype,
         observer: Observer | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         self.limits = limits
         self.broken: Exception | None = None
@@ -75,6 +77,7 @@ class Engine:
         self._device = device
         self._dtype = dtype
         self._observer = observer
+        self._guidance_interval = guidance_interval
         self._changed = threading.Condition()
         self._jobs: list[Job] = []  # in order of arrival
         self._owners: dict[int, Job] = {}  # by id() of a waveform in flight
@@ -168,7 +171,10 @@ class Engine:
             except ScheduleError as error:
                 raise InvalidArgumentError(f"`scheduler`, `num_inference_steps`: {error}") from error
             for noise in row.noise:
-                waveforms.append(start_waveform(row.positive, row.negative, row.guidance_scale, table, noise))
+                waveform = start_waveform(
+                    row.positive, row.negative, row.guidance_scale, table, noise, self._guidance_interval
+                )
+                waveforms.append(waveform)
         return tuple(waveforms)
 
     # -- the engine's thread
@@ -278,7 +284,10 @@ class Engine:
         # Unstacked first, and all of them: a waveform's history is a part of its old batch until it is stacked again.
         for waveform in self._flight:
             waveform.history = waveform.history.to(self._device, non_blocking=True)
-        flights = [Flight(index, waveform.unet_items, waveform.frames) for index, waveform in enumerate(self._flight)]
+        flights = [
+            Flight(index, 1 if waveform.guidance is None else 2, waveform.frames)
+            for index, waveform in enumerate(self._flight)
+        ]
         groups = []
         assert self._costs is not None
         for forward in plan_forwards(flights, self._costs) if flights else []:
@@ -307,8 +316,10 @@ class Engine:
         self._last_step = now
         with self._changed:
             for waveform in group.waveforms:
+                guidance = waveform.guidance
                 waveform.evaluation += 1
                 waveform.last_step = now
+                self._stale |= waveform.guidance is not guidance  # it takes more or fewer items from now on
             jobs = self._owners_of(group.waveforms)
             calls = [call for job in jobs for call in job.progressed()]
         _call_all(calls)

@@ -51,6 +51,7 @@ class WaveformState:
     table: ScheduleTable
     history: Tensor  # [WINDOW, 2, C, H or more, W] float32: (sample, model output) of this evaluation, the last, ...
     frames: int  # H, the latent frames that are its own; what a longer neighbour adds behind them is padding
+    guided: range  # the evaluations that have guidance, where there is a negative prompt
     evaluation: int = 0  # how many are done
     last_step: float = 0.0  # when, by time.perf_counter(); lengths that cannot share a forward take turns by it
 
@@ -64,16 +65,32 @@ class WaveformState:
 
     @property
     def unet_items(self) -> int:
+        """UNet batch items that it takes at most."""
         return 1 if self.negative is None else 2
+
+    @property
+    def guidance(self) -> TextStates | None:
+        """The negative prompt's states, where the next evaluation has guidance."""
+        return self.negative if self.evaluation in self.guided else None
 
 
 def start_waveform(
-    positive: TextStates, negative: TextStates | None, guidance_scale: float, table: ScheduleTable, noise: Tensor
+    positive: TextStates,
+    negative: TextStates | None,
+    guidance_scale: float,
+    table: ScheduleTable,
+    noise: Tensor,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
 ) -> WaveformState:
-    """A waveform before its first step, from noise [C, H, W] of unit variance on the engine's device."""
+    """A waveform before its first step, from noise [C, H, W] of unit variance.
+
+    Args:
+        guidance_interval: from and to which share of the evaluations there is guidance.
+    """
     history = noise.new_zeros(WINDOW, 2, *noise.shape, dtype=torch.float32)
     history[0, 0] = noise * table.init_noise_sigma
-    return WaveformState(positive, negative, guidance_scale, table, history, noise.shape[1])
+    guided = range(*(round(share * table.num_evaluations) for share in guidance_interval))
+    return WaveformState(positive, negative, guidance_scale, table, history, noise.shape[1], guided)
 
 
 @dataclass(frozen=True)
@@ -125,9 +142,9 @@ def stack_waveforms(
     bucket: Bucket | None = None,
 ) -> StepBatch:
     """Stacks waveforms, padded to the longest or to the bucket; those of equal length need no masks."""
-    guided = [row for row, waveform in enumerate(waveforms) if waveform.negative is not None]
+    guided = [row for row, waveform in enumerate(waveforms) if waveform.guidance is not None]
     texts = [waveform.positive for waveform in waveforms]
-    texts += [waveform.negative for waveform in waveforms if waveform.negative is not None]
+    texts += [waveform.guidance for waveform in waveforms if waveform.guidance is not None]
     items = len(texts)
     t5_length = max(len(text.prompt_embeds) for text in texts)
     t5_length += -t5_length % T5_BUCKET

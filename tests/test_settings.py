@@ -1,0 +1,44 @@
+"""Settings: what is accepted, and the line that says what is not."""
+
+import pytest
+
+from audioldm2_triton.settings import Settings, SettingsError, read_settings
+
+
+def read(**given: str) -> Settings:
+    return read_settings({"checkpoint": "c", **given}, {})
+
+
+def test_lengths_to_compile() -> None:
+    assert read().lengths_to_compile(10.24) == (10.24,)
+    assert read(compile_lengths_in_s="10.24, 2.56,2.56").lengths_to_compile(1.0) == (2.56, 10.24)
+
+
+def test_guided_steps() -> None:
+    assert read().guided_steps == (0.0, 1.0)
+    assert read(guidance_interval="0.1, 0.75").guided_steps == (0.1, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("compile", "yes"),
+        ("compile_lengths_in_s", "a"),
+        ("compile_lengths_in_s", "1,,2"),
+        ("compile_lengths_in_s", "301"),
+        ("compile_max_rows", "-1"),
+        ("embedding_cache_size", "many"),
+        ("guidance_interval", "0.5"),
+        ("guidance_interval", "0.7,0.2"),
+        ("guidance_interval", "0,1.1"),
+        ("guidance_interval", "nan,1"),
+        ("timestep_spacing", "Karras"),
+    ],
+)
+def test_what_a_server_cannot_start_with(name: str, given: str) -> None:
+    with pytest.raises(SettingsError, match=f"{name}: got '{given}' but expected"):
+        read(**{name: given})
+
+
+def test_the_environment_overrides() -> None:
+    assert read_settings({"checkpoint": "c", "compile": "on"}, {"AUDIOLDM2_COMPILE": "off"}).compile == "off"
