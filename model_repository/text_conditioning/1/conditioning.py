@@ -1,6 +1,7 @@
 """The stage: checked rows of several requests in, each request's resolved tensors out."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,20 +10,23 @@ from torch import Tensor
 from audioldm2_triton.contract import GenerationRow
 from audioldm2_triton.errors import InternalError
 from audioldm2_triton.geometry import AudioGeometry
+from embedding_cache import EmbeddingCache, TextKey
 from text_encoders import EncodedTexts, TextEncoders, encode_texts, tokenize_t5
-
-MAX_TEXTS_PER_CALL = 64
 
 
 def condition(
-    encoders: TextEncoders, geometry: AudioGeometry, requests: Sequence[Sequence[GenerationRow]]
+    encoders: TextEncoders,
+    cache: EmbeddingCache[EncodedTexts],
+    geometry: AudioGeometry,
+    requests: Sequence[Sequence[GenerationRow]],
 ) -> list[dict[str, np.ndarray]]:
     """The stage's output tensors of each request, by name; see the table in `model_repository/README.md`.
 
-    All texts of all requests are encoded together. Raises `InternalError` where an encoder gives non-finite values.
+    All texts of all requests that are not in `cache` are encoded together, equal ones once. Raises `InternalError`
+    where an encoder gives non-finite values.
     """
     rows = [row for request in requests for row in request]
-    encoded = _encode_rows(encoders, rows)
+    encoded = _encode_rows(encoders, cache, rows)
     results = []
     start = 0
     for request in requests:
@@ -33,28 +37,30 @@ def condition(
 
 
 def _encode_rows(
-    encoders: TextEncoders, rows: Sequence[GenerationRow]
+    encoders: TextEncoders, cache: EmbeddingCache[EncodedTexts], rows: Sequence[GenerationRow]
 ) -> list[tuple[EncodedTexts, EncodedTexts | None]]:
     """Prompt and, where there is guidance, negative prompt of each row; each of M = 1, as long as its T5 length."""
-    texts: list[str] = []
-    tokens: list[list[int]] = []
-    lengths: list[int] = []
+    keys: list[TextKey] = []
     for row in rows:
-        prompt_tokens = tokenize_t5(encoders, row.prompt)
-        texts.append(row.prompt)
-        tokens.append(prompt_tokens)
-        lengths.append(len(prompt_tokens))
+        tokens = tokenize_t5(encoders, row.prompt)
+        length = len(tokens)
+        keys.append(TextKey(row.prompt, tuple(tokens), length))
         if row.do_classifier_free_guidance:
             # The reference cuts the negative prompt to the prompt's number of tokens, and pads it to that.
-            texts.append(row.negative_prompt)
-            tokens.append(tokenize_t5(encoders, row.negative_prompt, len(prompt_tokens)))
-            lengths.append(len(prompt_tokens))
-    singles: list[EncodedTexts] = []
-    for first in range(0, len(texts), MAX_TEXTS_PER_CALL):
-        part = slice(first, first + MAX_TEXTS_PER_CALL)
-        singles += _split(encode_texts(encoders, texts[part], tokens[part], lengths[part]), lengths[part])
-    taken = iter(singles)
+            negative_tokens = tokenize_t5(encoders, row.negative_prompt, length)
+            keys.append(TextKey(row.negative_prompt, tuple(negative_tokens), length))
+    taken = iter(cache.values(keys, partial(_encode_keys, encoders)))
     return [(next(taken), next(taken) if row.do_classifier_free_guidance else None) for row in rows]
+
+
+def _encode_keys(encoders: TextEncoders, keys: Sequence[TextKey]) -> list[EncodedTexts]:
+    singles: list[EncodedTexts] = []
+    for first in range(0, len(keys), encoders.max_texts_per_call):
+        part = keys[first : first + encoders.max_texts_per_call]
+        lengths = [key.t5_length for key in part]
+        encoded = encode_texts(encoders, [key.text for key in part], [key.t5_tokens for key in part], lengths)
+        singles += _split(encoded, lengths)
+    return singles
 
 
 def _split(encoded: EncodedTexts, lengths: Sequence[int]) -> list[EncodedTexts]:
@@ -65,12 +71,13 @@ def _split(encoded: EncodedTexts, lengths: Sequence[int]) -> list[EncodedTexts]:
         raise InternalError("text_conditioning: an encoder gave non-finite values")
     text_embeds, prompt_embeds, generated = on_host
     mask = encoded.attention_mask.cpu()
+    # Copies: a text that is kept in the cache must not keep its whole batch.
     return [
         EncodedTexts(
-            text_embeds[row : row + 1],
-            prompt_embeds[row : row + 1, :length],
-            mask[row : row + 1, :length],
-            generated[row : row + 1],
+            text_embeds[row : row + 1].clone(),
+            prompt_embeds[row : row + 1, :length].clone(),
+            mask[row : row + 1, :length].clone(),
+            generated[row : row + 1].clone(),
         )
         for row, length in enumerate(lengths)
     ]

@@ -9,10 +9,13 @@ import numpy as np
 from audioldm2_triton import triton_adapter as adapter
 from audioldm2_triton.contract import GenerationRow
 from audioldm2_triton.geometry import read_audio_geometry
-from audioldm2_triton.settings import resolve_device, resolve_dtype
+from audioldm2_triton.settings import resolve_compile, resolve_device, resolve_dtype
 from conditioning import condition
+from embedding_cache import EmbeddingCache
 from request_rows import parse_rows
-from text_encoders import encode_texts, load_text_encoders, tokenize_t5
+from text_buckets import TextBuckets
+from text_compilation import compile_with_cache
+from text_encoders import EncodedTexts, encode_texts, load_text_encoders, tokenize_t5
 
 STAGE = "text_conditioning"
 
@@ -24,6 +27,9 @@ class TritonPythonModel:
         device = resolve_device(self.settings, args["model_instance_kind"], int(args["model_instance_device_id"]))
         self.geometry = read_audio_geometry(checkpoint)
         self.encoders = load_text_encoders(checkpoint, device, resolve_dtype(self.settings, device))
+        if resolve_compile(self.settings, device):
+            self.encoders = compile_with_cache(self.encoders, TextBuckets(), self.settings, STAGE)
+        self.cache = EmbeddingCache[EncodedTexts](self.settings.embedding_cache_size)
         # The first request should not pay for what happens once.
         encode_texts(self.encoders, ["a"], [tokenize_t5(self.encoders, "a")], [2])
 
@@ -36,7 +42,7 @@ class TritonPythonModel:
         return parse_rows(adapter.input_arrays(request), self.settings.limits, native), deadline
 
     def _condition(self, requests: list[tuple[tuple[GenerationRow, ...], int]]) -> list[dict[str, np.ndarray]]:
-        resolved = condition(self.encoders, self.geometry, [rows for rows, _ in requests])
+        resolved = condition(self.encoders, self.cache, self.geometry, [rows for rows, _ in requests])
         return [
             {**tensors, "deadline_ns": np.full((len(rows), 1), deadline, np.int64)}
             for tensors, (rows, deadline) in zip(resolved, requests, strict=True)

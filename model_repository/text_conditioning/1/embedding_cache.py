@@ -1,0 +1,57 @@
+"""The encodings of the texts that were asked for last.
+
+Most requests have the same negative prompt, and many repeat a prompt with another seed.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class TextKey:
+    """All that the encoding of one text depends on, given the checkpoint; compared by value, not by a digest."""
+
+    text: str  # what CLAP reads
+    t5_tokens: tuple[int, ...]  # a negative prompt's are cut to its prompt's number
+    t5_length: int  # a negative prompt counts as being as long as its prompt
+
+
+class EmbeddingCache(Generic[V]):
+    """At most `capacity` values, of which the least recently used goes first; several threads may share it."""
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 0:
+            raise ValueError(f"capacity: got {capacity} but expected at least 0")
+        self._capacity = capacity
+        self._values: OrderedDict[TextKey, V] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def values(self, keys: Sequence[TextKey], encode: Callable[[list[TextKey]], Sequence[V]]) -> list[V]:
+        """The value of each key, in order.
+
+        `encode` is called at most once, with the missing keys, each of them once, and gives their values in order.
+        What it raises is raised, and nothing is kept. Two threads that miss the same key both encode it.
+        """
+        found: dict[TextKey, V] = {}
+        with self._lock:
+            for key in keys:
+                if key in self._values:
+                    self._values.move_to_end(key)
+                    found[key] = self._values[key]
+        missing = list(dict.fromkeys(key for key in keys if key not in found))
+        if missing:
+            encoded = dict(zip(missing, encode(missing), strict=True))
+            found |= encoded
+            with self._lock:
+                self._values |= encoded
+                while len(self._values) > self._capacity:
+                    self._values.popitem(last=False)
+        return [found[key] for key in keys]

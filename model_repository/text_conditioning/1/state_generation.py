@@ -1,0 +1,54 @@
+"""Eight hidden states of GPT-2 from a prompt's: one forward of the prompt, then seven of one position each.
+
+Written on `GPT2Model` itself: the reference goes through private helpers of transformers, and computes the logits of
+50,257 words only to drop them. Keys and values lie in tensors of fixed size, so that every one of the seven has the
+same shapes and can be compiled once.
+"""
+
+import torch
+from torch import Tensor
+from transformers import GPT2Config, StaticCache
+
+from text_networks import TextNetworks
+
+# Attention kernels on GPUs want the number of keys aligned; slots that are never filled are masked.
+SLOT_MULTIPLE = 16
+
+
+def state_cache(config: GPT2Config, prompt_length: int, num_states: int) -> StaticCache:
+    """Keys and values of a prompt and the states after it, not yet allocated."""
+    slots = prompt_length + num_states - 1
+    return StaticCache(config=config, max_cache_len=-(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE)
+
+
+def allocate(cache: StaticCache, config: GPT2Config, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Allocates for `rows` prompts ahead of the first forward, which can then be a compiled one."""
+    heads = config.num_attention_heads
+    cache.early_initialization(rows, heads, config.hidden_size // heads, dtype, device)
+
+
+def generate_states(
+    networks: TextNetworks, cache: StaticCache, inputs: Tensor, mask: Tensor, lengths: Tensor, num_states: int
+) -> Tensor:
+    """The next `num_states` hidden states after each prompt, each fed back as the next input.
+
+    Args:
+        cache: of `state_cache` for P; what it holds is overwritten.
+        inputs: [M, P, hidden size], padded on the left: so every prompt ends in the last column, where the next
+            state is read.
+        mask: [M, P], 0 where a position must not be attended to; it counts as a position all the same.
+        lengths: [M], of the prompts without the padding, from which positions count.
+
+    Returns [M, num_states, hidden size].
+    """
+    cache.reset()
+    rows, prompt_length = mask.shape
+    positions = (torch.arange(prompt_length, device=mask.device) - (prompt_length - lengths)[:, None]).clamp(min=0)
+    # Causality hides the slots that are not filled yet.
+    mask = torch.cat([mask, mask.new_ones(rows, cache.get_max_length() - prompt_length)], dim=1)
+    state = networks.language_model(inputs, mask, positions, cache)
+    states = [state]
+    for step in range(num_states - 1):
+        state = networks.language_model(state, mask, (lengths + step)[:, None], cache)
+        states.append(state)
+    return torch.cat(states, dim=1)

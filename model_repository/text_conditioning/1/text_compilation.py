@@ -1,0 +1,98 @@
+"""The text stage's forwards, compiled for a few shapes ahead of the first request."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from transformers import StaticCache
+
+from audioldm2_triton.compilation import compile_cache
+from audioldm2_triton.settings import Settings
+from state_generation import allocate, generate_states, state_cache
+from text_buckets import TextBuckets
+from text_encoders import NUM_ADDED_POSITIONS, CompiledNetworks, TextEncoders
+from text_networks import TextNetworks
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def compile_with_cache(encoders: TextEncoders, buckets: TextBuckets, settings: Settings, stage: str) -> TextEncoders:
+    """`compile_text_encoders` between reading and writing the settings' compile cache, if there is one."""
+    configs = [network.config.to_json_string() for network in (encoders.clap, encoders.t5, encoders.language_model)]
+    cache = compile_cache(settings, stage, encoders.device, encoders.language_model.dtype, [asdict(buckets), *configs])
+    cache.restore()
+    compiled = compile_text_encoders(encoders, buckets)
+    cache.save()
+    return compiled
+
+
+@torch.inference_mode()
+def compile_text_encoders(
+    encoders: TextEncoders, buckets: TextBuckets, backend: str | Callable[..., Any] = "inductor"
+) -> TextEncoders:
+    """The encoders with CLAP, T5 and GPT-2 compiled for every bucket; a line of progress in the log for each.
+
+    Inputs that fit a bucket are padded to it; all others run uncompiled. Where the compiler fails, that is a warning in
+    the log, and the encoders are returned as they were.
+    """
+    shapes = buckets.shapes
+    networks = _compiled(encoders.networks, 2 * len(shapes), backend)
+    config = encoders.language_model.config
+    caches: dict[tuple[int, int], StaticCache] = {}
+    for done, (rows, length) in enumerate(shapes, 1):
+        started = time.monotonic()
+        cache = state_cache(config, length + NUM_ADDED_POSITIONS, encoders.num_generated_states)
+        allocate(cache, config, rows, encoders.language_model.dtype, encoders.device)
+        caches[rows, length] = cache
+        try:
+            _run_once(networks, cache, encoders, rows, length)
+        except Exception as error:
+            logger.warning("text_conditioning: compiling failed, going on without: %s", error)
+            return encoders
+        seconds = time.monotonic() - started
+        logger.info(
+            "text_conditioning: compiled %d of %d: %d texts of %d tokens, in %.1f s",
+            done,
+            len(shapes),
+            rows,
+            length,
+            seconds,
+        )
+    return replace(encoders, compiled=CompiledNetworks(networks, buckets, caches))
+
+
+def _compiled(networks: TextNetworks, max_shapes: int, backend: str | Callable[..., Any]) -> TextNetworks:
+    def compiled(forward: Callable[P, R]) -> Callable[P, R]:
+        # PyTorch's own limit of shapes is lower than the number of buckets can be; isolated, so that the graphs of
+        # other encoders in the process do not count.
+        return torch.compile(  # type: ignore[call-overload]  # the stubs lack the last two
+            forward,
+            dynamic=False,
+            fullgraph=True,
+            backend=backend,
+            recompile_limit=max_shapes,
+            isolate_recompiles=True,
+        )
+
+    return TextNetworks(compiled(networks.clap), compiled(networks.t5), compiled(networks.language_model))
+
+
+def _run_once(networks: TextNetworks, cache: StaticCache, encoders: TextEncoders, rows: int, length: int) -> None:
+    ids = torch.zeros(rows, length, dtype=torch.int64, device=encoders.device)
+    mask = torch.ones_like(ids)
+    networks.clap(ids, mask)
+    networks.t5(ids, mask)
+    total = length + NUM_ADDED_POSITIONS
+    inputs = torch.zeros(
+        (rows, total, encoders.language_model.config.hidden_size),
+        dtype=encoders.projection.dtype,
+        device=encoders.device,
+    )
+    lengths = mask.new_full((rows,), total)
+    generate_states(networks, cache, inputs, mask.new_ones(rows, total), lengths, encoders.num_generated_states)

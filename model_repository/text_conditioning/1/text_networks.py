@@ -1,0 +1,39 @@
+"""The forwards of the text stage as functions of tensors alone, which can be compiled."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import GPT2Model, StaticCache, T5EncoderModel
+
+
+@dataclass(frozen=True)
+class TextNetworks:
+    """Three forwards; ids, masks and positions are int64, and a mask is 1 where a token counts."""
+
+    clap: Callable[[Tensor, Tensor], Tensor]  # ids [M, L], mask [M, L] -> [M, D], of length 1
+    t5: Callable[[Tensor, Tensor], Tensor]  # ids [M, L], mask [M, L] -> [M, L, D1]
+    # inputs [M, P, D0], mask [M, slots of the cache], positions [M, P], cache -> the last state, [M, 1, D0]
+    language_model: Callable[[Tensor, Tensor, Tensor, StaticCache], Tensor]
+
+
+def text_networks(clap: Any, t5: T5EncoderModel, language_model: GPT2Model) -> TextNetworks:
+    """The forwards, uncompiled."""
+
+    def encode_clap(ids: Tensor, mask: Tensor) -> Tensor:
+        features: Tensor = clap.get_text_features(ids, attention_mask=mask).pooler_output
+        return features
+
+    def encode_t5(ids: Tensor, mask: Tensor) -> Tensor:
+        states: Tensor = t5(ids, attention_mask=mask).last_hidden_state
+        return states
+
+    def next_state(inputs: Tensor, mask: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
+        output = language_model(
+            inputs_embeds=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        # A copy: a view would keep the states of the whole prompt.
+        return output.last_hidden_state[:, -1:].clone()
+
+    return TextNetworks(encode_clap, encode_t5, next_state)
