@@ -16,10 +16,16 @@ from engine_workload import Outcomes
 pytestmark = pytest.mark.gpu
 
 
-def denoise(checkpoint: Path, device: str, dtype: str) -> dict[int, Tensor]:
+def denoise(checkpoint: Path, device: str, dtype: str, compiled: bool = False) -> dict[int, Tensor]:
     """The latents of nine requests, one per scheduler, with lengths of their own, in flight together."""
     geometry = read_audio_geometry(checkpoint)
-    pool = load_engines(Settings(str(checkpoint), device=device, dtype=dtype), geometry, lambda _: None)
+    settings = Settings(
+        *(str(checkpoint), device, dtype),
+        compile="on" if compiled else "off",
+        compile_lengths_in_s="1.28,3.2",
+        compile_max_rows=8,
+    )
+    pool = load_engines(settings, geometry, lambda _: None)
     dims = [dim for dim in pool.engines[0]._unet.config.cross_attention_dim[0] if dim is not None]
     generator = torch.Generator().manual_seed(0)
     outcomes = Outcomes()
@@ -49,6 +55,13 @@ def test_float32_on_cuda_is_float32_on_cpu(tiny_checkpoint: Path, monkeypatch: p
     assert worst(denoise(tiny_checkpoint, "cuda", "float32"), on_cpu) < 1e-3
 
 
-def test_float16_on_cuda_is_close(tiny_checkpoint: Path) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_float16_on_cuda_is_close(compiled: bool, tiny_checkpoint: Path) -> None:
     on_cpu = denoise(tiny_checkpoint, "cpu", "float32")
-    assert worst(denoise(tiny_checkpoint, "cuda", "float16"), on_cpu) < 0.1
+    assert worst(denoise(tiny_checkpoint, "cuda", "float16", compiled), on_cpu) < 0.1
+
+
+def test_replayed_graphs_are_exact(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    eager = denoise(tiny_checkpoint, "cuda", "float32")
+    assert worst(denoise(tiny_checkpoint, "cuda", "float32", compiled=True), eager) < 1e-3

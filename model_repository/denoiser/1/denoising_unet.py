@@ -12,6 +12,7 @@ import torch
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
 from torch import Tensor
 
+from audioldm2_triton.threads import set_measured_threads
 from forward_plan import Bucket, ForwardCosts, fit_cost
 from lean_unet import LeanUNet, TextKeys
 from length_masks import LengthMasks
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 PROBES: Final = ((1, 16), (2, 64))
 """(items, latent frames) of the two forwards that a cost is fitted through: one of 0.64 s, two of 2.56 s of audio."""
 PROBE_REPEATS: Final = 3
+THREADS_PROBE: Final = (2, 64)
+"""(items, latent frames) of the step that the number of threads is chosen by: 2.56 s of audio with guidance."""
 AFTER_WARM_UP: Final = "eager_on_recompile"
 """What was not compiled at the start is not compiled in a request's path."""
 KEPT_SCHEDULES: Final = 64
@@ -75,7 +78,10 @@ class DenoisingUNet:
 
     @torch.inference_mode()
     def warm_up(self) -> ForwardCosts:
-        """Compiles the buckets, and times a few steps."""
+        """Compiles the buckets, and times a few steps; on a CPU with as many threads as they can use."""
+        if self.device.type == "cpu":
+            step = self._random_inputs(*THREADS_PROBE, masked=False, t5_length=T5_BUCKET)
+            set_measured_threads(partial(self.denoise, step, None))
         compiled = {}
         for number, bucket in enumerate(self.buckets, 1):
             start = time.perf_counter()

@@ -1,0 +1,38 @@
+"""Threads by measurement: the work's own time decides."""
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from audioldm2_triton.threads import set_measured_threads
+
+
+@pytest.fixture(autouse=True)
+def _threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "expected"),
+    [({1: 20, 2: 30, 4: 40, 8: 50}, 1), ({1: 80, 2: 40, 4: 39, 8: 5}, 2), ({1: 80, 2: 40, 4: 20, 8: 10}, 8)],
+)
+def test_as_many_as_pay(milliseconds: dict[int, int], expected: int) -> None:
+    assert set_measured_threads(lambda: time.sleep(milliseconds[torch.get_num_threads()] / 1000)) == expected
+    assert torch.get_num_threads() == expected
+
+
+def test_the_environment_decides_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    torch.set_num_threads(3)
+
+    def fail() -> None:
+        raise AssertionError("nothing is to be measured")
+
+    assert set_measured_threads(fail) == 3
