@@ -7,9 +7,16 @@ from typing import Final
 
 # A command's module is imported when it is asked for: not every machine has what all of them need.
 COMMANDS: Final = {
+    "coldstart": "from the start to ready, with and without a compile cache",
+    "gpu": "everything that needs no server, in calls of minutes that continue each other",
     "joining": "a short request that joins a long one in flight",
-    "load": "perf_analyzer over concurrency, against the pipeline one by one",
+    "latency": "one request alone: the pipeline, the guide's recipe, the stages, the server",
+    "ledger": "what each change to the UNet's step gains",
+    "load": "perf_analyzer over concurrency and Poisson rates: the engine, dynamic batching, one by one",
     "masks": "mixed lengths in one forward, against groups of equal length",
+    "sampling": "what other timesteps and guidance in a part of the steps lose",
+    "plot": "the rows of load and gpu as pictures",
+    "stages": "time and arithmetic of each stage, beside the pipeline's, and what Triton adds",
 }
 FUNCTIONS: Final = {"masks": "measure_masks"}
 

@@ -105,8 +105,12 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def is_measured(rows: Sequence[Row], row: Row) -> bool:
-    """Whether `rows` have one of the same work on the same device."""
-    return any(all(getattr(other, name) == getattr(row, name) for name in _KEY) for other in rows)
+    """Whether `rows` have one of the same work on the same device, as far as a file tells."""
+
+    def key(one: Row) -> list[str]:
+        return [_text(getattr(one, name)) for name in _KEY]
+
+    return any(key(other) == key(row) for other in rows)
 
 
 def print_table(rows: Sequence[Row], out: TextIO) -> None:

@@ -3,18 +3,17 @@
 import argparse
 import os
 import platform
-import resource
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 import torch
 
-from audioldm2_triton.settings import DTYPES, Settings, resolve_device, resolve_dtype
+from audioldm2_triton.settings import COMPILE, DTYPES, Settings, resolve_compile, resolve_device, resolve_dtype
 from benchmarks.measurement import Row, append_row
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -26,11 +25,19 @@ PARTS_THAT_COUNT: Final = ("model_repository", "client", "scripts")  # for the f
 class Setting:
     """What is measured where, and the file that it goes to."""
 
-    checkpoint: Path
+    settings: Settings
     device: torch.device
     dtype: torch.dtype
     csv: Path
     row: Row  # with everything that the measurements of this run share
+
+    @property
+    def checkpoint(self) -> Path:
+        return Path(self.settings.checkpoint)
+
+    @property
+    def compiles(self) -> bool:
+        return resolve_compile(self.settings, self.device)
 
     @property
     def dtype_name(self) -> str:
@@ -39,7 +46,12 @@ class Setting:
     @property
     def serve_arguments(self) -> tuple[str, ...]:
         """For `scripts/serve`, so that it runs in the same setting."""
-        return f"--device={self.device}", f"--dtype={self.dtype_name}"
+        given = asdict(replace(self.settings, device=str(self.device), dtype=self.dtype_name))
+        return tuple(
+            f"--{name.replace('_', '-')}={value}"
+            for name, value in given.items()
+            if value != "" and name != "checkpoint"
+        )
 
     def keep(self, row: Row) -> Row:
         """Writes a measurement down at once: what is interrupted later does not lose it."""
@@ -54,6 +66,8 @@ def add_common_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:INDEX (default: auto)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: float16 on a GPU, else float32")
     parser.add_argument("--csv", type=Path, default=default_csv, help="rows are added to it (default: %(default)s)")
+    parser.add_argument("--compile", choices=COMPILE, default="auto", help="torch.compile (default: auto: on a GPU)")
+    parser.add_argument("--compile-cache", default="", help="a directory with compiled code (default: none)")
     parser.add_argument("--threads", type=int, help="of PyTorch on a CPU (default: PyTorch's)")
 
 
@@ -64,7 +78,13 @@ def read_setting(arguments: argparse.Namespace, command: str) -> Setting:
         torch.set_num_threads(arguments.threads)
     checkpoint: Path = arguments.checkpoint.expanduser()
     build_if_missing(checkpoint)
-    settings = Settings(str(checkpoint), device=arguments.device, dtype=arguments.dtype)
+    settings = Settings(
+        str(checkpoint.resolve()),
+        device=arguments.device,
+        dtype=arguments.dtype,
+        compile=arguments.compile,
+        compile_cache=arguments.compile_cache,
+    )
     device = resolve_device(settings)
     dtype = resolve_dtype(settings, device)
     row = Row(
@@ -78,7 +98,7 @@ def read_setting(arguments: argparse.Namespace, command: str) -> Setting:
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         command=shlex.join(["scripts/benchmark", *sys.argv[1:]]),
     )
-    return Setting(checkpoint.resolve(), device, dtype, arguments.csv, row)
+    return Setting(settings, device, dtype, arguments.csv, row)
 
 
 def build_if_missing(checkpoint: Path, size: str = "") -> None:
@@ -125,11 +145,3 @@ def commit() -> str:
 def _git(*arguments: str) -> str:
     run = subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True)
     return run.stdout.strip()
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Of this process so far: what PyTorch has held on a GPU, else the resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    # Linux counts in KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,0 +1,149 @@
+"""All stages in this process, without Triton, by the same functions that the models' adapters call."""
+
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+from torch import Tensor
+
+from audioldm2_triton.contract import GenerationRow
+from audioldm2_triton.geometry import AudioGeometry, read_audio_geometry
+from audioldm2_triton.settings import Settings, resolve_compile, resolve_device, resolve_dtype
+from benchmarks.batcher import Batcher
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+for _stage in ("text_conditioning", "denoiser", "decoder"):
+    _folder = str(ROOT / "model_repository" / _stage / "1")
+    if _folder not in sys.path:
+        sys.path.append(_folder)
+
+from clap_scores import load_clap_scorer  # noqa: E402
+from conditioning import condition  # noqa: E402
+from decoding import decode, warm_up  # noqa: E402
+from denoiser import load_engines, parse_denoising_request  # noqa: E402
+from embedding_cache import EmbeddingCache  # noqa: E402
+from text_buckets import TextBuckets  # noqa: E402
+from text_compilation import compile_with_cache  # noqa: E402
+from text_encoders import load_text_encoders  # noqa: E402
+from waveform_decoder import load_waveform_decoder  # noqa: E402
+
+Tensors: TypeAlias = dict[str, np.ndarray]
+
+MAX_BATCH: Final = 32  # as in the models' configurations
+
+
+class StepTimes:
+    """Watches the engine: the time of every forward, by its number of UNet batch items."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[int, list[float]] = {}
+
+    def clear(self) -> None:
+        self.seconds = {}
+
+    def median(self, rows: int) -> float:
+        """Without the first and the last of them, which wait for admission or for the answer."""
+        return statistics.median(self.seconds[rows][1:-1] or self.seconds[rows])
+
+    @property
+    def rows_per_forward(self) -> float | None:
+        forwards = sum(len(times) for times in self.seconds.values())
+        return sum(rows * len(times) for rows, times in self.seconds.items()) / forwards if forwards else None
+
+    def stepped(self, rows: int, seconds: float) -> None:
+        self.seconds.setdefault(rows, []).append(seconds)
+
+    def admitted(self, waited_s: float) -> None:
+        pass
+
+    def finished(self, request: Any, outcome: Any) -> None:
+        pass
+
+    def changed(self, load: Any) -> None:
+        pass
+
+    def broke(self, error: Exception, /) -> None:
+        raise error
+
+
+class Stages:
+    """The text stage, the engine and the decoder of one checkpoint; usable from several threads."""
+
+    def __init__(self, settings: Settings) -> None:
+        checkpoint = Path(settings.checkpoint)
+        self.device = resolve_device(settings)
+        self.dtype = resolve_dtype(settings, self.device)
+        self.geometry: AudioGeometry = read_audio_geometry(checkpoint)
+        self.step_times = StepTimes()
+        self._encoders = load_text_encoders(checkpoint, self.device, self.dtype)
+        if resolve_compile(settings, self.device):
+            self._encoders = compile_with_cache(self._encoders, TextBuckets(), settings, "text_conditioning")
+        # None are kept: the same few texts come again and again here.
+        self._embeddings = EmbeddingCache(0)
+        self._engines = load_engines(settings, self.geometry, lambda _: self.step_times)
+        self._decoder = load_waveform_decoder(checkpoint, self.device, self.dtype)
+        self._scorer = load_clap_scorer(checkpoint, self.device, self.dtype)
+        warm_up(self._decoder, self._scorer, self.geometry)
+        self._texts: Batcher[GenerationRow, Tensors] = Batcher(self.condition, MAX_BATCH)
+        self._waveforms: Batcher[Tensors, np.ndarray] = Batcher(self.decode, MAX_BATCH)
+
+    def close(self) -> None:
+        for part in (self._texts, self._engines, self._waveforms):
+            part.close()
+
+    def generate(self, row: GenerationRow) -> np.ndarray:
+        """The audio [1, 1, S] of one request; those of other threads share what Triton would let them share."""
+        resolved = self._texts.submit(row).result()
+        (latents,) = self.denoise([resolved])
+        return self._waveforms.submit({**resolved, "latents": latents.numpy()}).result()
+
+    def condition(self, rows: Sequence[GenerationRow]) -> list[Tensors]:
+        results: list[Tensors] = condition(self._encoders, self._embeddings, self.geometry, [(row,) for row in rows])
+        return results
+
+    def denoise(self, resolved: Sequence[Tensors]) -> list[Tensor]:
+        """The latents of requests that are submitted together."""
+        futures: list[Future[Tensor]] = []
+        for tensors in resolved:
+            future: Future[Tensor] = Future()
+            futures.append(future)
+            self._engines.submit(parse_denoising_request(tensors, self.geometry), _settle(future))
+        return [future.result() for future in futures]
+
+    def decode(self, requests: Sequence[Tensors]) -> list[np.ndarray]:
+        return [answer["audio"] for answer in decode(self._decoder, self._scorer, requests)]
+
+
+def _settle(future: "Future[Tensor]") -> Any:
+    def settle(outcome: Tensor | Exception) -> None:
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
+    return settle
+
+
+@contextmanager
+def running_stages(settings: Settings) -> Iterator[Stages]:
+    stages = Stages(settings)
+    try:
+        yield stages
+    finally:
+        stages.close()
+
+
+def engine_rows(stages: Stages, rows: int, row: GenerationRow, repeats: int) -> float:
+    """The median time of a step of `rows` UNet batch items, two for each waveform with guidance."""
+    (resolved,) = stages.condition([row])
+    requests = [resolved] * (rows // 2)
+    stages.denoise(requests)
+    stages.step_times.clear()
+    for _ in range(repeats):
+        stages.denoise(requests)
+    return stages.step_times.median(rows)

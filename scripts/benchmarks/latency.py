@@ -1,0 +1,197 @@
+"""`scripts/benchmark latency`: one request alone, four ways in one run.
+
+The pipeline as it comes (fp32, the checkpoint's own scheduler, 200 steps), the recipe of the guide to AudioLDM 2
+(compiled UNet, DPM-Solver++, 20 steps), the stages in one process, and the server.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from audioldm2_triton.contract import GenerationRow
+from audioldm2_triton.geometry import read_audio_geometry
+from benchmarks.in_process import running_stages
+from benchmarks.measurement import Row, print_table, with_latencies
+from benchmarks.reference import load_pipeline, run_pipeline, use_dpm_solver
+from benchmarks.setting import Setting, add_common_arguments, read_setting
+from benchmarks.timing import free_memory, peak_memory_mib, time_repeatedly
+from benchmarks.workload import make_rows
+from serving.installation import InstallationError, find_triton
+
+AS_IT_COMES: Final = "pipeline as it comes"
+RECIPE: Final = "guide's recipe"
+IN_PROCESS: Final = "stages in one process"
+SERVED: Final = "server"
+WAYS: Final = (AS_IT_COMES, RECIPE, IN_PROCESS, SERVED)
+
+
+@dataclass(frozen=True)
+class Options:
+    row: GenerationRow
+    own_steps: int  # of the checkpoint's own scheduler
+    scale_from: int  # steps to run of these; 0: all of them
+    repeats: int
+    compile_recipe: bool
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common_arguments(parser, "latency")
+    parser.add_argument("--audio-length-in-s", type=float, help="default: the checkpoint's native length")
+    parser.add_argument("--num-inference-steps", type=int, default=20, help="of DPM-Solver++ (default: %(default)s)")
+    parser.add_argument("--own-steps", type=int, default=200, help="of the pipeline as it comes (default: %(default)s)")
+    parser.add_argument(
+        "--scale-from", type=int, default=0, metavar="N", help="run half of N and N of these steps, and scale up"
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--recipe-uncompiled", action="store_true", help="leave out the guide's torch.compile")
+    parser.add_argument("--skip", choices=WAYS, nargs="+", default=[], help="ways to leave out")
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    setting = read_setting(arguments, "latency")
+    length_s = arguments.audio_length_in_s or read_audio_geometry(setting.checkpoint).native_audio_length_in_s
+    (row,) = make_rows(1, length_s, arguments.num_inference_steps)
+    options = Options(
+        row, arguments.own_steps, arguments.scale_from, arguments.repeats, not arguments.recipe_uncompiled
+    )
+    measures = {
+        AS_IT_COMES: measure_as_it_comes,
+        RECIPE: measure_recipe,
+        IN_PROCESS: measure_in_process,
+        SERVED: measure_served,
+    }
+    rows = []
+    for way, measure_way in measures.items():
+        if way not in arguments.skip:
+            print(f"measuring: {way}", file=sys.stderr)
+            measured = measure_way(setting, options)
+            if measured is not None:
+                rows.append(setting.keep(measured))
+    print_table(rows, sys.stdout)
+    _print_ratios(rows)
+
+
+def base_row(setting: Setting, options: Options, path: str) -> Row:
+    request = options.row
+    return replace(
+        setting.row,
+        path=path,
+        length_s=request.audio_length_in_s,
+        steps=request.num_inference_steps,
+        guidance=request.guidance_scale,
+        concurrency=1,
+    )
+
+
+def measure_as_it_comes(setting: Setting, options: Options) -> Row:
+    """float32, whatever the others use: that is how it comes."""
+    free_memory(setting.device)
+    pipeline = load_pipeline(setting.checkpoint, setting.device, torch.float32)
+
+    def times(steps: int) -> list[float]:
+        return time_repeatedly(lambda: run_pipeline(pipeline, options.row, steps), options.repeats, setting.device)
+
+    row = replace(base_row(setting, options, AS_IT_COMES), steps=options.own_steps, dtype="float32")
+    if not options.scale_from:
+        row = with_latencies(row, times(options.own_steps))
+    else:
+        few, many = max(1, options.scale_from // 2), options.scale_from
+        seconds = scale_up(few, statistics.median(times(few)), many, statistics.median(times(many)), options.own_steps)
+        scaled = with_latencies(row, [seconds])
+        note = f"scaled up from {options.repeats} runs each of {few} and {many} steps"
+        row = replace(scaled, samples=None, p50_ms=None, p95_ms=None, p99_ms=None, note=note)
+    return replace(row, peak_memory_mib=peak_memory_mib(setting.device))
+
+
+def scale_up(few: int, few_seconds: float, many: int, many_seconds: float, steps: int) -> float:
+    """What `steps` take, by the line through two measured numbers of steps."""
+    return many_seconds + (many_seconds - few_seconds) / (many - few) * (steps - many)
+
+
+def measure_recipe(setting: Setting, options: Options) -> Row:
+    free_memory(setting.device)
+    pipeline = load_pipeline(setting.checkpoint, setting.device, setting.dtype, compiled=options.compile_recipe)
+    use_dpm_solver(pipeline)
+    # Compiled code changes once more at the second run, when CUDA graphs are recorded.
+    seconds = time_repeatedly(lambda: run_pipeline(pipeline, options.row), options.repeats, setting.device, warm_up=3)
+    note = "UNet compiled" if options.compile_recipe else "UNet not compiled"
+    return _done(setting, replace(base_row(setting, options, RECIPE), note=note), seconds)
+
+
+def measure_in_process(setting: Setting, options: Options) -> Row:
+    free_memory(setting.device)
+    with running_stages(setting.settings) as stages:
+        seconds = time_repeatedly(lambda: stages.generate(options.row), options.repeats, setting.device, warm_up=2)
+    return _done(setting, replace(base_row(setting, options, IN_PROCESS), note=_compiled(setting)), seconds)
+
+
+def measure_served(setting: Setting, options: Options) -> Row | None:
+    if not has_triton():
+        print("no Triton server here: left out", file=sys.stderr)
+        return None
+    with served(setting, options.row) as generate:
+        seconds = time_repeatedly(generate, options.repeats, torch.device("cpu"), warm_up=2)
+    # The memory is that of other processes.
+    return with_latencies(replace(base_row(setting, options, SERVED), note=_compiled(setting)), seconds)
+
+
+@contextmanager
+def served(setting: Setting, row: GenerationRow) -> Iterator[Callable[[], None]]:
+    """A server, and what sends it the request over gRPC and waits for the audio."""
+    from audioldm2_triton import AudioLDM2Client
+    from serving.local_server import local_server
+
+    # Texts are encoded anew: the same one comes again and again here.
+    arguments = (*setting.serve_arguments, "--embedding-cache-size=0")
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        local_server(setting.checkpoint, Path(directory) / "log", *arguments) as server,
+        AudioLDM2Client(server.grpc_url) as client,
+    ):
+        client.server_info()
+
+        def generate() -> None:
+            client.generate(
+                row.prompt,
+                negative_prompt=row.negative_prompt,
+                audio_length_in_s=row.audio_length_in_s,
+                num_inference_steps=row.num_inference_steps,
+                seed=row.seed,
+            )
+
+        yield generate
+
+
+def has_triton() -> bool:
+    """Also whether there is a client for it."""
+    try:
+        import tritonclient.grpc  # noqa: F401
+
+        with tempfile.TemporaryDirectory() as directory:
+            find_triton(Path(directory))
+    except (ImportError, InstallationError):
+        return False
+    return True
+
+
+def _done(setting: Setting, row: Row, seconds: list[float]) -> Row:
+    return replace(with_latencies(row, seconds), peak_memory_mib=peak_memory_mib(setting.device))
+
+
+def _compiled(setting: Setting) -> str:
+    return "compiled" if setting.compiles else "not compiled"
+
+
+def _print_ratios(rows: list[Row]) -> None:
+    fastest = next((row for row in reversed(rows) if row.path in (IN_PROCESS, SERVED)), None)
+    for row in rows:
+        if fastest is not None and row is not fastest and row.median_ms and fastest.median_ms:
+            print(f"{row.path}: {row.median_ms / fastest.median_ms:.2f} times the latency of the {fastest.path}")
