@@ -47,7 +47,12 @@ class StepTimes:
         self.seconds = {}
 
     def median(self, rows: int) -> float:
-        """Without the first and the last of them, which wait for admission or for the answer."""
+        """Without the first and the last of them, which wait for admission or for the answer.
+
+        Raises `RuntimeError` where no forward had as many.
+        """
+        if rows not in self.seconds:
+            raise RuntimeError(f"rows: got forwards of {sorted(self.seconds)} but expected some of {rows}")
         return statistics.median(self.seconds[rows][1:-1] or self.seconds[rows])
 
     @property
@@ -138,7 +143,7 @@ def running_stages(settings: Settings) -> Iterator[Stages]:
         stages.close()
 
 
-def engine_rows(stages: Stages, rows: int, row: GenerationRow, repeats: int) -> float:
+def step_seconds(stages: Stages, rows: int, row: GenerationRow, repeats: int) -> float:
     """The median time of a step of `rows` UNet batch items, two for each waveform with guidance."""
     (resolved,) = stages.condition([row])
     requests = [resolved] * (rows // 2)

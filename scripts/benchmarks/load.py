@@ -1,168 +1,160 @@
-"""`scripts/benchmark load`: perf_analyzer against the server, and the same load one by one through the pipeline."""
+"""`scripts/benchmark load`: many requests at once, over concurrency and over Poisson rates, three ways.
+
+The engine as it is served; Triton's dynamic batching of whole requests through the reference pipeline; and the
+reference pipeline one request at a time. All ways are servers, get the same requests and the same rates.
+"""
 
 import argparse
-import csv
-import platform
+import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Final
 
-import numpy as np
-import torch
-
-from benchmarks.perf_analyzer import LoadResult, install_perf_analyzer, run_load, write_input_data
-from benchmarks.setting import CACHE
+from audioldm2_triton.contract import ENSEMBLE
+from benchmarks.measurement import Row, print_table, with_latencies
+from benchmarks.perf_analyzer import Target, install_perf_analyzer, run_load, write_input_data
+from benchmarks.profile_export import Answered, goodput, throughput
+from benchmarks.setting import CACHE, Setting, add_common_arguments, read_setting
+from benchmarks.whole_requests import MODEL, whole_request_server
+from benchmarks.workload import as_inputs, make_rows
 from serving.local_server import local_server
 from serving.metrics import read_metrics
 
-PROMPTS: Final = (
-    "A hammer hits a wooden surface",
-    "rain",
-    "A dog barks twice in the distance while leaves rustle in the wind",
-    "Techno music with a strong, upbeat tempo and high melodic riffs",
-    "a clock ticks",
-    "The choir of an old cathedral sings while its bells ring",
-    "An engine idles, then revs up and drives away",
-    "birds sing over a quiet lake",
-)
-NEGATIVE_PROMPTS: Final = ("", "low quality", "noise and hum")
-FIELDS: Final = (
-    *("device", "dtype", "torch", "checkpoint", "length_s", "steps", "guidance", "path", "concurrency", "requests"),
-    *("clips_per_s", "p50_ms", "p95_ms", "p99_ms", "rows_per_forward"),
-)
+ENGINE: Final = "engine"
+DYNAMIC: Final = "dynamic batching of whole requests"
+ONE_BY_ONE: Final = "one by one"
+WAYS: Final = (ONE_BY_ONE, DYNAMIC, ENGINE)
+DIFFERENT_REQUESTS: Final = 24
+MAX_BATCH: Final = 8
+RATES: Final = (0.5, 0.9, 1.5, 2.5)  # times what one by one can do at best
+OBJECTIVE: Final = 3.0  # times the latency of one request alone, one by one
 
 
 @dataclass(frozen=True)
-class LoadOptions:
-    checkpoint: Path
-    audio_length_in_s: float
-    num_inference_steps: int
+class Server:
+    """One way under load."""
+
+    way: str
+    targets: tuple[Target, ...]  # over rates, the first
+    metrics_port: int | None
+
+
+@dataclass(frozen=True)
+class Options:
+    length_s: float
+    steps: int
     concurrencies: tuple[int, ...]
-    request_count: int  # per concurrency
-    csv_file: Path | None
-    cache: Path
+    rates_per_s: tuple[float, ...]  # empty: multiples of what one by one can do
+    requests: int
+    objective_ms: float | None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    add_common_arguments(parser, "load")
     parser.add_argument("--audio-length-in-s", type=float, default=0.64)
     parser.add_argument("--num-inference-steps", type=int, default=20)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--requests", type=int, default=32, help="per concurrency (default: %(default)s)")
-    parser.add_argument("--csv", type=Path, help="where to write the table")
+    parser.add_argument("--concurrency", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument(
+        "--rates", type=float, nargs="*", default=None, help="Poisson arrivals per second (default: from one by one's)"
+    )
+    parser.add_argument("--requests", type=int, default=32, help="per concurrency or rate (default: %(default)s)")
+    parser.add_argument("--objective-ms", type=float, help=f"default: {OBJECTIVE:g} times one by one's latency alone")
+    parser.add_argument("--ways", choices=WAYS, nargs="+", default=list(WAYS))
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    options = LoadOptions(
-        checkpoint=arguments.checkpoint,
-        audio_length_in_s=arguments.audio_length_in_s,
-        num_inference_steps=arguments.num_inference_steps,
-        concurrencies=tuple(arguments.concurrency),
-        request_count=arguments.requests,
-        csv_file=arguments.csv,
-        cache=CACHE,
+    setting = read_setting(arguments, "load")
+    options = Options(
+        arguments.audio_length_in_s,
+        arguments.num_inference_steps,
+        tuple(arguments.concurrency),
+        tuple(arguments.rates or ()),
+        arguments.requests,
+        arguments.objective_ms,
     )
-    measure_load(options, sys.stdout)
-
-
-def measure_load(options: LoadOptions, out: TextIO) -> None:
-    """Prints the table, and writes it as CSV where asked to. All of it is one run on one machine."""
-    requests = make_requests(options)
-    rows = [_row(options, "diffusers, one by one", 1, len(requests), measure_pipeline(options, requests), None)]
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as directory:
         input_data = Path(directory) / "requests.json"
-        write_input_data(input_data, requests)
-        binary = install_perf_analyzer(options.cache / "perf_analyzer")
-        with local_server(options.checkpoint, Path(directory) / "log") as server:
-            for protocol, port in (("grpc", server.grpc_port), ("http", server.http_port)):
-                for concurrency in options.concurrencies:
-                    count = max(options.request_count, concurrency)
-                    before = _forwards(server.metrics_port)
-                    result = run_load(binary, protocol, port, input_data, concurrency, count)
-                    after = _forwards(server.metrics_port)
-                    shared = (after[0] - before[0]) / max(1.0, after[1] - before[1])
-                    rows.append(_row(options, f"Triton, {protocol}", concurrency, count, result, shared))
-                    print(f"{protocol} {concurrency}: {result.throughput:.2f}/s", file=out, flush=True)
-    _print_table(rows, out)
-    if options.csv_file is not None:
-        with options.csv_file.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+        requests = make_rows(DIFFERENT_REQUESTS, options.length_s, options.steps)
+        write_input_data(input_data, [as_inputs(row) for row in requests])
+        binary = install_perf_analyzer(CACHE / "perf_analyzer")
+        for way in WAYS:
+            if way not in arguments.ways:
+                continue
+            with running(way, setting) as server:
+                print(f"measuring: {way}", file=sys.stderr)
+                # Warms up; where nothing is set, it also says what to aim at.
+                alone = run_load(binary, server.targets[0], input_data, 4, concurrency=1)
+                options = aim(options, [request.latency for request in alone[1:]])
+                for row in under_load(server, setting, options, binary, input_data, arguments.rates == []):
+                    rows.append(setting.keep(row))
+    print_table(rows, sys.stdout)
 
 
-def make_requests(options: LoadOptions) -> list[dict[str, Any]]:
-    """Varied prompts, negative prompts and seeds; the same arithmetic in each, so that latencies can be compared."""
-    return [
-        {
-            "prompt": PROMPTS[index % len(PROMPTS)],
-            "negative_prompt": NEGATIVE_PROMPTS[index % len(NEGATIVE_PROMPTS)],
-            "audio_length_in_s": options.audio_length_in_s,
-            "num_inference_steps": options.num_inference_steps,
-            "seed": index,
-        }
-        for index in range(24)
-    ]
+def aim(options: Options, alone_s: Sequence[float]) -> Options:
+    """Rates and objective from the first way's latency alone, unless they are set; the same for all ways."""
+    median = statistics.median(alone_s)
+    return replace(
+        options,
+        rates_per_s=options.rates_per_s or tuple(factor / median for factor in RATES),
+        objective_ms=options.objective_ms or OBJECTIVE * 1000 * median,
+    )
 
 
-def measure_pipeline(options: LoadOptions, requests: Sequence[dict[str, Any]]) -> LoadResult:
-    """The same requests through `diffusers.AudioLDM2Pipeline`, one after another, after one to warm up."""
-    import diffusers
-
-    pipeline: Any = diffusers.AudioLDM2Pipeline.from_pretrained(options.checkpoint)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    latencies = []
-    for request in [requests[0], *requests]:
-        start = time.perf_counter()
-        pipeline(
-            request["prompt"],
-            negative_prompt=request["negative_prompt"],
-            audio_length_in_s=request["audio_length_in_s"],
-            num_inference_steps=request["num_inference_steps"],
-            generator=torch.Generator().manual_seed(request["seed"]),
-        )
-        latencies.append(1000 * (time.perf_counter() - start))
-    measured = np.array(latencies[1:])
-    return LoadResult(1, 1000 / measured.mean(), *np.percentile(measured, [50, 95, 99]).tolist())
+@contextmanager
+def running(way: str, setting: Setting) -> Iterator[Server]:
+    if way != ENGINE:
+        max_batch = MAX_BATCH if way == DYNAMIC else 1
+        with whole_request_server(setting.checkpoint, setting.device, setting.dtype_name, max_batch) as port:
+            yield Server(way, (Target(MODEL, "grpc", port),), None)
+        return
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        local_server(setting.checkpoint, Path(directory) / "log", *setting.serve_arguments) as server,
+    ):
+        targets = Target(ENSEMBLE, "grpc", server.grpc_port), Target(ENSEMBLE, "http", server.http_port)
+        yield Server(way, targets, server.metrics_port)
 
 
-def _forwards(metrics_port: int) -> tuple[float, float]:
+def under_load(
+    server: Server, setting: Setting, options: Options, binary: Path, input_data: Path, without_rates: bool
+) -> Iterator[Row]:
+    base = replace(setting.row, length_s=options.length_s, steps=options.steps, guidance=3.5)
+    for target in server.targets:
+        for concurrency in options.concurrencies:
+            row = replace(base, path=f"{server.way}, {target.protocol}", concurrency=concurrency)
+            before = _forwards(server)
+            answered = run_load(binary, target, input_data, max(options.requests, concurrency), concurrency=concurrency)
+            yield with_answers(row, answered, options.objective_ms, _rows_per_forward(before, _forwards(server)))
+    for rate in () if without_rates else options.rates_per_s:
+        row = replace(base, path=f"{server.way}, {server.targets[0].protocol}", rate_per_s=rate)
+        before = _forwards(server)
+        answered = run_load(binary, server.targets[0], input_data, options.requests, rate_per_s=rate)
+        yield with_answers(row, answered, options.objective_ms, _rows_per_forward(before, _forwards(server)))
+
+
+def with_answers(row: Row, answered: Sequence[Answered], objective_ms: float | None, rows: float | None) -> Row:
+    timed = replace(
+        with_latencies(row, [request.latency for request in answered]), clips_per_s=throughput(answered), rows=rows
+    )
+    if objective_ms is None:
+        return timed
+    return replace(timed, objective_ms=objective_ms, goodput_per_s=goodput(answered, objective_ms / 1000))
+
+
+def _forwards(server: Server) -> tuple[float, float] | None:
     """UNet batch items and forwards so far."""
-    metrics = read_metrics(metrics_port)
+    if server.metrics_port is None:
+        return None
+    metrics = read_metrics(server.metrics_port)
     return metrics["audioldm2_rows_per_forward_sum"], metrics["audioldm2_rows_per_forward_count"]
 
 
-def _row(
-    options: LoadOptions, path: str, concurrency: int, requests: int, result: LoadResult, shared: float | None
-) -> dict[str, Any]:
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}",
-        "dtype": "float16" if torch.cuda.is_available() else "float32",
-        "torch": torch.__version__,
-        "checkpoint": options.checkpoint.name,
-        "length_s": options.audio_length_in_s,
-        "steps": options.num_inference_steps,
-        "guidance": 3.5,
-        "path": path,
-        "concurrency": concurrency,
-        "requests": requests,
-        "clips_per_s": round(result.throughput, 3),
-        "p50_ms": round(result.p50),
-        "p95_ms": round(result.p95),
-        "p99_ms": round(result.p99),
-        "rows_per_forward": "" if shared is None else round(shared, 1),
-    }
-
-
-def _print_table(rows: Sequence[dict[str, Any]], out: TextIO) -> None:
-    columns = ("path", "concurrency", "requests", "clips_per_s", "p50_ms", "p95_ms", "p99_ms", "rows_per_forward")
-    first = rows[0]
-    print(", ".join(f"{name} {first[name]}" for name in FIELDS[:7]), file=out)
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns), file=out)
-    for row in rows:
-        print("| " + " | ".join(str(row[name]) for name in columns) + " |", file=out)
+def _rows_per_forward(before: tuple[float, float] | None, after: tuple[float, float] | None) -> float | None:
+    if before is None or after is None or after[1] == before[1]:
+        return None
+    return (after[0] - before[0]) / (after[1] - before[1])

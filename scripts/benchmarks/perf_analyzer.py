@@ -1,10 +1,10 @@
 """Triton's own load generator, from the wheel that still runs on this system's C library."""
 
-import csv
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import venv
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.profile_export import Answered, read_profile_export
+
 WHEEL: Final = "tritonclient==2.51.0"
 MISSING_LIBRARIES: Final = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
 
 
 @dataclass(frozen=True)
-class LoadResult:
-    """One concurrency of one run; latencies in milliseconds."""
+class Target:
+    """A model on a server of this machine."""
 
-    concurrency: int
-    throughput: float  # requests per second
-    p50: float
-    p95: float
-    p99: float
+    model: str
+    protocol: str  # grpc or http
+    port: int
 
 
 def install_perf_analyzer(directory: Path) -> Path:
@@ -56,24 +56,27 @@ def write_input_data(path: Path, requests: Sequence[dict[str, Any]]) -> None:
 
 
 def run_load(
-    binary: Path, protocol: str, port: int, input_data: Path, concurrency: int, request_count: int
-) -> LoadResult:
-    """Sends `request_count` requests of `input_data` in turn, `concurrency` at a time."""
-    report = input_data.with_name(f"{protocol}-{concurrency}.csv")
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(binary.parent.parent / "libraries")}
-    command = [
-        *(str(binary), "-m", "audioldm2", "-i", protocol, "-u", f"localhost:{port}", "-b", "1"),
-        *("--input-data", str(input_data), "--concurrency-range", str(concurrency)),
-        # One pass over a known number of requests, not windows until three of them agree.
-        *("--request-count", str(request_count), "--percentile", "99"),
-        *("-f", str(report)),
-    ]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if not report.exists():
-        raise RuntimeError(f"perf_analyzer gave no report:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
-    (row,) = csv.DictReader(report.open())
-    return LoadResult(
-        concurrency,
-        float(row["Inferences/Second"]),
-        *(float(row[f"p{percent} latency"]) / 1000 for percent in (50, 95, 99)),
-    )
+    binary: Path, target: Target, input_data: Path, request_count: int, concurrency: int = 0, rate_per_s: float = 0
+) -> list[Answered]:
+    """Sends `request_count` requests of `input_data` in turn: `concurrency` at a time, or at Poisson arrivals.
+
+    Raises `RuntimeError` where a request failed or nothing was reported.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        export = Path(directory) / "export.json"
+        load = ["--concurrency-range", str(concurrency)]
+        if rate_per_s:
+            # Asynchronous: arrivals must not wait for answers.
+            load = ["--request-rate-range", f"{rate_per_s:g}", "--request-distribution", "poisson", "--async"]
+        command = [
+            *(str(binary), "-m", target.model, "-i", target.protocol, "-u", f"localhost:{target.port}", "-b", "1"),
+            *("--input-data", str(input_data), *load),
+            # One pass over a known number of requests, not windows until three of them agree.
+            *("--request-count", str(request_count), "--percentile", "99"),
+            *("--profile-export-file", str(export)),
+        ]
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(binary.parent.parent / "libraries")}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if not export.exists():
+            raise RuntimeError(f"perf_analyzer gave no report:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+        return read_profile_export(export)

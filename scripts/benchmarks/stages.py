@@ -1,0 +1,179 @@
+"""`scripts/benchmark stages`: where the time of one request goes, and how much of what the device can do is used.
+
+The stages run in this process, one after the other; the reference pipeline does the same parts in the same run. What
+the server adds is the difference between its latency and that of the same stages here.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from audioldm2_triton.contract import GenerationRow
+from audioldm2_triton.geometry import read_audio_geometry
+from benchmarks.flops import decoder_gflop, peak_gflop_per_s, unet_gflop
+from benchmarks.in_process import Stages, running_stages
+from benchmarks.latency import has_triton, served
+from benchmarks.measurement import Row, print_table, with_latencies, with_times
+from benchmarks.reference import load_pipeline, run_pipeline, use_dpm_solver
+from benchmarks.setting import Setting, add_common_arguments, read_setting
+from benchmarks.timing import free_memory, peak_memory_mib, time_once, time_repeatedly
+from benchmarks.workload import make_rows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common_arguments(parser, "stages")
+    parser.add_argument("--audio-length-in-s", type=float, help="default: the checkpoint's native length")
+    parser.add_argument("--num-inference-steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--without-server", action="store_true", help="leave out what Triton adds")
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    setting = read_setting(arguments, "stages")
+    geometry = read_audio_geometry(setting.checkpoint)
+    length_s = arguments.audio_length_in_s or geometry.native_audio_length_in_s
+    (request,) = make_rows(1, length_s, arguments.num_inference_steps)
+    base = replace(
+        setting.row,
+        length_s=length_s,
+        steps=request.num_inference_steps,
+        guidance=request.guidance_scale,
+        rows=2.0 if request.do_classifier_free_guidance else 1.0,
+        concurrency=1,
+    )
+    peak = peak_gflop_per_s(setting.device, setting.dtype)
+    frames, width = geometry.latent_frames(length_s), geometry.latent_width
+    unet = unet_gflop(setting.checkpoint, int(base.rows or 1), frames, width)
+    gflops = {
+        "step": unet,
+        "denoiser": unet * request.num_inference_steps,
+        "decoder": decoder_gflop(setting.checkpoint, frames, width),
+    }
+    rows = []
+    for whose, measure_parts in (("stages", stage_times), ("pipeline", pipeline_times)):
+        free_memory(setting.device)
+        for part, seconds in measure_parts(setting, request, arguments.repeats).items():
+            row = with_times(replace(base, path=f"{whose}: {part}"), seconds)
+            rows.append(setting.keep(with_roofline(row, gflops.get(part), peak)))
+        rows[-1] = replace(rows[-1], peak_memory_mib=peak_memory_mib(setting.device))
+    if not arguments.without_server:
+        rows += server_overhead(setting, request, base, arguments.repeats)
+    print(f"a large product of matrices: {peak:.0f} GFLOP/s")
+    print_table(rows, sys.stdout)
+    _print_ratios(rows)
+
+
+def with_roofline(row: Row, gflop: float | None, peak: float) -> Row:
+    if gflop is None or row.median_ms is None:
+        return row
+    return replace(row, gflop=gflop, roofline_share=gflop / (row.median_ms / 1000) / peak)
+
+
+def stage_times(setting: Setting, request: GenerationRow, repeats: int) -> dict[str, list[float]]:
+    with running_stages(setting.settings) as stages:
+        return times_of_stages(stages, request, repeats)
+
+
+def times_of_stages(stages: Stages, request: GenerationRow, repeats: int) -> dict[str, list[float]]:
+    """One request through the stages in turn, several times, after one to warm up."""
+    times: dict[str, list[float]] = {"text": [], "denoiser": [], "step": [], "decoder": [], "all": []}
+    (text,) = stages.condition([request])
+    latents = stages.denoise([text])[0].numpy()
+    parts: dict[str, Callable[[], object]] = {
+        "text": lambda: stages.condition([request]),
+        "denoiser": lambda: stages.denoise([text]),
+        "decoder": lambda: stages.decode([{**text, "latents": latents}]),
+    }
+    for repeat in range(repeats + 1):
+        stages.step_times.clear()
+        measured = {part: time_once(work, stages.device) for part, work in parts.items()}
+        if repeat:
+            for part, seconds in measured.items():
+                times[part].append(seconds)
+            times["all"].append(sum(measured.values()))
+            times["step"].append(stages.step_times.median(2 if request.do_classifier_free_guidance else 1))
+    return times
+
+
+def pipeline_times(setting: Setting, request: GenerationRow, repeats: int) -> dict[str, list[float]]:
+    """The reference's own time for the same parts: `encode_prompt`, the loop, VAE and vocoder."""
+    pipeline = load_pipeline(setting.checkpoint, setting.device, setting.dtype)
+    use_dpm_solver(pipeline)
+
+    def encode() -> None:
+        with torch.no_grad():
+            pipeline.encode_prompt(
+                request.prompt,
+                setting.device,
+                1,
+                request.do_classifier_free_guidance,
+                negative_prompt=request.negative_prompt,
+            )
+
+    def denoise(steps: int) -> Any:
+        return pipeline(
+            request.prompt,
+            negative_prompt=request.negative_prompt,
+            audio_length_in_s=request.audio_length_in_s,
+            num_inference_steps=steps,
+            guidance_scale=request.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(request.seed),
+            output_type="latent",
+        ).audios
+
+    latents = denoise(1)
+
+    @torch.no_grad()
+    def decode() -> None:
+        mel = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+        pipeline.mel_spectrogram_to_waveform(mel)
+
+    def timed(work: Callable[[], object]) -> list[float]:
+        return time_repeatedly(work, repeats, setting.device)
+
+    text, decoding = timed(encode), timed(decode)
+    whole = timed(lambda: run_pipeline(pipeline, request))
+    encoded_and_denoised = timed(lambda: denoise(request.num_inference_steps))
+    loop = [seconds - statistics.median(text) for seconds in encoded_and_denoised]
+    return {
+        "text": text,
+        "denoiser": loop,
+        "step": [seconds / request.num_inference_steps for seconds in loop],
+        "decoder": decoding,
+        "all": whole,
+    }
+
+
+def server_overhead(setting: Setting, request: GenerationRow, base: Row, repeats: int) -> list[Row]:
+    """The same request through the server and through the same stages in one process, in turns."""
+    if not has_triton():
+        print("no Triton server here: what it adds is left out", file=sys.stderr)
+        return []
+    inside: list[float] = []
+    outside: list[float] = []
+    with served(setting, request) as generate, running_stages(setting.settings) as stages:
+        for repeat in range(repeats + 2):
+            here = time_once(lambda: stages.generate(request), stages.device)
+            there = time_once(generate, torch.device("cpu"))
+            if repeat > 1:
+                inside.append(here)
+                outside.append(there)
+    overhead = statistics.median(outside) / statistics.median(inside) - 1
+    return [
+        setting.keep(with_latencies(replace(base, path="one process, in turns with the server"), inside)),
+        setting.keep(with_latencies(replace(base, path="server", note=f"Triton adds {100 * overhead:.1f} %"), outside)),
+    ]
+
+
+def _print_ratios(rows: Sequence[Row]) -> None:
+    medians = {row.path: row.median_ms for row in rows}
+    for path, median in medians.items():
+        whose, _, part = path.partition(": ")
+        reference = medians.get(f"pipeline: {part}")
+        if whose == "stages" and median and reference:
+            print(f"{part}: the pipeline takes {reference / median:.2f} times as long")

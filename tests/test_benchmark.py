@@ -1,0 +1,249 @@
+"""`scripts/benchmark`: its arithmetic, its files and its plan; nothing here judges a time."""
+
+import json
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from audioldm2_triton.geometry import AudioGeometry
+from audioldm2_triton.settings import Settings
+from benchmarks import gpu
+from benchmarks.batcher import Batcher
+from benchmarks.flops import unet_gflop
+from benchmarks.latency import scale_up
+from benchmarks.load import Options, aim, with_answers
+from benchmarks.measurement import (
+    COLUMNS,
+    Row,
+    append_row,
+    is_measured,
+    percentile,
+    print_table,
+    read_rows,
+    with_latencies,
+)
+from benchmarks.plot import draw
+from benchmarks.profile_export import goodput, read_profile_export, throughput
+from benchmarks.setting import Setting
+from benchmarks.whole_requests import MODEL, write_whole_request_repository
+from checkpoints.shapes import component_config
+from conftest import ROOT
+
+ROW = Row("load", "engine, grpc", "CPU", "float32", "2.0", "tiny", length_s=0.64, steps=4, guidance=3.5)
+EXPECTED_COLUMNS = (
+    *("device", "dtype", "torch", "checkpoint", "length_s", "steps", "guidance", "rows", "concurrency", "path", "what"),
+    *("median_ms", "p50_ms", "p95_ms", "p99_ms", "rtf", "times_real_time", "clips_per_s", "peak_memory_mib"),
+    *("commit", "date", "command", "note"),
+)
+
+
+def test_columns_are_fixed() -> None:
+    assert set(EXPECTED_COLUMNS) <= set(COLUMNS)
+
+
+def test_rows_survive_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.csv"
+    rows = [ROW, replace(ROW, concurrency=8, clips_per_s=1.25, note='a, "b"\nc'), replace(ROW, rows=7.5)]
+    for row in rows:
+        append_row(path, row)
+    assert read_rows(path) == rows
+    assert path.read_text().splitlines()[0] == ",".join(field.name for field in fields(Row))
+
+
+def test_a_file_of_other_columns_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("device,time\ncpu,1\n")
+    with pytest.raises(ValueError, match="got the columns device, time but expected what, path"):
+        append_row(path, ROW)
+    with pytest.raises(ValueError, match="got the columns"):
+        read_rows(path)
+
+
+def test_percentiles_are_those_of_numpy() -> None:
+    values = np.random.default_rng(0).random(37).tolist()
+    for percent in (0, 50, 95, 99, 100):
+        assert percentile(values, percent) == pytest.approx(np.percentile(values, percent))
+    with pytest.raises(ValueError, match="got no values but expected"):
+        percentile([], 50)
+
+
+def test_latencies_and_the_real_time_factor() -> None:
+    row = with_latencies(replace(ROW, length_s=2.0), [0.5, 1.0, 4.0])
+    assert (row.median_ms, row.p50_ms, row.samples) == (1000, 1000, 3)
+    assert row.rtf == 0.5  # latency / seconds of audio
+    assert row.times_real_time == 2
+
+
+def test_the_table_shows_what_differs(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table([replace(ROW, concurrency=count, median_ms=1.0 * count) for count in (1, 2)], sys.stdout)
+    first, _, header, _, *lines = capsys.readouterr().out.splitlines()
+    assert "checkpoint tiny" in first
+    assert header == "| path | concurrency | median_ms |"
+    assert lines == ["| engine, grpc | 1 | 1 |", "| engine, grpc | 2 | 2 |"]
+
+
+def write_export(path: Path, requests: list[tuple[int, list[int]]]) -> Path:
+    """As perf_analyzer does, in nanoseconds."""
+    content = [{"timestamp": sent, "response_timestamps": answers} for sent, answers in requests]
+    path.write_text(json.dumps({"experiments": [{"experiment": {"mode": "request_rate"}, "requests": content}]}))
+    return path
+
+
+def test_goodput_of_a_profile_export(tmp_path: Path) -> None:
+    second = 10**9
+    export = write_export(
+        tmp_path / "export.json",
+        [
+            (12 * second, [14 * second]),
+            (10 * second, [10 * second + second // 2]),
+            (11 * second, []),
+            (13 * second, [15 * second]),
+        ],
+    )
+    answered = read_profile_export(export)
+    assert [request.latency for request in answered] == [0.5, 2.0, 2.0]  # in order of sending; one got no answer
+    assert throughput(answered) == pytest.approx(3 / 5)
+    assert goodput(answered, objective_s=1.0) == pytest.approx(1 / 5)
+    assert goodput(answered, objective_s=2.0) == pytest.approx(3 / 5)  # the objective itself is within it
+    row = with_answers(ROW, answered, objective_ms=1000, rows=3.5)
+    assert (row.goodput_per_s, row.clips_per_s, row.p50_ms, row.rows) == pytest.approx((0.2, 0.6, 2000, 3.5))
+
+
+def test_goodput_of_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="expected at least one answer"):
+        goodput([], 1.0)
+
+
+def test_rates_and_objective_come_from_the_first_way_alone() -> None:
+    options = Options(0.64, 4, (1,), (), 8, None)
+    aimed = aim(options, [2.0, 1.0, 100.0])
+    assert aimed.objective_ms == 6000
+    assert aimed.rates_per_s == (0.25, 0.45, 0.75, 1.25)
+    assert aim(aimed, [50.0]) == aimed  # the same for the ways that follow
+    given = Options(0.64, 4, (1,), (3.0,), 8, 500)
+    assert aim(given, [1.0]) == given
+
+
+def test_scaling_up_leaves_the_fixed_cost_alone() -> None:
+    assert scale_up(2, 5.0, 4, 7.0, 200) == 203.0  # 3 s and 1 s a step
+
+
+def test_the_unet_of_base_has_the_known_amount_of_arithmetic(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(component_config("base", "unet")))
+    assert unet_gflop(tmp_path, rows=2, latent_frames=256, latent_width=16) == pytest.approx(341.5, rel=0.01)
+
+
+def test_whole_requests_are_batched_only_where_asked_for(tmp_path: Path) -> None:
+    for name, max_batch in (("dynamic", 8), ("one_by_one", 1)):
+        write_whole_request_repository(tmp_path / name, Path("/weights"), torch.device("cpu"), "float32", max_batch)
+        config = (tmp_path / name / MODEL / "config.pbtxt").read_text()
+        assert ("dynamic_batching" in config) == (max_batch > 1)
+        assert f"max_batch_size: {max_batch}" in config
+        assert (tmp_path / name / MODEL / "1" / "model.py").exists()
+
+
+def test_a_plot_is_written_for_what_there_is(tmp_path: Path) -> None:
+    over_concurrency = [
+        replace(ROW, path=path, concurrency=count, clips_per_s=count / 2, median_ms=100.0)
+        for path in ("engine", "one by one")
+        for count in (1, 2, 4)
+    ]
+    over_rate = [replace(ROW, rate_per_s=rate, goodput_per_s=rate / 2, objective_ms=500) for rate in (1.0, 2.0)]
+    assert [path.name for path in draw(over_concurrency, tmp_path / "a")] == ["concurrency.png"]
+    written = draw([*over_concurrency, *over_rate], tmp_path / "b")
+    assert [path.name for path in written] == ["concurrency.png", "goodput.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+    with pytest.raises(ValueError, match="got no rows"):
+        draw([ROW], tmp_path)
+
+
+def test_what_waits_is_computed_together() -> None:
+    batches: list[list[int]] = []
+
+    def double(items: Any) -> list[int]:
+        batches.append(list(items))
+        if 0 in items:
+            raise ValueError("zero")
+        return [2 * item for item in items]
+
+    batcher: Batcher[int, int] = Batcher(double, max_items=3)
+    futures = [batcher.submit(item) for item in range(1, 8)]
+    assert [future.result(10) for future in futures] == [2, 4, 6, 8, 10, 12, 14]
+    assert max(len(batch) for batch in batches) <= 3
+    with pytest.raises(ValueError, match="zero"):
+        batcher.submit(0).result(10)
+    assert batcher.submit(4).result(10) == 8  # a failure is not the end
+    batcher.close()
+
+
+GEOMETRY = AudioGeometry(16000, 160, 4, 256, 8, 16)
+
+
+def test_gpu_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = replace(ROW, what="gpu")
+    setting = Setting(Settings("/weights/tiny"), torch.device("cpu"), torch.float32, tmp_path / "gpu.csv", row)
+    ran: list[str] = []
+
+    def work(name: str) -> Any:
+        def run(_: gpu.Loaded, row: Row) -> Row:
+            ran.append(name)
+            if name == "interrupted" and ran.count(name) == 1:
+                raise gpu.BudgetSpentError
+            if name == "failing":
+                raise RuntimeError("out of memory")
+            return replace(row, median_ms=1.0)
+
+        return run
+
+    names = ("first", "failing", "interrupted", "last")
+    measurements = [gpu.Measurement(replace(setting.row, path=name), work(name)) for name in names]
+    monkeypatch.setattr(gpu, "list_measurements", lambda *_: measurements)
+    plan = gpu.make_plan(Namespace(size="tiny", audio_length_in_s=None), GEOMETRY)
+    with pytest.raises(gpu.BudgetSpentError):
+        gpu.measure_all(setting, GEOMETRY, plan)
+    assert gpu.measure_all(setting, GEOMETRY, plan)
+    assert ran == ["first", "failing", "interrupted", "interrupted", "last"]
+    notes = {row.path: row.note for row in read_rows(setting.csv)}
+    assert notes == {"first": "", "failing": "failed: RuntimeError: out of memory", "interrupted": "", "last": ""}
+
+
+def test_gpu_tells_its_measurements_apart() -> None:
+    setting = SimpleNamespace(row=replace(ROW, what="gpu"), compiles=True)
+    plan = gpu.make_plan(Namespace(size="base", audio_length_in_s=None), GEOMETRY)
+    rows = [measurement.row for measurement in gpu.list_measurements(setting, plan)]  # type: ignore[arg-type]
+    for index, row in enumerate(rows):
+        assert not is_measured(rows[:index], row), row
+    assert {row.concurrency for row in rows} >= {1, 48}
+
+
+def test_the_budget_ends_what_runs() -> None:
+    with pytest.raises(gpu.BudgetSpentError), gpu.budget(0.05):
+        time.sleep(30)
+
+
+@pytest.mark.slow
+def test_gpu_command_end_to_end(tmp_path: Path) -> None:
+    csv = tmp_path / "gpu.csv"
+    command = [ROOT / "scripts" / "benchmark", "gpu", "--device", "cpu", "--size", "tiny", "--budget-s", "60"]
+    for _ in range(10):
+        run = subprocess.run([*command, "--csv", csv], capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr
+        if "all measured" in run.stdout:
+            break
+    rows = read_rows(csv)
+    assert "all measured" in run.stdout, run.stdout
+    assert not [row.note for row in rows if row.note.startswith("failed")]
+    assert len({row.path for row in rows}) == 8
+    measured = len(rows)
+    subprocess.run([*command, "--csv", csv], check=True, capture_output=True, timeout=300)
+    assert len(read_rows(csv)) == measured  # nothing is done twice
