@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,7 +33,7 @@ def unet_gflop(checkpoint: Path, rows: int, latent_frames: int, latent_width: in
             "encoder_hidden_states_1": torch.empty(rows, T5_TOKENS, prompt_dim),
             "encoder_attention_mask_1": torch.empty(rows, T5_TOKENS),
         }
-        return _count(lambda: unet(**inputs))
+        return count_gflop(lambda: unet(**inputs))
 
 
 def decoder_gflop(checkpoint: Path, latent_frames: int, latent_width: int) -> float:
@@ -45,10 +46,11 @@ def decoder_gflop(checkpoint: Path, latent_frames: int, latent_width: int) -> fl
         vocoder: Any = SpeechT5HifiGan(SpeechT5HifiGanConfig(**vocoder_config))
         latents = torch.empty(1, vae_config["latent_channels"], latent_frames, latent_width)
         mels = torch.empty(1, latent_frames * scale, latent_width * scale)
-        return _count(lambda: vae.decode(latents)) + _count(lambda: vocoder(mels))
+        return count_gflop(lambda: vae.decode(latents)) + count_gflop(lambda: vocoder(mels))
 
 
-def _count(work: Any) -> float:
+def count_gflop(work: Callable[[], object]) -> float:
+    """Of uncompiled work on this thread."""
     counter = FlopCounterMode(display=False)
     # The fused kernels of attention are not all known to the counter; the plain one is made of products.
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:

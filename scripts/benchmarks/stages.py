@@ -9,13 +9,13 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final, TypeAlias
 
 import torch
 
 from audioldm2_triton.contract import GenerationRow
 from audioldm2_triton.geometry import read_audio_geometry
-from benchmarks.flops import decoder_gflop, peak_gflop_per_s, unet_gflop
+from benchmarks.flops import count_gflop, decoder_gflop, peak_gflop_per_s, unet_gflop
 from benchmarks.in_process import Stages, running_stages
 from benchmarks.latency import has_triton, served
 from benchmarks.measurement import Row, print_table, with_latencies, with_times
@@ -23,6 +23,14 @@ from benchmarks.reference import load_pipeline, run_pipeline, use_dpm_solver
 from benchmarks.setting import Setting, add_common_arguments, read_setting
 from benchmarks.timing import free_memory, peak_memory_mib, time_once, time_repeatedly
 from benchmarks.workload import make_rows
+
+Times: TypeAlias = dict[str, list[float]]  # seconds, by part
+
+NOTES: Final = {
+    ("stages", "all"): "the sum",
+    ("pipeline", "denoiser"): "text and loop, less the text",
+    ("pipeline", "step"): "the loop over its steps",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,10 +65,12 @@ def measure(arguments: argparse.Namespace) -> None:
     rows = []
     for whose, measure_parts in (("stages", stage_times), ("pipeline", pipeline_times)):
         free_memory(setting.device)
-        for part, seconds in measure_parts(setting, request, arguments.repeats).items():
-            row = with_times(replace(base, path=f"{whose}: {part}"), seconds)
-            rows.append(setting.keep(with_roofline(row, gflops.get(part), peak)))
-        rows[-1] = replace(rows[-1], peak_memory_mib=peak_memory_mib(setting.device))
+        times, text_gflop = measure_parts(setting, request, arguments.repeats)
+        memory = peak_memory_mib(setting.device)
+        for part, seconds in times.items():
+            row = with_times(replace(base, path=f"{whose}: {part}", note=NOTES.get((whose, part), "")), seconds)
+            row = with_roofline(row, {**gflops, "text": text_gflop}.get(part), peak)
+            rows.append(setting.keep(replace(row, peak_memory_mib=memory if part == "all" else None)))
     if not arguments.without_server:
         rows += server_overhead(setting, request, base, arguments.repeats)
     print(f"a large product of matrices: {peak:.0f} GFLOP/s")
@@ -74,14 +84,16 @@ def with_roofline(row: Row, gflop: float | None, peak: float) -> Row:
     return replace(row, gflop=gflop, roofline_share=gflop / (row.median_ms / 1000) / peak)
 
 
-def stage_times(setting: Setting, request: GenerationRow, repeats: int) -> dict[str, list[float]]:
+def stage_times(setting: Setting, request: GenerationRow, repeats: int) -> tuple[Times, float | None]:
+    """The times of the parts, and the arithmetic of the text stage, which compiled code does not tell."""
     with running_stages(setting.settings) as stages:
-        return times_of_stages(stages, request, repeats)
+        times = times_of_stages(stages, request, repeats)
+        return times, None if setting.compiles else count_gflop(lambda: stages.condition([request]))
 
 
-def times_of_stages(stages: Stages, request: GenerationRow, repeats: int) -> dict[str, list[float]]:
+def times_of_stages(stages: Stages, request: GenerationRow, repeats: int) -> Times:
     """One request through the stages in turn, several times, after one to warm up."""
-    times: dict[str, list[float]] = {"text": [], "denoiser": [], "step": [], "decoder": [], "all": []}
+    times: Times = {"text": [], "denoiser": [], "step": [], "decoder": [], "all": []}
     (text,) = stages.condition([request])
     latents = stages.denoise([text])[0].numpy()
     parts: dict[str, Callable[[], object]] = {
@@ -100,7 +112,7 @@ def times_of_stages(stages: Stages, request: GenerationRow, repeats: int) -> dic
     return times
 
 
-def pipeline_times(setting: Setting, request: GenerationRow, repeats: int) -> dict[str, list[float]]:
+def pipeline_times(setting: Setting, request: GenerationRow, repeats: int) -> tuple[Times, float]:
     """The reference's own time for the same parts: `encode_prompt`, the loop, VAE and vocoder."""
     pipeline = load_pipeline(setting.checkpoint, setting.device, setting.dtype)
     use_dpm_solver(pipeline)
@@ -140,13 +152,14 @@ def pipeline_times(setting: Setting, request: GenerationRow, repeats: int) -> di
     whole = timed(lambda: run_pipeline(pipeline, request))
     encoded_and_denoised = timed(lambda: denoise(request.num_inference_steps))
     loop = [seconds - statistics.median(text) for seconds in encoded_and_denoised]
-    return {
+    times = {
         "text": text,
         "denoiser": loop,
         "step": [seconds / request.num_inference_steps for seconds in loop],
         "decoder": decoding,
         "all": whole,
     }
+    return times, count_gflop(encode)
 
 
 def server_overhead(setting: Setting, request: GenerationRow, base: Row, repeats: int) -> list[Row]:
