@@ -66,8 +66,9 @@ def run_load(
         export = Path(directory) / "export.json"
         load = ["--concurrency-range", str(concurrency)]
         if rate_per_s:
-            # Asynchronous: arrivals must not wait for answers.
-            load = ["--request-rate-range", f"{rate_per_s:g}", "--request-distribution", "poisson", "--async"]
+            # Start and end: of a start below 1 alone it makes a range. Asynchronous: arrivals do not wait for answers.
+            rates = f"{rate_per_s:g}:{rate_per_s:g}:1"
+            load = ["--request-rate-range", rates, "--request-distribution", "poisson", "--async"]
         command = [
             *(str(binary), "-m", target.model, "-i", target.protocol, "-u", f"localhost:{target.port}", "-b", "1"),
             *("--input-data", str(input_data), *load),
@@ -78,5 +79,6 @@ def run_load(
         environment = {**os.environ, "LD_LIBRARY_PATH": str(binary.parent.parent / "libraries")}
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
         if not export.exists():
-            raise RuntimeError(f"perf_analyzer gave no report:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+            # What is wrong stands before the help.
+            raise RuntimeError(f"perf_analyzer gave no report:\n{run.stdout[-2000:]}\n{run.stderr[:2000]}")
         return read_profile_export(export)
