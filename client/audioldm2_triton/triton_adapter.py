@@ -27,7 +27,11 @@ R = TypeVar("R")
 
 
 def model_settings(args: Mapping[str, str]) -> Settings:
-    """The settings of a model from the `args` of its `initialize`. Raises `SettingsError`."""
+    """The settings of a model from the `args` of its `initialize`; what it logs goes to the server's log from here on.
+
+    Raises `SettingsError`.
+    """
+    logging.basicConfig(level=logging.INFO, format=f"{args['model_name']}: %(message)s")
     parameters = json.loads(args["model_config"]).get("parameters", {})
     return read_settings({name: value["string_value"] for name, value in parameters.items()})
 

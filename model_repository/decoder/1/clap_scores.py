@@ -1,17 +1,21 @@
-"""How well waveforms match their prompt: cosine similarity in CLAP space."""
+"""How well waveforms match their prompt: cosine similarity in CLAP space, on the decoder's device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
-import soxr
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import ClapFeatureExtractor, ClapModel
+
+from clap_features import ClapFrontEnd, audio_windows, clap_front_end, log_mel
+from resampling import resample
+
+MAX_WINDOWS_PER_CALL: Final = 32
+"""Windows that CLAP hears together: bounds the memory, whatever the number of requests and their length."""
 
 
 @dataclass(frozen=True)
@@ -19,18 +23,20 @@ class ClapScorer:
     """CLAP's audio half, in evaluation mode on one device."""
 
     clap: Any  # ClapModel without its text tower
-    feature_extractor: ClapFeatureExtractor
+    front_end: ClapFrontEnd
     device: torch.device
     dtype: torch.dtype
 
 
 def load_clap_scorer(checkpoint: Path, device: torch.device, dtype: torch.dtype) -> ClapScorer:
+    """Raises ValueError for a feature extractor with options that `clap_front_end` does not follow."""
     clap: Any = ClapModel.from_pretrained(str(checkpoint / "text_encoder"), dtype=dtype, local_files_only=True)
     del clap.text_model, clap.text_projection  # the text stage's
     extractor = ClapFeatureExtractor.from_pretrained(str(checkpoint / "feature_extractor"), local_files_only=True)
-    return ClapScorer(clap.to(device).eval(), extractor, device, dtype)
+    return ClapScorer(clap.to(device).eval(), clap_front_end(extractor, device), device, dtype)
 
 
+@torch.inference_mode()
 def score_waveforms(
     scorer: ClapScorer, waveforms: Sequence[np.ndarray], text_embeds: Sequence[Tensor], sampling_rate: int
 ) -> list[float]:
@@ -43,36 +49,37 @@ def score_waveforms(
         waveforms: M float32 arrays [samples] at `sampling_rate` Hz, of any lengths.
         text_embeds: M CLAP text embeddings [D].
     """
-    windows = [audio_windows(_resample(scorer, waveform, sampling_rate), scorer) for waveform in waveforms]
-    embeds = _embed(scorer, [window for parts in windows for window in parts])
-    means = [part.mean(dim=0) for part in embeds.split([len(parts) for parts in windows])]
-    texts = torch.stack(list(text_embeds)).to(means[0])
-    return functional.cosine_similarity(torch.stack(means), texts).tolist()
-
-
-def _resample(scorer: ClapScorer, waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
-    """To CLAP's rate, as `librosa.resample` does with its defaults."""
-    target = scorer.feature_extractor.sampling_rate
-    resampled = soxr.resample(waveform, sampling_rate, target, quality="HQ")
-    length = ceil(len(waveform) * target / sampling_rate)
-    return np.pad(resampled[:length], (0, max(0, length - len(resampled))))
-
-
-def audio_windows(waveform: np.ndarray, scorer: ClapScorer) -> list[np.ndarray]:
-    """Consecutive windows of at most what CLAP hears at once; the last is aligned to the end."""
-    size = scorer.feature_extractor.nb_max_samples
-    if len(waveform) <= size:
-        return [waveform]
-    starts = [*range(0, len(waveform) - size, size), len(waveform) - size]
-    return [waveform[start : start + size] for start in starts]
+    features = clap_features(scorer, waveforms, sampling_rate)
+    embeds = torch.cat([_embed(scorer, part) for part in torch.cat(features).split(MAX_WINDOWS_PER_CALL)])
+    means = torch.stack([part.mean(dim=0) for part in embeds.split([len(windows) for windows in features])])
+    return functional.cosine_similarity(means, torch.stack(list(text_embeds)).to(means)).tolist()
 
 
 @torch.inference_mode()
-def _embed(scorer: ClapScorer, windows: Sequence[np.ndarray]) -> Tensor:
+def clap_features(scorer: ClapScorer, waveforms: Sequence[np.ndarray], sampling_rate: int) -> list[Tensor]:
+    """CLAP's input for each of M waveforms: float32 [K, 1, frames, bands], one for each of its K windows.
+
+    Equal lengths share a call.
+    """
+    features: list[Tensor] = [torch.empty(0)] * len(waveforms)
+    by_length: dict[int, list[int]] = {}
+    for index, waveform in enumerate(waveforms):
+        by_length.setdefault(len(waveform), []).append(index)
+    window_samples = scorer.front_end.window_samples * sampling_rate / scorer.front_end.sampling_rate
+    for length, indices in by_length.items():
+        size = max(1, int(MAX_WINDOWS_PER_CALL * window_samples / max(length, window_samples)))
+        for first in range(0, len(indices), size):
+            part = indices[first : first + size]
+            batch = torch.from_numpy(np.stack([waveforms[index] for index in part])).to(scorer.device)
+            windows = audio_windows(resample(batch, sampling_rate, scorer.front_end.sampling_rate), scorer.front_end)
+            mels = log_mel(windows.flatten(0, 1), scorer.front_end).unflatten(0, windows.shape[:2])
+            for index, mel in zip(part, mels, strict=True):
+                features[index] = mel
+    return features
+
+
+def _embed(scorer: ClapScorer, features: Tensor) -> Tensor:
     """Normalised embeddings [M, D], float32 on the host."""
-    features = scorer.feature_extractor(
-        list(windows), sampling_rate=scorer.feature_extractor.sampling_rate, return_tensors="pt"
-    ).input_features
-    output = scorer.clap.get_audio_features(features.to(scorer.device, scorer.dtype))
+    output = scorer.clap.get_audio_features(features.to(scorer.dtype))
     embeds: Tensor = output.pooler_output.float().cpu()
     return embeds

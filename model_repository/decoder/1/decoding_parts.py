@@ -15,7 +15,7 @@ import torch
 from audioldm2_triton.errors import invalid
 from clap_scores import ClapScorer
 from decoding import decode, fit_length, rank_all, score_all
-from vocoder_chunks import VocoderChunk, plan_chunks
+from vocoder_chunks import VocoderChunk
 from waveform_decoder import WaveformDecoder, decode_mels, vocode
 
 Tensors: TypeAlias = Mapping[str, np.ndarray]
@@ -75,7 +75,7 @@ def _cut_mels(decoder: WaveformDecoder, requests: Sequence[Tensors]) -> list[dic
     results = []
     for request in requests:
         mel = torch.stack([next(mels) for _ in request["latents"][0]]).to("cpu", torch.float32)
-        chunks = plan_chunks(decoder.reach, mel.shape[1])
+        chunks = decoder.plan_chunks(mel.shape[1])
         windows = [mel[:, chunk.first_frame : chunk.end_frame] for chunk in chunks]
         kept = _kept_samples(chunks, int(request["num_samples"][0, 0]))
         results.append({"mel_windows": torch.stack(windows)[None].numpy(), "kept_samples": kept[None]})

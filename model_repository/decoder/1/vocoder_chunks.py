@@ -57,21 +57,27 @@ def vocoder_reach(vocoder: Any) -> VocoderReach:
     return VocoderReach(samples_per_frame, extra, max(-first, last))
 
 
-def plan_chunks(reach: VocoderReach, num_frames: int, chunk_frames: int = CHUNK_FRAMES) -> tuple[VocoderChunk, ...]:
+def plan_chunks(
+    reach: VocoderReach, num_frames: int, chunk_frames: int = CHUNK_FRAMES, full_windows: bool = False
+) -> tuple[VocoderChunk, ...]:
     """The chunks of a clip, in order; together they have `reach.num_samples(num_frames)` samples.
 
     All windows of a clip have the same length, at most `chunk_frames` and the overlap on both sides, so that they can
     share a call. A clip that is no longer than that is one chunk.
+
+    Args:
+        full_windows: whether the windows of several chunks have all of that length, so that a vocoder which is
+            compiled for it serves every clip; else they are as short as their number allows.
     """
     overlap, per_frame = reach.overlap_frames, reach.samples_per_frame
     count = max(1, ceil((num_frames - 2 * overlap) / chunk_frames))
     if count == 1:
         return (VocoderChunk(0, num_frames, 0, reach.num_samples(num_frames)),)
-    advance = ceil((num_frames - 2 * overlap) / count)
+    advance = chunk_frames if full_windows else ceil((num_frames - 2 * overlap) / count)
     window = advance + 2 * overlap
     chunks = []
     for index in range(count):
-        # The last window ends with the clip: it overlaps by a few frames more.
+        # The last window ends with the clip: it overlaps by more.
         start = min(index * advance, num_frames - window)
         kept_from = index * advance + overlap if index else 0
         kept_to = (index + 1) * advance + overlap

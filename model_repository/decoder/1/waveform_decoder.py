@@ -11,13 +11,33 @@ from torch import Tensor
 from transformers import SpeechT5HifiGan
 
 from audioldm2_triton.errors import InternalError
-from vocoder_chunks import VocoderReach, plan_chunks, vocoder_reach
+from decoder_buckets import Buckets, map_in_buckets
+from vocoder_chunks import VocoderChunk, VocoderReach, plan_chunks, vocoder_reach
 
 MAX_LATENT_FRAMES_PER_CALL: Final = 2048
 """Latent frames that the VAE decodes together, 80 s of audio: bounds the memory, whatever the number of requests."""
 
 MAX_MEL_FRAMES_PER_CALL: Final = 8192
 """The same for the vocoder on a GPU."""
+
+
+@dataclass(frozen=True)
+class CompiledPart:
+    """A compiled forward that has run once in each of its shapes."""
+
+    function: Callable[[Tensor, Tensor], Tensor]  # of a padded batch and its rows' valid frames
+    buckets: Buckets
+
+    def __call__(self, batch: Tensor, valid_frames: Tensor) -> Tensor:
+        # Nothing is compiled while a request waits: should no graph fit after all, this runs uncompiled.
+        with torch.compiler.set_stance("eager_on_recompile"):
+            return self.function(batch, valid_frames)
+
+
+@dataclass(frozen=True)
+class CompiledParts:
+    vae: CompiledPart  # latents [rows, C, frames, W] to spectrograms [rows, 1, T, M]
+    vocoder: CompiledPart  # spectrograms [rows, frames, M] to waveforms [rows, S]
 
 
 @dataclass(frozen=True)
@@ -29,10 +49,15 @@ class WaveformDecoder:
     reach: VocoderReach
     device: torch.device
     dtype: torch.dtype
+    compiled: CompiledParts | None = None  # what runs instead, where something fits its buckets
 
     @property
     def sampling_rate(self) -> int:
         return self.vocoder.config.sampling_rate
+
+    def plan_chunks(self, num_frames: int) -> tuple[VocoderChunk, ...]:
+        """How the vocoder makes a clip of so many mel frames."""
+        return plan_chunks(self.reach, num_frames, full_windows=self.compiled is not None)
 
 
 def load_waveform_decoder(checkpoint: Path, device: torch.device, dtype: torch.dtype) -> WaveformDecoder:
@@ -49,7 +74,7 @@ def decode_waveforms(decoder: WaveformDecoder, latents: Sequence[Tensor]) -> lis
     stage gives non-finite values.
     """
     mels = decode_mels(decoder, latents)
-    plans = [plan_chunks(decoder.reach, len(mel)) for mel in mels]
+    plans = [decoder.plan_chunks(len(mel)) for mel in mels]
     windows = [
         mel[chunk.first_frame : chunk.end_frame] for mel, plan in zip(mels, plans, strict=True) for chunk in plan
     ]
@@ -61,7 +86,8 @@ def decode_waveforms(decoder: WaveformDecoder, latents: Sequence[Tensor]) -> lis
 def decode_mels(decoder: WaveformDecoder, latents: Sequence[Tensor]) -> list[Tensor]:
     """The mel spectrograms [T, M] of as many latents [C, H, W], in the decoder's dtype and on its device.
 
-    Equal lengths share a call. Raises `InternalError` for non-finite values.
+    Equal lengths share a call; where the VAE is compiled, all lengths of a bucket. Raises `InternalError` for
+    non-finite values.
     """
 
     def decode(batch: Tensor) -> Tensor:
@@ -70,7 +96,22 @@ def decode_mels(decoder: WaveformDecoder, latents: Sequence[Tensor]) -> list[Ten
         _check_finite(mel, "VAE")
         return mel
 
-    return _map_equal_shapes(decode, latents, lambda latent: MAX_LATENT_FRAMES_PER_CALL // latent.shape[1])
+    def decode_eagerly(items: Sequence[Tensor]) -> list[Tensor]:
+        return _map_equal_shapes(decode, items, lambda latent: MAX_LATENT_FRAMES_PER_CALL // latent.shape[1])
+
+    if decoder.compiled is None:
+        return decode_eagerly(latents)
+    vae, mel_frames = decoder.compiled.vae, 2 ** (len(decoder.vae.config.block_out_channels) - 1)
+
+    def decode_compiled(items: Sequence[Tensor]) -> list[Tensor]:
+        scaled = [item.to(decoder.device, decoder.dtype) * (1 / decoder.vae.config.scaling_factor) for item in items]
+        padded = map_in_buckets(vae, scaled, vae.buckets, decoder.device, decoder.dtype)
+        mels = [mel[0, : item.shape[1] * mel_frames] for mel, item in zip(padded, items, strict=True)]
+        for mel in mels:
+            _check_finite(mel, "VAE")
+        return mels
+
+    return _map_either(decode_compiled, decode_eagerly, [vae.buckets.fits(item.shape[1]) for item in latents], latents)
 
 
 @torch.inference_mode()
@@ -88,7 +129,37 @@ def vocode(decoder: WaveformDecoder, windows: Sequence[Tensor]) -> list[Tensor]:
     # On a CPU the last bits depend on the shape of the batch: one window a call, which costs nothing at the size of
     # the official weights, makes a window's waveform the same in whatever company it comes.
     on_cpu = decoder.device.type == "cpu"
-    return _map_equal_shapes(decode, windows, lambda window: 1 if on_cpu else MAX_MEL_FRAMES_PER_CALL // len(window))
+
+    def decode_eagerly(items: Sequence[Tensor]) -> list[Tensor]:
+        return _map_equal_shapes(decode, items, lambda item: 1 if on_cpu else MAX_MEL_FRAMES_PER_CALL // len(item))
+
+    if decoder.compiled is None:
+        return decode_eagerly(windows)
+    vocoder = decoder.compiled.vocoder
+
+    def decode_compiled(items: Sequence[Tensor]) -> list[Tensor]:
+        padded = map_in_buckets(vocoder, items, vocoder.buckets, decoder.device, decoder.dtype)
+        waveforms = [
+            waveform[: decoder.reach.num_samples(len(item))].to("cpu", torch.float32)
+            for waveform, item in zip(padded, items, strict=True)
+        ]
+        for waveform in waveforms:
+            _check_finite(waveform, "vocoder")
+        return waveforms
+
+    return _map_either(decode_compiled, decode_eagerly, [vocoder.buckets.fits(len(item)) for item in windows], windows)
+
+
+def _map_either(
+    first: Callable[[Sequence[Tensor]], list[Tensor]],
+    second: Callable[[Sequence[Tensor]], list[Tensor]],
+    choices: Sequence[bool],
+    items: Sequence[Tensor],
+) -> list[Tensor]:
+    """Each item's result, of all those of `first` where the choice is true, and of all those of `second` elsewhere."""
+    firsts = iter(first([item for item, chosen in zip(items, choices, strict=True) if chosen]))
+    seconds = iter(second([item for item, chosen in zip(items, choices, strict=True) if not chosen]))
+    return [next(firsts if chosen else seconds) for chosen in choices]
 
 
 def _map_equal_shapes(

@@ -80,7 +80,8 @@ class LeanUNet(nn.Module):
         self.time_weight = _frozen(torch.cat([layer.weight for layer in fused.time_layers]))
         self.time_bias = _frozen(torch.cat([layer.bias for layer in fused.time_layers]))
         self.text_weights = nn.ParameterList(_frozen(torch.cat(weights)) for weights in fused.text_weights)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.layout = torch.channels_last
+        self.to(memory_format=self.layout)  # type: ignore[call-overload]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,7 +140,7 @@ class LeanUNet(nn.Module):
             The model's output `[U, C, frames, width]`; with masks, zeros on the padded frames.
         """
         step = _Step(time_biases, text, masks)
-        hidden = self.conv_in(sample.contiguous(memory_format=torch.channels_last), step.level(0))
+        hidden = self.conv_in(sample.contiguous(memory_format=self.layout), step.level(0))
         skips = [hidden]
         for level, block in enumerate(self.down_blocks):
             hidden = block(hidden, skips, step, level)

@@ -10,6 +10,7 @@ from audioldm2_triton import triton_adapter as adapter
 from audioldm2_triton.contract import GenerationRow
 from audioldm2_triton.geometry import read_audio_geometry
 from audioldm2_triton.settings import resolve_compile, resolve_device, resolve_dtype
+from audioldm2_triton.threads import set_measured_threads
 from conditioning import condition
 from embedding_cache import EmbeddingCache
 from request_rows import parse_rows
@@ -27,14 +28,20 @@ class TritonPythonModel:
         device = resolve_device(self.settings, args["model_instance_kind"], int(args["model_instance_device_id"]))
         self.geometry = read_audio_geometry(checkpoint)
         self.encoders = load_text_encoders(checkpoint, device, resolve_dtype(self.settings, device))
+        if device.type == "cpu":
+            set_measured_threads(self._encode_one)
         if resolve_compile(self.settings, device):
             self.encoders = compile_with_cache(self.encoders, TextBuckets(), self.settings, STAGE)
         self.cache = EmbeddingCache[EncodedTexts](self.settings.embedding_cache_size)
         # The first request should not pay for what happens once.
-        encode_texts(self.encoders, ["a"], [tokenize_t5(self.encoders, "a")], [2])
+        self._encode_one()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         return adapter.respond_together(requests, self._parse, self._condition, STAGE)
+
+    def _encode_one(self) -> None:
+        tokens = tokenize_t5(self.encoders, "a")
+        encode_texts(self.encoders, ["a"], [tokens], [len(tokens)])
 
     def _parse(self, request: Any) -> tuple[tuple[GenerationRow, ...], int]:
         deadline = adapter.deadline_ns(request)

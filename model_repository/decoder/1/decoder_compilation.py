@@ -1,0 +1,115 @@
+"""The VAE's decoder and the vocoder, compiled for a few shapes ahead of the first request."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from audioldm2_triton.compilation import compile_cache
+from audioldm2_triton.geometry import AudioGeometry
+from audioldm2_triton.settings import Settings
+from decoder_buckets import Buckets
+from masked_vae import check_maskable, decode_masked
+from masked_vocoder import vocode_masked
+from vocoder_chunks import CHUNK_FRAMES
+from waveform_decoder import (
+    MAX_LATENT_FRAMES_PER_CALL,
+    MAX_MEL_FRAMES_PER_CALL,
+    CompiledPart,
+    CompiledParts,
+    WaveformDecoder,
+)
+
+logger = logging.getLogger(__name__)
+
+ROWS_ON_GPU: Final = (1, 2, 4, 8)
+# On a CPU each shape takes tens of seconds to compile, and rows in turn cost what rows together cost.
+ROWS_ON_CPU: Final = (1,)
+
+
+def compile_with_cache(decoder: WaveformDecoder, settings: Settings, geometry: AudioGeometry) -> WaveformDecoder:
+    """The decoder compiled for the settings' lengths, between reading and writing their compile cache, if any.
+
+    Raises ValueError for a VAE with options that `check_maskable` does not accept.
+    """
+    lengths = settings.lengths_to_compile(geometry.native_audio_length_in_s)
+    frames = tuple(sorted({geometry.latent_frames(length) for length in lengths}))
+    rows = ROWS_ON_CPU if decoder.device.type == "cpu" else ROWS_ON_GPU
+    latents = Buckets(rows, frames, MAX_LATENT_FRAMES_PER_CALL)
+    windows = Buckets(rows, (CHUNK_FRAMES + 2 * decoder.reach.overlap_frames,), MAX_MEL_FRAMES_PER_CALL)
+    shapes = [asdict(latents), asdict(windows), decoder.vae.config, decoder.vocoder.config.to_json_string()]
+    cache = compile_cache(settings, "decoder", decoder.device, decoder.dtype, shapes)
+    cache.restore()
+    compiled = compile_decoder(decoder, geometry, latents, windows)
+    cache.save()
+    return compiled
+
+
+def compile_decoder(
+    decoder: WaveformDecoder,
+    geometry: AudioGeometry,
+    latents: Buckets,
+    windows: Buckets,
+    backend: str | Callable[..., Any] = "inductor",
+) -> WaveformDecoder:
+    """The decoder with its VAE and its vocoder compiled for every bucket; a line of progress in the log for each.
+
+    What fits a bucket is padded to it, all else runs uncompiled. Where the compiler fails, that is a warning in the
+    log, and the decoder is returned as it was.
+
+    Args:
+        latents: of latent frames.
+        windows: of mel frames; the largest is what longer spectrograms are cut into.
+
+    Raises ValueError for a VAE with options that `check_maskable` does not accept.
+    """
+    check_maskable(decoder.vae)
+    vae = _compiled(lambda batch, valid: decode_masked(decoder.vae, batch, valid), latents, backend)
+    vocoder = _compiled(lambda batch, valid: vocode_masked(decoder.vocoder, batch, valid), windows, backend)
+    mel_bins = geometry.latent_width * geometry.vae_scale_factor
+    try:
+        _warm_up(vae, "VAE, latents", (geometry.latent_channels,), geometry.latent_width, decoder)
+        _warm_up(vocoder, "vocoder, mel spectrograms", (), mel_bins, decoder)
+    except Exception as error:
+        logger.warning("decoder: compiling failed, going on without: %s", error)
+        return decoder
+    return replace(decoder, compiled=CompiledParts(vae, vocoder))
+
+
+def _compiled(
+    forward: Callable[[Tensor, Tensor], Tensor], buckets: Buckets, backend: str | Callable[..., Any]
+) -> CompiledPart:
+    # PyTorch's own limit of shapes is lower than the number of buckets can be; isolated, so that other graphs of the
+    # same functions in the process do not count.
+    function = torch.compile(  # type: ignore[call-overload]  # the stubs lack the last two
+        forward,
+        dynamic=False,
+        fullgraph=True,
+        backend=backend,
+        recompile_limit=len(buckets.shapes),
+        isolate_recompiles=True,
+    )
+    return CompiledPart(function, buckets)
+
+
+@torch.inference_mode()
+def _warm_up(part: CompiledPart, name: str, channels: tuple[int, ...], width: int, decoder: WaveformDecoder) -> None:
+    shapes = part.buckets.shapes
+    for done, (rows, frames) in enumerate(shapes, 1):
+        started = time.monotonic()
+        batch = torch.zeros(rows, *channels, frames, width, device=decoder.device, dtype=decoder.dtype)
+        part.function(batch, torch.tensor([frames] * rows, device=decoder.device)).cpu()
+        seconds = time.monotonic() - started
+        logger.info(
+            "decoder: compiled %d of %d: %s of %d x %d frames, in %.1f s",
+            done,
+            len(shapes),
+            name,
+            rows,
+            frames,
+            seconds,
+        )

@@ -1,0 +1,120 @@
+"""Latents of different lengths in one forward of the VAE's decoder, each as if it were alone.
+
+Row `i` of `[rows, channels, frames, width]` is valid for its first `valid_frames[i]` frames and padded after them.
+Padding shows in three places: a convolution reads zeros beyond the end of a row run alone, so padded frames are zeroed
+before every convolution wider than one position; group normalisation averages over all positions, so its statistics
+are taken over the valid frames; self-attention looks at all positions, so padded keys are masked. Upsampling by two
+copies frame `d // 2` to frame `d`, so the valid frames double with it.
+
+A function over the modules of an `AutoencoderKL`, which stays as it was: the masks follow from `valid_frames` inside,
+so that a compiled graph of one shape serves all lengths up to it.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+_FOLLOWED: Final = {"mid_block_add_attention": True, "use_post_quant_conv": True}
+_FOLLOWED_BLOCK: Final = "UpDecoderBlock2D"
+
+
+@dataclass(frozen=True)
+class ValidFrames:
+    """Which frames of one resolution count."""
+
+    padding: Tensor  # bool [rows, 1, frames, 1], True on padded frames
+    count: Tensor  # float32 [rows, 1, 1, 1, 1], number of valid frames
+
+
+def check_maskable(vae: Any) -> None:
+    """Raises ValueError for a decoder with options that `decode_masked` does not follow; AudioLDM 2 has none."""
+    for option, followed in _FOLLOWED.items():
+        if vae.config[option] != followed:
+            raise ValueError(f"{option} of the VAE: got {vae.config[option]!r} but expected {followed!r}")
+    if set(vae.config.up_block_types) != {_FOLLOWED_BLOCK}:
+        raise ValueError(f"up_block_types of the VAE: got {vae.config.up_block_types} but expected {_FOLLOWED_BLOCK}s")
+
+
+def decode_masked(vae: Any, latents: Tensor, valid_frames: Tensor) -> Tensor:
+    """What `vae.decode` gives for each row's valid frames alone.
+
+    Args:
+        vae: an `AutoencoderKL` that `check_maskable` accepts.
+        latents: `[rows, channels, frames, width]`, divided by the scaling factor; finite on the padded frames.
+        valid_frames: int64 `[rows]`, each from 1 to `frames`.
+
+    Returns:
+        `[rows, out channels, frames * scale, width * scale]`, meaningless on the padded frames.
+    """
+    decoder = vae.decoder
+    valid = _valid_frames(valid_frames, latents.shape[2])
+    hidden = _convolve(decoder.conv_in, vae.post_quant_conv(latents), valid)
+    first, *others = decoder.mid_block.resnets
+    hidden = _resnet(first, hidden, valid)
+    for attention, resnet in zip(decoder.mid_block.attentions, others, strict=True):
+        hidden = _resnet(resnet, _attend(attention, hidden, valid), valid)
+    for block in decoder.up_blocks:
+        for resnet in block.resnets:
+            hidden = _resnet(resnet, hidden, valid)
+        for upsampler in block.upsamplers or ():
+            hidden = functional.interpolate(hidden, scale_factor=2.0, mode="nearest")
+            valid_frames = valid_frames * 2
+            valid = _valid_frames(valid_frames, hidden.shape[2])
+            hidden = _convolve(upsampler.conv, hidden, valid)
+    output: Tensor = decoder.conv_out(decoder.conv_act(_normalise(decoder.conv_norm_out, hidden, valid)))
+    return output
+
+
+def _valid_frames(valid_frames: Tensor, frames: int) -> ValidFrames:
+    padding = torch.arange(frames, device=valid_frames.device) >= valid_frames[:, None]
+    return ValidFrames(padding[:, None, :, None], valid_frames.float().view(-1, 1, 1, 1, 1))
+
+
+def _convolve(convolution: Any, hidden: Tensor, valid: ValidFrames) -> Tensor:
+    convolved: Tensor = convolution(hidden.masked_fill(valid.padding, 0))
+    return convolved
+
+
+def _normalise(norm: nn.GroupNorm, hidden: Tensor, valid: ValidFrames) -> Tensor:
+    """Group normalisation (Wu and He, 2018) over the valid frames; the padded ones become zeros.
+
+    Mean and (biased) variance in float32 or better, in two passes: the mean first, then the squares of the distances.
+    """
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    grouped = wide.unflatten(1, (norm.num_groups, -1))
+    padding = valid.padding.unsqueeze(1)
+    positions = valid.count * (grouped.shape[2] * grouped.shape[4])
+    mean = grouped.masked_fill(padding, 0).sum((2, 3, 4), keepdim=True) / positions
+    centred = (grouped - mean).masked_fill(padding, 0)
+    variance = centred.square().sum((2, 3, 4), keepdim=True) / positions
+    normed = (centred * torch.rsqrt(variance + norm.eps)).flatten(1, 2)
+    scaled = torch.addcmul(norm.bias.view(1, -1, 1, 1), normed, norm.weight.view(1, -1, 1, 1))
+    return scaled.masked_fill(valid.padding, 0).to(hidden.dtype)
+
+
+def _resnet(resnet: Any, hidden: Tensor, valid: ValidFrames) -> Tensor:
+    """A `ResnetBlock2D`. The zeros of a norm stay zeros in the activation: the convolution finds its padding zeroed."""
+    inner = resnet.conv1(resnet.nonlinearity(_normalise(resnet.norm1, hidden, valid)))
+    inner = resnet.conv2(resnet.nonlinearity(_normalise(resnet.norm2, inner, valid)))
+    shortcut = hidden if resnet.conv_shortcut is None else resnet.conv_shortcut(hidden)
+    output: Tensor = (shortcut + inner) / resnet.output_scale_factor
+    return output
+
+
+def _attend(attention: Any, hidden: Tensor, valid: ValidFrames) -> Tensor:
+    """The `Attention` of the mid block: over all positions of a row, with a residual connection."""
+    frames, width = hidden.shape[2:]
+    positions = _normalise(attention.group_norm, hidden, valid).flatten(2).transpose(1, 2)
+    query, key, value = (
+        layer(positions).unflatten(2, (attention.heads, -1)).transpose(1, 2)
+        for layer in (attention.to_q, attention.to_k, attention.to_v)
+    )
+    # A position is its frame times the width, plus its column.
+    keys = ~valid.padding.expand(-1, -1, -1, width).flatten(2)[:, :, None]
+    attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=keys)
+    projected = attention.to_out[0](attended.transpose(1, 2).flatten(2))
+    output: Tensor = projected.transpose(1, 2).unflatten(2, (frames, width)) + hidden
+    return output / attention.rescale_output_factor

@@ -1,0 +1,54 @@
+"""Mel spectrograms of different lengths in one forward of the vocoder, each as if it were alone.
+
+The vocoder is a stack of convolutions, so padding shows in one way only: a convolution near the end of a row run alone
+reads zeros beyond it. Positions after the end are zeroed before every convolution; where a row ends is followed
+through the transposed ones, of which each makes `(n - 1) * stride - 2 * padding + kernel` positions of `n`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def vocode_masked(vocoder: Any, spectrograms: Tensor, valid_frames: Tensor) -> Tensor:
+    """What a `SpeechT5HifiGan` gives for each row's valid frames alone.
+
+    Args:
+        spectrograms: `[rows, frames, mel bins]`; finite on the padded frames.
+        valid_frames: int64 `[rows]`, each from 1 to `frames`.
+
+    Returns:
+        `[rows, samples]`, meaningless after the samples of the valid frames.
+    """
+    if vocoder.config.normalize_before:
+        spectrograms = (spectrograms - vocoder.mean) / vocoder.scale
+    valid = valid_frames
+    hidden = _zeroed(vocoder.conv_pre(_zeroed(spectrograms.transpose(1, 2), valid)), valid)
+    resblocks = iter(vocoder.resblocks)
+    for upsampler in vocoder.upsampler:
+        hidden = upsampler(functional.leaky_relu(hidden, vocoder.config.leaky_relu_slope))
+        kernel, stride, padding = upsampler.kernel_size[0], upsampler.stride[0], upsampler.padding[0]
+        valid = (valid - 1) * stride - 2 * padding + kernel
+        hidden = _zeroed(hidden, valid)
+        branches = [_resblock(next(resblocks), hidden, valid) for _ in range(vocoder.num_kernels)]
+        hidden = torch.stack(branches).sum(0) / vocoder.num_kernels
+    # The slope here is the function's own, as in the original.
+    waveforms: Tensor = torch.tanh(vocoder.conv_post(functional.leaky_relu(hidden))).squeeze(1)
+    return waveforms
+
+
+def _resblock(block: Any, hidden: Tensor, valid: Tensor) -> Tensor:
+    """A `HifiGanResidualBlock`, of zeros after the end to zeros after the end."""
+    for first, second in zip(block.convs1, block.convs2, strict=True):
+        inner = _zeroed(first(functional.leaky_relu(hidden, block.leaky_relu_slope)), valid)
+        inner = second(functional.leaky_relu(inner, block.leaky_relu_slope))
+        hidden = _zeroed(inner + hidden, valid)
+    return hidden
+
+
+def _zeroed(hidden: Tensor, valid: Tensor) -> Tensor:
+    """`[rows, channels, positions]` with zeros from `valid[row]` on."""
+    padding = torch.arange(hidden.shape[2], device=hidden.device) >= valid[:, None]
+    return hidden.masked_fill(padding[:, None], 0)
