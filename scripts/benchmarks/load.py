@@ -112,9 +112,11 @@ def running(way: str, setting: Setting) -> Iterator[Server]:
         with whole_request_server(setting.checkpoint, setting.device, setting.dtype_name, max_batch) as port:
             yield Server(way, (Target(MODEL, "grpc", port),), None)
         return
+    # Texts are encoded anew, as in the other ways: the same few come again and again here.
+    arguments = (*setting.serve_arguments, "--embedding-cache-size=0")
     with (
         tempfile.TemporaryDirectory() as directory,
-        local_server(setting.checkpoint, Path(directory) / "log", *setting.serve_arguments) as server,
+        local_server(setting.checkpoint, Path(directory) / "log", *arguments) as server,
     ):
         targets = Target(ENSEMBLE, "grpc", server.grpc_port), Target(ENSEMBLE, "http", server.http_port)
         yield Server(way, targets, server.metrics_port)

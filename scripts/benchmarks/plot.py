@@ -46,6 +46,7 @@ def _draw_concurrency(rows: Sequence[Row], path: Path) -> Path:
     for axis in (left, right):
         axis.set_xlabel("requests in flight")
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
     left.set_ylabel("clips per second")
     right.set_ylabel("median latency, ms")
     return _save(figure, left, rows, path)
