@@ -11,6 +11,7 @@ import numpy as np
 from audioldm2_triton import triton_adapter as adapter
 from audioldm2_triton.geometry import read_audio_geometry
 from audioldm2_triton.settings import resolve_compile, resolve_device, resolve_dtype
+from audioldm2_triton.threads import set_measured_threads
 from clap_scores import load_clap_scorer
 from decoder_compilation import compile_with_cache
 from decoding import warm_up
@@ -28,9 +29,11 @@ class TritonPythonModel:
         checkpoint = Path(settings.checkpoint)
         geometry = read_audio_geometry(checkpoint)
         self.decoder = load_waveform_decoder(checkpoint, device, dtype)
+        self.scorer = load_clap_scorer(checkpoint, device, dtype)
+        if device.type == "cpu":
+            set_measured_threads(partial(warm_up, self.decoder, self.scorer, geometry))
         if resolve_compile(settings, device):
             self.decoder = compile_with_cache(self.decoder, settings, geometry)
-        self.scorer = load_clap_scorer(checkpoint, device, dtype)
         warm_up(self.decoder, self.scorer, geometry)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
