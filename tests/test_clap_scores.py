@@ -99,7 +99,8 @@ def test_scores_tell_sounds_apart(scorer: ClapScorer) -> None:
 
 def test_lengths_mixed_in_one_call_keep_their_order(scorer: ClapScorer) -> None:
     waveforms = [sound(shape, int(RATE * length)) for length in (0.3, 10.5, 0.3, 2.0) for shape in ("noise", "clicks")]
-    texts = list(torch.randn(len(waveforms), scorer.clap.config.projection_dim))
+    dim = scorer.clap.config.projection_dim
+    texts = list(torch.randn(len(waveforms), dim, generator=torch.Generator().manual_seed(1)))
     together = score_waveforms(scorer, waveforms, texts, RATE)
     alone = [score_waveforms(scorer, [one], [text], RATE)[0] for one, text in zip(waveforms, texts, strict=True)]
     np.testing.assert_allclose(together, alone, atol=1e-5)

@@ -24,31 +24,31 @@ def vocode_masked(vocoder: Any, spectrograms: Tensor, valid_frames: Tensor) -> T
     """
     if vocoder.config.normalize_before:
         spectrograms = (spectrograms - vocoder.mean) / vocoder.scale
-    valid = valid_frames
-    hidden = _zeroed(vocoder.conv_pre(_zeroed(spectrograms.transpose(1, 2), valid)), valid)
+    padding = _padding(valid_frames, spectrograms.shape[1])
+    hidden = vocoder.conv_pre(spectrograms.transpose(1, 2).masked_fill(padding, 0)).masked_fill(padding, 0)
     resblocks = iter(vocoder.resblocks)
     for upsampler in vocoder.upsampler:
         hidden = upsampler(functional.leaky_relu(hidden, vocoder.config.leaky_relu_slope))
-        kernel, stride, padding = upsampler.kernel_size[0], upsampler.stride[0], upsampler.padding[0]
-        valid = (valid - 1) * stride - 2 * padding + kernel
-        hidden = _zeroed(hidden, valid)
-        branches = [_resblock(next(resblocks), hidden, valid) for _ in range(vocoder.num_kernels)]
+        kernel, stride, cropped = upsampler.kernel_size[0], upsampler.stride[0], upsampler.padding[0]
+        valid_frames = (valid_frames - 1) * stride - 2 * cropped + kernel
+        padding = _padding(valid_frames, hidden.shape[2])
+        hidden = hidden.masked_fill(padding, 0)
+        branches = [_resblock(next(resblocks), hidden, padding) for _ in range(vocoder.num_kernels)]
         hidden = torch.stack(branches).sum(0) / vocoder.num_kernels
     # The slope here is the function's own, as in the original.
     waveforms: Tensor = torch.tanh(vocoder.conv_post(functional.leaky_relu(hidden))).squeeze(1)
     return waveforms
 
 
-def _resblock(block: Any, hidden: Tensor, valid: Tensor) -> Tensor:
+def _padding(valid: Tensor, positions: int) -> Tensor:
+    """Bool `[rows, 1, positions]`, True from `valid[row]` on."""
+    return (torch.arange(positions, device=valid.device) >= valid[:, None])[:, None]
+
+
+def _resblock(block: Any, hidden: Tensor, padding: Tensor) -> Tensor:
     """A `HifiGanResidualBlock`, of zeros after the end to zeros after the end."""
     for first, second in zip(block.convs1, block.convs2, strict=True):
-        inner = _zeroed(first(functional.leaky_relu(hidden, block.leaky_relu_slope)), valid)
+        inner = first(functional.leaky_relu(hidden, block.leaky_relu_slope)).masked_fill(padding, 0)
         inner = second(functional.leaky_relu(inner, block.leaky_relu_slope))
-        hidden = _zeroed(inner + hidden, valid)
+        hidden = (inner + hidden).masked_fill(padding, 0)
     return hidden
-
-
-def _zeroed(hidden: Tensor, valid: Tensor) -> Tensor:
-    """`[rows, channels, positions]` with zeros from `valid[row]` on."""
-    padding = torch.arange(hidden.shape[2], device=hidden.device) >= valid[:, None]
-    return hidden.masked_fill(padding[:, None], 0)
