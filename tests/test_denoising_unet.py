@@ -1,5 +1,6 @@
 """The UNet as the engine calls it: what runs compiled equals what runs eager, and nothing compiles on the way."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import denoising_unet
 from audioldm2_triton.compilation import compile_cache
+from audioldm2_triton.errors import UnavailableError
 from audioldm2_triton.geometry import read_audio_geometry
 from audioldm2_triton.settings import Settings
 from denoiser import compile_buckets, draw_noise, load_schedule_tables
@@ -29,11 +31,15 @@ SOLVERS = ("DPMSolverMultistepScheduler", "DDIMScheduler", "HeunDiscreteSchedule
 def _compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
+    torch.compiler.set_stance("default")
     torch._dynamo.reset()
 
 
-def eager_backend(step: Any, device: torch.device) -> Any:  # noqa: ARG001 - as `_compile`
-    return torch.compile(step, fullgraph=True, dynamic=False, backend="eager")
+@pytest.fixture
+def eager_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tracing and the shapes are the compiler's; only its kernels are left out, which take minutes to build."""
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: original(*args, **kwargs, backend="eager"))
 
 
 def load(checkpoint: Path, buckets: Sequence[Bucket] = ()) -> DenoisingUNet:
@@ -87,7 +93,7 @@ def check_compiled_is_eager(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -
         measured = unet.warm_up()
         assert set(measured.compiled) == set(buckets)
         # Nothing may be compiled from here on, and nothing may run eager.
-        monkeypatch.setattr(denoising_unet, "AFTER_WARM_UP", "fail_on_recompile")
+        torch.compiler.set_stance("fail_on_recompile")
         monkeypatch.setattr(unet, "_eager", None)
         return ForwardCosts(SLOW, SLOW, measured.compiled)
 
@@ -96,9 +102,8 @@ def check_compiled_is_eager(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -
         assert error < 1e-4, f"request {tag} is off by {error}"
 
 
+@pytest.mark.usefixtures("eager_backend")
 def test_buckets_hold_any_mixture_exactly(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The tracing and the shapes are the compiler's; only its kernels are left out, which take minutes to build.
-    monkeypatch.setattr(denoising_unet, "_compile", eager_backend)
     check_compiled_is_eager(tiny_checkpoint, monkeypatch)
 
 
@@ -107,14 +112,50 @@ def test_compiled_kernels_are_exact(tiny_checkpoint: Path, monkeypatch: pytest.M
     check_compiled_is_eager(tiny_checkpoint, monkeypatch)
 
 
-def test_what_fits_no_bucket_runs_eager(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(denoising_unet, "_compile", eager_backend)
-    monkeypatch.setattr(denoising_unet, "AFTER_WARM_UP", "fail_on_recompile")
+@pytest.mark.usefixtures("eager_backend")
+def test_what_fits_no_bucket_runs_eager(tiny_checkpoint: Path) -> None:
     unet = load(tiny_checkpoint, (PLAIN,))
+    # Too long, too long a text, shorter than the only bucket, which has no masks.
     requests = [request(0, 17, 3.5, unet), request(1, 16, 3.5, unet, t5_length=65), request(2, 8, 1.0, unet)]
     expected = run(tiny_checkpoint, load(tiny_checkpoint), eager_costs, requests)
-    for tag, latents in run(tiny_checkpoint, unet, unet.warm_up, requests).items():
+
+    def costs() -> ForwardCosts:
+        compiled = unet.warm_up().compiled
+        torch.compiler.set_stance("fail_on_recompile")
+        return ForwardCosts(SLOW, SLOW, compiled)  # the bucket is taken wherever it can be
+
+    for tag, latents in run(tiny_checkpoint, unet, costs, requests).items():
         assert (latents - expected[tag]).abs().max() / expected[tag].abs().max() < 1e-4
+
+
+@pytest.mark.usefixtures("eager_backend")
+def test_more_buckets_than_pytorch_allows_by_itself(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    buckets = tuple(Bucket(items, 2, False) for items in range(1, 12))
+    # The UNet is not what is tested, and eleven traces of it take a minute.
+    monkeypatch.setattr(denoising_unet, "denoise", lambda _, inputs: inputs.history * 2)
+    unet = load(tiny_checkpoint, buckets)
+    engine = Engine(unet, load_schedule_tables(tiny_checkpoint), EngineLimits(4, 1), unet.warm_up, CPU, torch.float32)
+    engine.wait_until_warm()
+    engine.close()
+    assert engine._costs is not None
+    assert set(engine._costs.compiled) == set(buckets), caplog.text
+
+
+def test_a_bucket_that_fails_to_compile_is_left_out(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    unet = load(tiny_checkpoint, (PLAIN,))
+
+    def fail(inputs: Any) -> Tensor:  # noqa: ARG001 - as the step
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(unet, "_compiled", fail)
+    assert unet.warm_up().compiled == {}
+    assert "no compiler" in caplog.text
+    requests = [request(0, 16, 3.5, unet)]
+    assert run(tiny_checkpoint, unet, unet.warm_up, requests)[0].isfinite().all()
 
 
 def test_the_cheaper_way_is_taken() -> None:
@@ -139,13 +180,19 @@ def test_schedules_that_are_kept_are_bounded(tiny_checkpoint: Path, monkeypatch:
 
 
 def test_a_failed_warm_up_is_told(tiny_checkpoint: Path) -> None:
-    def fail() -> ForwardCosts:
-        raise RuntimeError("no compiler")
+    asked = threading.Event()
 
-    unet = load(tiny_checkpoint)
+    def fail() -> ForwardCosts:
+        asked.wait(30)
+        raise RuntimeError("out of memory")
+
+    unet, outcomes = load(tiny_checkpoint), Outcomes()
     engine = Engine(unet, load_schedule_tables(tiny_checkpoint), EngineLimits(4, 1), fail, CPU, torch.float32)
-    with pytest.raises(RuntimeError, match="no compiler"):
+    engine.submit(request(0, 4, 1.0, unet), outcomes.callback(0))
+    asked.set()
+    with pytest.raises(RuntimeError, match="out of memory"):
         engine.wait_until_warm()
+    assert isinstance(outcomes.collect(1)[0], UnavailableError)
     engine.close()
 
 
@@ -153,12 +200,17 @@ def test_buckets_by_device(tiny_checkpoint: Path) -> None:
     geometry = read_audio_geometry(tiny_checkpoint)
 
     def buckets(device: torch.device, **settings: Any) -> tuple[Bucket, ...]:
-        return compile_buckets(Settings(str(tiny_checkpoint), **settings), geometry, device)
+        limits = EngineLimits(24, 100)
+        return compile_buckets(Settings(str(tiny_checkpoint), **settings), geometry, device, limits)
 
     assert buckets(CPU) == ()
     assert buckets(CPU, compile="on") == (Bucket(2, 256, False),)
     short = buckets(CPU, compile="on", compile_lengths_in_s="0.64,2.56", compile_max_rows=6)
     assert short == tuple(Bucket(items, frames, False) for frames in (16, 64) for items in (2, 4, 6))
+
+    on_gpu = buckets(torch.device("cuda"), compile="auto")
+    assert [bucket.items for bucket in on_gpu if bucket.masked] == [2, 4, 8, 12, 16, 24]
+    assert [bucket.items for bucket in on_gpu if not bucket.masked] == [2, 4, 8, 12, 16, 24]
 
 
 @pytest.mark.parametrize("damage", ["none", "cut", "garbage", "missing"])

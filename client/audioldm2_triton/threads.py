@@ -13,12 +13,12 @@ from typing import Final
 logger = logging.getLogger(__name__)
 
 WORTHWHILE: Final = 0.85
-"""Twice the threads must bring the time down to this share at least."""
-_REPEATS: Final = 2
+"""More threads must bring the time down to this share at least."""
+_REPEATS: Final = 3
 
 
 def set_measured_threads(work: Callable[[], object]) -> int:
-    """Sets PyTorch's threads to as many as `work` can use: 1, 2, 4 ... while doubling pays.
+    """Sets PyTorch's threads to as many as `work` can use: 1, 2, 4 ... up to the cores, while more of them pay.
 
     Nothing is measured where OMP_NUM_THREADS is set. Call it before other threads of this process compute: each takes
     the number over when it first does.
@@ -31,12 +31,13 @@ def set_measured_threads(work: Callable[[], object]) -> int:
     torch.set_num_threads(1)
     work()  # the first call pays for what happens once
     threads, seconds = 1, _time(work)
-    while 2 * threads <= cores:
-        torch.set_num_threads(2 * threads)
-        doubled = _time(work)
-        if doubled > WORTHWHILE * seconds:
+    while threads < cores:
+        more = min(2 * threads, cores)
+        torch.set_num_threads(more)
+        with_more = _time(work)
+        if with_more > WORTHWHILE * seconds:
             break
-        threads, seconds = 2 * threads, doubled
+        threads, seconds = more, with_more
     torch.set_num_threads(threads)
     logger.info("%d of %d cores: %.1f ms", threads, cores, 1000 * seconds)
     return threads

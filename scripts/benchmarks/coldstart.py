@@ -20,7 +20,7 @@ from benchmarks.measurement import Row, print_table, with_times
 from benchmarks.setting import Setting, add_common_arguments, read_setting
 from serving.local_server import local_server
 
-INDUCTOR_CACHE: Final = "TORCHINDUCTOR_CACHE_DIR"
+COMPILER_CACHES: Final = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # kernels lie in the second, where it is set
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,12 +76,13 @@ def _start(setting: Setting, length_s: float, compiles: bool, cache: str) -> tup
 @contextmanager
 def empty_inductor_cache() -> Iterator[None]:
     """For the processes that are started meanwhile."""
-    before = os.environ.get(INDUCTOR_CACHE)
+    before = {name: os.environ.get(name) for name in COMPILER_CACHES}
     with tempfile.TemporaryDirectory() as directory:
-        os.environ[INDUCTOR_CACHE] = directory
+        os.environ.update(dict.fromkeys(COMPILER_CACHES, directory))
         try:
             yield
         finally:
-            del os.environ[INDUCTOR_CACHE]
-            if before is not None:
-                os.environ[INDUCTOR_CACHE] = before
+            for name, value in before.items():
+                del os.environ[name]
+                if value is not None:
+                    os.environ[name] = value

@@ -158,8 +158,10 @@ def measure_all(setting: Setting, geometry: AudioGeometry, plan: Plan) -> bool:
         )
         print(f"{number} of {len(left)}: {row.path}{load}", file=sys.stderr, flush=True)
         try:
+            if setting.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(setting.device)
             setting.keep(measurement.run(loaded, row))
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             # What does not fit or does not compile here is a result too, and must not keep the rest from being done.
             setting.keep(replace(row, note=f"failed: {type(error).__name__}: {str(error)[:200]}"))
             loaded.drop()
@@ -290,7 +292,8 @@ def _start(loaded: Loaded, row: Row, compile_cache: str) -> Row:
     command.append(f"--audio-length-in-s={loaded.plan.length_s}")
     with tempfile.TemporaryDirectory() as inductor:
         paths = os.pathsep.join([str(ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": inductor, "PYTHONPATH": paths}
+        caches = {"TORCHINDUCTOR_CACHE_DIR": inductor, "TRITON_CACHE_DIR": inductor}
+        environment = {**os.environ, **caches, "PYTHONPATH": paths}
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"the stages did not start: {run.stderr[-200:]}")

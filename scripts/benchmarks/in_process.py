@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from audioldm2_triton.contract import GenerationRow
 from audioldm2_triton.geometry import AudioGeometry, read_audio_geometry
-from audioldm2_triton.settings import Settings, resolve_compile, resolve_device, resolve_dtype
+from audioldm2_triton.settings import Settings, resolve_device, resolve_dtype
 from benchmarks.batcher import Batcher
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -22,15 +23,12 @@ for _stage in ("text_conditioning", "denoiser", "decoder"):
     if _folder not in sys.path:
         sys.path.append(_folder)
 
-from clap_scores import load_clap_scorer  # noqa: E402
 from conditioning import condition  # noqa: E402
-from decoding import decode, warm_up  # noqa: E402
+from decoder_stage import load_decoder_stage  # noqa: E402
+from decoding import decode  # noqa: E402
 from denoiser import load_engines, parse_denoising_request  # noqa: E402
 from embedding_cache import EmbeddingCache  # noqa: E402
-from text_buckets import TextBuckets  # noqa: E402
-from text_compilation import compile_with_cache  # noqa: E402
-from text_encoders import load_text_encoders  # noqa: E402
-from waveform_decoder import load_waveform_decoder  # noqa: E402
+from text_stage import load_text_stage  # noqa: E402
 
 Tensors: TypeAlias = dict[str, np.ndarray]
 
@@ -80,26 +78,23 @@ class Stages:
     """The text stage, the engine and the decoder of one checkpoint; usable from several threads."""
 
     def __init__(self, settings: Settings) -> None:
-        checkpoint = Path(settings.checkpoint)
         self.device = resolve_device(settings)
         self.dtype = resolve_dtype(settings, self.device)
-        self.geometry: AudioGeometry = read_audio_geometry(checkpoint)
+        self.geometry: AudioGeometry = read_audio_geometry(Path(settings.checkpoint))
         self.step_times = StepTimes()
-        self._encoders = load_text_encoders(checkpoint, self.device, self.dtype)
-        if resolve_compile(settings, self.device):
-            self._encoders = compile_with_cache(self._encoders, TextBuckets(), settings, "text_conditioning")
+        self._encoders = load_text_stage(settings, self.device)
         # None are kept: the same few texts come again and again here.
         self._embeddings = EmbeddingCache(0)
+        self._decoder, self._scorer = load_decoder_stage(settings, self.geometry, self.device)
         self._engines = load_engines(settings, self.geometry, lambda _: self.step_times)
-        self._decoder = load_waveform_decoder(checkpoint, self.device, self.dtype)
-        self._scorer = load_clap_scorer(checkpoint, self.device, self.dtype)
-        warm_up(self._decoder, self._scorer, self.geometry)
         self._texts: Batcher[GenerationRow, Tensors] = Batcher(self.condition, MAX_BATCH)
         self._waveforms: Batcher[Tensors, np.ndarray] = Batcher(self.decode, MAX_BATCH)
 
     def close(self) -> None:
         for part in (self._texts, self._engines, self._waveforms):
             part.close()
+        # The engines had forbidden to compile in this process, in which other ways may be measured next.
+        torch.compiler.set_stance("default")
 
     def generate(self, row: GenerationRow) -> np.ndarray:
         """The audio [1, 1, S] of one request; those of other threads share what Triton would let them share."""

@@ -135,7 +135,11 @@ def under_load(
     for rate in () if without_rates else options.rates_per_s:
         row = replace(base, path=f"{server.way}, {server.targets[0].protocol}", rate_per_s=rate)
         before = _forwards(server)
-        answered = run_load(binary, server.targets[0], input_data, options.requests, rate_per_s=rate)
+        try:
+            answered = run_load(binary, server.targets[0], input_data, options.requests, rate_per_s=rate)
+        except RuntimeError as error:
+            yield replace(row, note=f"failed: {str(error)[:200]}")
+            continue
         yield with_answers(row, answered, options.objective_ms, _rows_per_forward(before, _forwards(server)))
 
 

@@ -45,7 +45,10 @@ class Row:
 
 
 COLUMNS: Final = tuple(field.name for field in fields(Row))
-_KEY: Final = ("what", "path", "device", "dtype", "checkpoint", "length_s", "steps", "guidance", "rows", "concurrency")
+_KEY: Final = (
+    *("what", "path", "device", "dtype", "torch", "checkpoint", "length_s", "steps", "guidance", "rows", "concurrency"),
+    "commit",
+)
 _HIDDEN: Final = ("what", "commit", "date", "command")  # in the CSV only
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from benchmarks.profile_export import Answered, read_profile_export
 
+TIMEOUT_S: Final = 240
 WHEEL: Final = "tritonclient==2.51.0"
 MISSING_LIBRARIES: Final = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
 
@@ -60,7 +61,7 @@ def run_load(
 ) -> list[Answered]:
     """Sends `request_count` requests of `input_data` in turn: `concurrency` at a time, or at Poisson arrivals.
 
-    Raises `RuntimeError` where a request failed or nothing was reported.
+    Raises `RuntimeError` where a request failed, nothing was reported, or it does not end.
     """
     with tempfile.TemporaryDirectory() as directory:
         export = Path(directory) / "export.json"
@@ -77,8 +78,17 @@ def run_load(
             *("--profile-export-file", str(export)),
         ]
         environment = {**os.environ, "LD_LIBRARY_PATH": str(binary.parent.parent / "libraries")}
-        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        try:
+            run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            # Seen at Poisson arrivals: every request was answered, and it waited for more.
+            raise RuntimeError(f"perf_analyzer did not end within {TIMEOUT_S} s") from None
         if not export.exists():
             # What is wrong stands before the help.
             raise RuntimeError(f"perf_analyzer gave no report:\n{run.stdout[-2000:]}\n{run.stderr[:2000]}")
-        return read_profile_export(export)
+        answered = read_profile_export(export)
+    if run.returncode or len(answered) < request_count:
+        raise RuntimeError(
+            f"perf_analyzer: got {len(answered)} answers but expected {request_count}:\n{run.stderr[:2000]}"
+        )
+    return answered

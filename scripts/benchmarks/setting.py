@@ -72,10 +72,10 @@ def add_common_arguments(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 def read_setting(arguments: argparse.Namespace, command: str) -> Setting:
-    if arguments.threads:
-        # Read by the processes that are started too.
-        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-        torch.set_num_threads(arguments.threads)
+    # The same for every way, in this process and in those that are started.
+    threads = arguments.threads or int(os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads())
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
     checkpoint: Path = arguments.checkpoint.expanduser()
     build_if_missing(checkpoint)
     settings = Settings(

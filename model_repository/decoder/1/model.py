@@ -10,13 +10,9 @@ import numpy as np
 
 from audioldm2_triton import triton_adapter as adapter
 from audioldm2_triton.geometry import read_audio_geometry
-from audioldm2_triton.settings import resolve_compile, resolve_device, resolve_dtype
-from audioldm2_triton.threads import set_measured_threads
-from clap_scores import load_clap_scorer
-from decoder_compilation import compile_with_cache
-from decoding import warm_up
+from audioldm2_triton.settings import resolve_device
+from decoder_stage import load_decoder_stage
 from decoding_parts import check_decodable, decode_parts
-from waveform_decoder import load_waveform_decoder
 
 STAGE = "decoder"
 
@@ -25,16 +21,8 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         settings = adapter.model_settings(args)
         device = resolve_device(settings, args["model_instance_kind"], int(args["model_instance_device_id"]))
-        dtype = resolve_dtype(settings, device)
-        checkpoint = Path(settings.checkpoint)
-        geometry = read_audio_geometry(checkpoint)
-        self.decoder = load_waveform_decoder(checkpoint, device, dtype)
-        self.scorer = load_clap_scorer(checkpoint, device, dtype)
-        if device.type == "cpu":
-            set_measured_threads(partial(warm_up, self.decoder, self.scorer, geometry))
-        if resolve_compile(settings, device):
-            self.decoder = compile_with_cache(self.decoder, settings, geometry)
-        warm_up(self.decoder, self.scorer, geometry)
+        geometry = read_audio_geometry(Path(settings.checkpoint))
+        self.decoder, self.scorer = load_decoder_stage(settings, geometry, device)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         return adapter.respond_together(requests, _parse, partial(decode_parts, self.decoder, self.scorer), STAGE)

@@ -59,26 +59,36 @@ def load_engines(
     tables = load_schedule_tables(checkpoint, settings.timestep_spacing)
     devices = denoising_devices(settings)
     dtype = resolve_dtype(settings, devices[0])
-    buckets = {device: compile_buckets(settings, geometry, device) for device in devices}
+    limits = [engine_limits(settings, device) for device in devices]
+    buckets = [
+        compile_buckets(settings, geometry, device, limit) for device, limit in zip(devices, limits, strict=True)
+    ]
     config = (checkpoint / "unet" / "config.json").read_text()
-    cache = compile_cache(settings, "denoiser", devices[0], dtype, (config, buckets[devices[0]]))
-    if buckets[devices[0]]:
+    cache = compile_cache(settings, "denoiser", devices[0], dtype, (config, buckets[0]))
+    if buckets[0]:
         cache.restore()
-    engines = []
-    for device in devices:
-        unet = load_unet(checkpoint, geometry.latent_width, device, dtype, buckets[device])
-        limits = engine_limits(settings, device)
-        engines.append(
-            Engine(unet, tables, limits, unet.warm_up, device, dtype, observe(device), settings.guided_steps)
-        )
-    for engine in engines:
-        engine.wait_until_warm()
-    if buckets[devices[0]]:
+    engines: list[Engine] = []
+    try:
+        for device, limit, shapes in zip(devices, limits, buckets, strict=True):
+            unet = load_unet(checkpoint, geometry.latent_width, device, dtype, shapes)
+            engine = Engine(unet, tables, limit, unet.warm_up, device, dtype, observe(device), settings.guided_steps)
+            engines.append(engine)
+            # One after the other: what is timed should not compete with another engine's compiler.
+            engine.wait_until_warm()
+    except BaseException:
+        for engine in engines:
+            engine.close()
+        raise
+    if buckets[0]:
         cache.save()
+        # From here on nothing is compiled in this process: what a request would make PyTorch recompile runs eager.
+        torch.compiler.set_stance("eager_on_recompile")
     return EnginePool(engines, tables)
 
 
-def compile_buckets(settings: Settings, geometry: AudioGeometry, device: torch.device) -> tuple[Bucket, ...]:
+def compile_buckets(
+    settings: Settings, geometry: AudioGeometry, device: torch.device, limits: EngineLimits
+) -> tuple[Bucket, ...]:
     """The shapes to compile for, the smallest first; none where nothing is compiled.
 
     On a GPU a length runs, masked, in the next longer bucket. On a CPU every frame costs, and a shape takes minutes to
@@ -87,8 +97,8 @@ def compile_buckets(settings: Settings, geometry: AudioGeometry, device: torch.d
     if not resolve_compile(settings, device):
         return ()
     on_gpu = device.type == "cuda"
-    largest = settings.compile_max_rows or (engine_limits(settings, device).max_active_rows if on_gpu else 2)
-    sizes = sorted({min(size, largest) for size in COMPILED_ITEMS})
+    largest = settings.compile_max_rows or (limits.max_active_rows if on_gpu else 2)
+    sizes = sorted({size for size in COMPILED_ITEMS if size < largest} | {largest})
     lengths = settings.lengths_to_compile(geometry.native_audio_length_in_s)
     return tuple(
         Bucket(items, geometry.latent_frames(length), masked)
@@ -114,7 +124,9 @@ def engine_limits(settings: Settings, device: torch.device) -> EngineLimits:
     rows, waiting = CPU_MAX_ACTIVE_ROWS, CPU_MAX_WAITING
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        rows = max(2, min(GPU_MAX_ACTIVE_ROWS, free // 2 // GPU_BYTES_PER_ROW))
+        fitting = min(GPU_MAX_ACTIVE_ROWS, free // 2 // GPU_BYTES_PER_ROW)
+        # One of a few numbers, so that the shapes to compile do not change with what else is loading at the moment.
+        rows = max(size for size in COMPILED_ITEMS if size <= max(fitting, COMPILED_ITEMS[0]))
         waiting = 8 * rows
     return EngineLimits(settings.max_active_rows or rows, settings.max_waiting or waiting)
 

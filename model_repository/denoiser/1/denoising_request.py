@@ -36,7 +36,7 @@ class DenoisingRow:
 
     @property
     def unet_items(self) -> int:
-        """UNet batch items that this row takes in every forward."""
+        """UNet batch items that this row takes in a forward, at most."""
         return self.num_waveforms * (1 if self.negative is None else 2)
 
 

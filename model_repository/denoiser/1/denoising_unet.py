@@ -26,8 +26,6 @@ PROBES: Final = ((1, 16), (2, 64))
 PROBE_REPEATS: Final = 3
 THREADS_PROBE: Final = (2, 64)
 """(items, latent frames) of the step that the number of threads is chosen by: 2.56 s of audio with guidance."""
-AFTER_WARM_UP: Final = "eager_on_recompile"
-"""What was not compiled at the start is not compiled in a request's path."""
 KEPT_SCHEDULES: Final = 64
 """Schedules whose time biases stay on the device: 13 MB each at 400 evaluations of the base shape in float32."""
 
@@ -48,7 +46,7 @@ class DenoisingUNet:
         self._unet = unet
         self._width = width
         self._eager = partial(denoise, unet)
-        self._compiled = _compile(self._eager, self.device) if buckets else self._eager
+        self._compiled = _compile(self._eager, self.device, len(buckets)) if buckets else self._eager
         self._time_biases: OrderedDict[int, tuple[ScheduleTable, Tensor]] = OrderedDict()
 
     def masks(self, valid_frames: Sequence[int], frames: int) -> LengthMasks:
@@ -71,8 +69,7 @@ class DenoisingUNet:
     def denoise(self, inputs: StepInputs, bucket: Bucket | None) -> Tensor:
         if bucket is None:
             return self._eager(inputs)
-        with torch.compiler.set_stance(AFTER_WARM_UP):
-            history = self._compiled(inputs)
+        history = self._compiled(inputs)
         # A replayed graph overwrites its output at the next replay.
         return history.clone() if self.device.type == "cuda" else history
 
@@ -82,13 +79,18 @@ class DenoisingUNet:
         if self.device.type == "cpu":
             step = self._random_inputs(*THREADS_PROBE, masked=False, t5_length=T5_BUCKET)
             set_measured_threads(partial(self.denoise, step, None))
-        compiled = {}
+        compiled: dict[Bucket, float] = {}
         for number, bucket in enumerate(self.buckets, 1):
             start = time.perf_counter()
-            inputs = self._random_inputs(bucket.items, bucket.frames, bucket.masked, COMPILED_T5_LENGTH)
-            self._compiled(inputs)
-            seconds = time.perf_counter() - start
-            compiled[bucket] = self._time(partial(self.denoise, inputs, bucket))
+            try:
+                inputs = self._random_inputs(bucket.items, bucket.frames, bucket.masked, COMPILED_T5_LENGTH)
+                self._compiled(inputs)
+                seconds = time.perf_counter() - start
+                compiled[bucket] = self._time(partial(self.denoise, inputs, bucket))
+            except Exception as error:
+                # What is not among the costs is never chosen.
+                logger.warning("%s: going on without %s, which failed to compile: %s", self.device, bucket, error)
+                continue
             logger.info(
                 "%s: %d of %d, %s compiled in %.1f s, a step takes %.1f ms",
                 *(self.device, number, len(self.buckets), bucket, seconds, 1000 * compiled[bucket]),
@@ -141,14 +143,18 @@ class DenoisingUNet:
         )
 
 
-def _compile(step: Callable[[StepInputs], Tensor], device: torch.device) -> Callable[[StepInputs], Tensor]:
+def _compile(
+    step: Callable[[StepInputs], Tensor], device: torch.device, num_shapes: int
+) -> Callable[[StepInputs], Tensor]:
     """The step as one compiled region per shape; on a GPU each is replayed as a CUDA graph."""
-    # One entry per bucket; the default of 8 would silently leave the others uncompiled.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-    if device.type != "cuda":
-        return torch.compile(step, fullgraph=True, dynamic=False)
-    options: dict[str, Any] = {"triton.cudagraphs": True, "coordinate_descent_tuning": True, "shape_padding": True}
-    return torch.compile(step, fullgraph=True, dynamic=False, options=options)
+    options: dict[str, Any] | None = None
+    if device.type == "cuda":
+        options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True, "shape_padding": True}
+    # PyTorch's own limit of shapes is 8, and its configuration belongs to one thread; this goes with the function.
+    compiled: Callable[[StepInputs], Tensor] = torch.compile(  # type: ignore[call-overload]  # the stubs lack the last two
+        step, fullgraph=True, dynamic=False, options=options, recompile_limit=num_shapes, isolate_recompiles=True
+    )
+    return compiled
 
 
 def load_unet(

@@ -18,7 +18,7 @@ class EngineLimits:
 class EngineLoad:
     """What an engine holds at one moment."""
 
-    active_rows: int  # UNet batch items in flight
+    active_rows: int  # UNet batch items in flight, those that rest without guidance included
     pending_rows: int  # UNet batch items that wait for room
     active_requests: int
     waiting_requests: int

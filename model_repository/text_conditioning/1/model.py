@@ -9,39 +9,24 @@ import numpy as np
 from audioldm2_triton import triton_adapter as adapter
 from audioldm2_triton.contract import GenerationRow
 from audioldm2_triton.geometry import read_audio_geometry
-from audioldm2_triton.settings import resolve_compile, resolve_device, resolve_dtype
-from audioldm2_triton.threads import set_measured_threads
+from audioldm2_triton.settings import resolve_device
 from conditioning import condition
 from embedding_cache import EmbeddingCache
 from request_rows import parse_rows
-from text_buckets import TextBuckets
-from text_compilation import compile_with_cache
-from text_encoders import EncodedTexts, encode_texts, load_text_encoders, tokenize_t5
-
-STAGE = "text_conditioning"
+from text_encoders import EncodedTexts
+from text_stage import STAGE, load_text_stage
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         self.settings = adapter.model_settings(args)
-        checkpoint = Path(self.settings.checkpoint)
         device = resolve_device(self.settings, args["model_instance_kind"], int(args["model_instance_device_id"]))
-        self.geometry = read_audio_geometry(checkpoint)
-        self.encoders = load_text_encoders(checkpoint, device, resolve_dtype(self.settings, device))
-        if device.type == "cpu":
-            set_measured_threads(self._encode_one)
-        if resolve_compile(self.settings, device):
-            self.encoders = compile_with_cache(self.encoders, TextBuckets(), self.settings, STAGE)
+        self.geometry = read_audio_geometry(Path(self.settings.checkpoint))
+        self.encoders = load_text_stage(self.settings, device)
         self.cache = EmbeddingCache[EncodedTexts](self.settings.embedding_cache_size)
-        # The first request should not pay for what happens once.
-        self._encode_one()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         return adapter.respond_together(requests, self._parse, self._condition, STAGE)
-
-    def _encode_one(self) -> None:
-        tokens = tokenize_t5(self.encoders, "a")
-        encode_texts(self.encoders, ["a"], [tokens], [len(tokens)])
 
     def _parse(self, request: Any) -> tuple[tuple[GenerationRow, ...], int]:
         deadline = adapter.deadline_ns(request)
