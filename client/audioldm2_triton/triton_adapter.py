@@ -4,6 +4,7 @@ Imports `triton_python_backend_utils`, which exists only inside Triton's Python 
 """
 
 import json
+import locale
 import logging
 import threading
 import time
@@ -31,6 +32,9 @@ def model_settings(args: Mapping[str, str]) -> Settings:
 
     Raises `SettingsError`.
     """
+    # Triton's embedded interpreter starts in the locale C, whatever the environment says: files with anything but ASCII
+    # could not be read, those of the compiler among them.
+    locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
     logging.basicConfig(level=logging.INFO, format=f"{args['model_name']}: %(message)s")
     parameters = json.loads(args["model_config"]).get("parameters", {})
     return read_settings({name: value["string_value"] for name, value in parameters.items()})

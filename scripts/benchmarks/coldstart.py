@@ -20,6 +20,7 @@ from benchmarks.measurement import Row, print_table, with_times
 from benchmarks.setting import Setting, add_common_arguments, read_setting
 from serving.local_server import local_server
 
+GIVEN_UP: Final = "going on without"  # what the stages log where the compiler fails
 COMPILER_CACHES: Final = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # kernels lie in the second, where it is set
 
 
@@ -70,6 +71,9 @@ def _start(setting: Setting, length_s: float, compiles: bool, cache: str) -> tup
             with AudioLDM2Client(server.grpc_url) as client:
                 client.generate("rain", audio_length_in_s=length_s, num_inference_steps=2, seed=0)
             first = time.perf_counter()
+        if GIVEN_UP in (log := (Path(directory) / "log").read_text()):
+            failed = next(line for line in log.splitlines() if GIVEN_UP in line)
+            raise RuntimeError(f"the server could not compile: {failed[:300]}")
     return ready - start, first - ready
 
 
