@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -41,7 +42,9 @@ def compile_with_cache(decoder: WaveformDecoder, settings: Settings, geometry: A
     rows = ROWS_ON_CPU if decoder.device.type == "cpu" else ROWS_ON_GPU
     latents = Buckets(rows, frames, MAX_LATENT_FRAMES_PER_CALL)
     windows = Buckets(rows, (CHUNK_FRAMES + 2 * decoder.reach.overlap_frames,), MAX_MEL_FRAMES_PER_CALL)
-    shapes = [asdict(latents), asdict(windows), decoder.vae.config, decoder.vocoder.config.to_json_string()]
+    # The files themselves: a loaded VAE's config lists its defaults in an order that changes from start to start.
+    configs = [(Path(settings.checkpoint) / part / "config.json").read_text() for part in ("vae", "vocoder")]
+    shapes = [asdict(latents), asdict(windows), *configs]
     cache = compile_cache(settings, "decoder", decoder.device, decoder.dtype, shapes)
     cache.restore()
     compiled = compile_decoder(decoder, geometry, latents, windows)
