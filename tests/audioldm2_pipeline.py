@@ -10,6 +10,7 @@ import librosa
 import numpy as np
 import torch
 
+from audioldm2_triton import AudioLDM2Client, GenerationResult
 from audioldm2_triton.contract import DEFAULT_SCHEDULER
 
 
@@ -74,10 +75,23 @@ class Reference:
         return scores
 
 
+def generate(client: AudioLDM2Client, call: Call, ensemble: bool = True) -> GenerationResult:
+    """One call through the ensemble; or, as the client does with a single prompt over gRPC, through the stream."""
+    arguments = {name: value for name, value in vars(call).items() if name != "prompt"}
+    if ensemble:
+        return client.generate([call.prompt], **arguments)[0]
+    return client.generate(call.prompt, **arguments)
+
+
 def difference(audio: np.ndarray, expected: np.ndarray) -> float:
     """The largest difference as a share of the peak."""
     assert audio.shape == expected.shape, f"got {audio.shape} but expected {expected.shape}"
     return float(np.abs(audio - expected).max() / np.abs(expected).max())
+
+
+def in_any_order(audio: np.ndarray, expected: np.ndarray) -> float:
+    """The difference of two sets of candidates: where scores are equal but for rounding, their order may differ."""
+    return max(min(difference(a, b) for a in audio) for b in expected)
 
 
 def random_call(generator: random.Random, **fixed: Any) -> Call:

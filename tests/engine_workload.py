@@ -15,9 +15,9 @@ from denoising_request import DenoisingRequest, DenoisingRow, TextStates
 from engine import Engine
 from engine_load import EngineLimits
 from forward_plan import ALWAYS_MIX, Bucket, ForwardCosts
-from lean_unet import TextKeys
 from schedule_table import ScheduleTable, ScheduleTables
 from step_batch import StepInputs, denoise
+from unet_layers import TextKeys
 
 CPU = torch.device("cpu")
 CHANNELS, WIDTH = 2, 4

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from audioldm2_pipeline import Call, Reference, difference
+from audioldm2_pipeline import Call, Reference, difference, generate
 from audioldm2_triton import AudioLDM2Client
 from conftest import ROOT
 from serving.local_server import LocalServer, local_server
@@ -38,11 +38,5 @@ def test_audio_equals_the_reference(base_server: LocalServer, base_checkpoint: P
         seed=5,
     )
     with AudioLDM2Client(base_server.grpc_url) as client:
-        audio = client.generate(
-            call.prompt,
-            negative_prompt=call.negative_prompt,
-            audio_length_in_s=call.audio_length_in_s,
-            num_inference_steps=call.num_inference_steps,
-            seed=call.seed,
-        ).audio
+        audio = generate(client, call, ensemble=False).audio
     assert difference(audio, Reference(base_checkpoint).generate(call)) < 1e-4

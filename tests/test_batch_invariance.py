@@ -3,26 +3,11 @@
 import random
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
-from audioldm2_pipeline import Call, difference, random_call
+from audioldm2_pipeline import Call, difference, generate, in_any_order, random_call
 from audioldm2_triton import AudioLDM2Client, GenerationResult, InvalidArgumentError
 from serving.local_server import LocalServer
 
 TOLERANCE = 1e-4  # of the peak
-
-
-def generate(client: AudioLDM2Client, call: Call, ensemble: bool = True) -> GenerationResult:
-    """One call through the ensemble; or, as the client does with a single prompt over gRPC, through the stream."""
-    arguments = {name: value for name, value in vars(call).items() if name != "prompt"}
-    if ensemble:
-        return client.generate([call.prompt], **arguments)[0]
-    return client.generate(call.prompt, **arguments)
-
-
-def in_any_order(audio: np.ndarray, expected: np.ndarray) -> float:
-    """The difference of two sets of candidates: where scores are equal but for rounding, their order may differ."""
-    return max(min(difference(a, b) for a in audio) for b in expected)
 
 
 def test_alone_in_a_request_with_others_and_among_concurrent_others(server: LocalServer) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from audioldm2_pipeline import Call, Reference, difference
+from audioldm2_pipeline import Call, Reference, difference, generate
 from audioldm2_triton import AudioLDM2Client
 from serving.local_server import local_server
 
@@ -21,15 +21,8 @@ def test_compiled_stages_give_the_references_audio(tiny_checkpoint: Path, tmp_pa
         log = tmp_path / start
         with local_server(tiny_checkpoint, log, *arguments) as server, AudioLDM2Client(server.grpc_url) as client:
             for call in (CALL, SHORTER):
-                result = client.generate(
-                    call.prompt,
-                    negative_prompt=call.negative_prompt,
-                    audio_length_in_s=call.audio_length_in_s,
-                    num_inference_steps=call.num_inference_steps,
-                    guidance_scale=call.guidance_scale,
-                    seed=call.seed,
-                )
-                assert difference(result.audio, reference.generate(call)) < 1e-4
+                audio = generate(client, call, ensemble=False).audio
+                assert difference(audio, reference.generate(call)) < 1e-4
         logs.append(log.read_text())
     for log_text in logs:
         assert "going on without" not in log_text, log_text

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from audioldm2_pipeline import Call, Reference, difference, random_call
+from audioldm2_pipeline import Call, Reference, difference, generate, in_any_order, random_call
 from audioldm2_triton import (
     AudioLDM2Client,
     DeadlineExceededError,
@@ -19,7 +19,6 @@ from audioldm2_triton import (
 from audioldm2_triton.contract import SCHEDULERS
 from metrics_page import is_idle, read_metrics, wait_for_metrics
 from serving.local_server import LocalServer, local_server
-from test_batch_invariance import generate, in_any_order
 
 TOLERANCE = 1e-4  # of the peak
 

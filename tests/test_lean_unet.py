@@ -18,8 +18,8 @@ DENOISER = str(Path(__file__).parents[1] / "model_repository" / "denoiser" / "1"
 if DENOISER not in sys.path:
     sys.path.append(DENOISER)
 
-import lean_unet  # noqa: E402
 import length_masks  # noqa: E402
+import unet_layers  # noqa: E402
 from lean_unet import LeanUNet  # noqa: E402
 from length_masks import LengthMasks, level_sizes, masked_group_norm  # noqa: E402
 
@@ -185,7 +185,7 @@ def test_each_measure_is_needed(topology: str, measure: str, monkeypatch: pytest
             )
         )
     else:
-        monkeypatch.setattr(lean_unet._Conv, "forward", lambda self, hidden, _masks: self.conv(hidden))
+        monkeypatch.setattr(unet_layers.Conv, "forward", lambda self, hidden, _masks: self.conv(hidden))
     assert difference(run_masked(unet, rows, masks), run_alone(UNETS[topology], rows)) > 1e-3
 
 

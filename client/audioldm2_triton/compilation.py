@@ -76,9 +76,13 @@ class CompileCache:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Renamed into place: another server never reads half a file.
             handle, name = tempfile.mkstemp(dir=self.path.parent)
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(artifacts).digest() + artifacts)
-            os.replace(name, self.path)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(hashlib.sha256(artifacts).digest() + artifacts)
+                os.replace(name, self.path)
+            except OSError:
+                os.unlink(name)  # a full disk should not stay full of halves
+                raise
         except OSError as error:
             logger.warning("compile cache: %s could not be written: %s", self.path, error)
 

@@ -18,7 +18,6 @@ COMMANDS: Final = {
     "plot": "the rows of load and gpu as pictures",
     "stages": "time and arithmetic of each stage, beside the pipeline's, and what Triton adds",
 }
-FUNCTIONS: Final = {"masks": "measure_masks"}
 
 
 def main() -> int:
@@ -30,7 +29,7 @@ def main() -> int:
         if name == chosen:
             module = import_module(f"benchmarks.{name}")
             module.add_arguments(command)
-            command.set_defaults(measure=getattr(module, FUNCTIONS.get(name, "measure")))
+            command.set_defaults(measure=module.measure)
     arguments = parser.parse_args()
     arguments.measure(arguments)
     return 0

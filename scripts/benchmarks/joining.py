@@ -69,6 +69,7 @@ def measure_joining(client: AudioLDM2Client, setting: Setting, options: Options)
         joined.append(short())
         first += long.is_running
         long_latencies.append(long.end(cancel=repeat < options.repeats - 1))
+    ratio = statistics.median(joined) / statistics.median(alone)
     base = replace(setting.row, length_s=options.length_s, guidance=3.5)
     rows = [
         with_latencies(replace(base, path="alone", steps=options.short_steps, concurrency=1), alone),
@@ -78,8 +79,7 @@ def measure_joining(client: AudioLDM2Client, setting: Setting, options: Options)
                 path=f"joining {options.long_steps} steps of {LONG_SCHEDULER}",
                 steps=options.short_steps,
                 concurrency=2,
-                note=f"answered before the long one: {first} of {options.repeats}; "
-                f"{statistics.median(joined) / statistics.median(alone):.2f} times the latency alone",
+                note=f"answered before the long one: {first} of {options.repeats}; {ratio:.2f} times the latency alone",
             ),
             joined,
         ),
@@ -95,7 +95,6 @@ def measure_joining(client: AudioLDM2Client, setting: Setting, options: Options)
         ),
     ]
     print_table([setting.keep(row) for row in rows], sys.stdout)
-    ratio = statistics.median(joined) / statistics.median(alone)
     print(
         f"\n{options.short_steps} steps alone {1000 * statistics.median(alone):.0f} ms, joining "
         f"{1000 * statistics.median(joined):.0f} ms, ratio {ratio:.2f}; answered first {first} of {options.repeats}"

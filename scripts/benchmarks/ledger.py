@@ -25,7 +25,7 @@ from benchmarks.timing import time_once
 ROOT: Final = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "model_repository" / "denoiser" / "1"))
 
-import lean_unet  # noqa: E402
+import unet_layers  # noqa: E402
 from lean_unet import LeanUNet  # noqa: E402
 
 T5_TOKENS: Final = 20
@@ -89,9 +89,8 @@ def make_ways(setting: Setting, rows: int, frames: int, compiled: bool) -> dict[
         )[0]
         return output
 
-    def with_layout(layout: torch.memory_format) -> Forward:
-        other = copy.deepcopy(lean).to(memory_format=layout)
-        return lambda: _in_layout(other, layout, lambda: other(sample, biases, text, None))
+    contiguous = copy.deepcopy(lean).to(memory_format=torch.contiguous_format)
+    contiguous.layout = torch.contiguous_format
 
     ways: dict[str, Forward] = {
         "diffusers": diffusers,
@@ -101,12 +100,12 @@ def make_ways(setting: Setting, rows: int, frames: int, compiled: bool) -> dict[
         ),
         "time projections at every step": lambda: lean(sample, lean.time_biases(timesteps), text, None),
         "queries, keys and values apart": lambda: _patched(
-            lean_unet._SelfAttention, _apart, lambda: lean(sample, biases, text, None)
+            unet_layers.SelfAttention, _apart, lambda: lean(sample, biases, text, None)
         ),
         "1x1 convolutions of the shortcuts as convolutions": lambda: _patched(
-            lean_unet._Pointwise, _as_convolution, lambda: lean(sample, biases, text, None)
+            unet_layers.Pointwise, _as_convolution, lambda: lean(sample, biases, text, None)
         ),
-        "contiguous instead of channels-last": with_layout(torch.contiguous_format),
+        "contiguous instead of channels-last": lambda: contiguous(sample, biases, text, None),
     }
     if setting.dtype == torch.float32 and setting.device.type == "cpu":
         half = copy.deepcopy(lean).to(torch.bfloat16)
@@ -136,7 +135,7 @@ def _patched(kind: Any, forward: Any, run: Forward) -> Tensor:
 def _apart(self: Any, hidden: Tensor, step: Any, level: int) -> Tensor:
     masks = step.level(level)
     query, key, value = (functional.linear(hidden, weight) for weight in self.to_qkv.chunk(3))
-    return lean_unet._attend(self, query, key, value, None if masks is None else masks.keys)
+    return unet_layers.attend(self, query, key, value, None if masks is None else masks.keys)
 
 
 def _as_convolution(self: Any, hidden: Tensor) -> Tensor:
@@ -144,15 +143,6 @@ def _as_convolution(self: Any, hidden: Tensor) -> Tensor:
         return functional.linear(hidden, self.weight, self.bias)
     weight = self.weight[:, :, None, None].contiguous(memory_format=torch.channels_last)
     return functional.conv2d(hidden.permute(0, 3, 1, 2), weight, self.bias).permute(0, 2, 3, 1)
-
-
-def _in_layout(unet: LeanUNet, layout: torch.memory_format, run: Forward) -> Tensor:
-    before = unet.layout
-    unet.layout = layout
-    try:
-        return run()
-    finally:
-        unet.layout = before
 
 
 def _row(

@@ -26,7 +26,8 @@ from checkpoints.shapes import component_config
 ROOT: Final = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "model_repository" / "denoiser" / "1"))
 
-from lean_unet import LeanUNet, TextKeys  # noqa: E402
+from lean_unet import LeanUNet  # noqa: E402
+from unet_layers import TextKeys  # noqa: E402
 
 # Latent frames of each row, 25 a second. Rows of one clip with guidance come in pairs.
 MIXTURES: Final[dict[str, tuple[tuple[int, ...], ...]]] = {
@@ -103,7 +104,7 @@ def medians(ways: list[Callable[[], None]], repeats: int, device: str) -> list[f
     return [statistics.median(measured) for measured in times]
 
 
-def measure(
+def measure_mixture(
     name: str,
     unet: LeanUNet,
     mixture: tuple[int, ...],
@@ -149,7 +150,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=3)
 
 
-def measure_masks(arguments: argparse.Namespace) -> None:
+def measure(arguments: argparse.Namespace) -> None:
     """Writes the table to the standard output, a line at a time."""
     torch.set_num_threads(arguments.threads)
     table = csv.writer(sys.stdout)
@@ -158,5 +159,5 @@ def measure_masks(arguments: argparse.Namespace) -> None:
         for name in arguments.unet:
             unet = build_unet(name, arguments.device, getattr(torch, arguments.dtype))
             for mixture in MIXTURES[name]:
-                table.writerow(astuple(measure(name, unet, mixture, arguments.repeats, arguments.device)))
+                table.writerow(astuple(measure_mixture(name, unet, mixture, arguments.repeats, arguments.device)))
                 sys.stdout.flush()

@@ -123,6 +123,7 @@ def _watch(
             else:
                 over.wait(UNKNOWN_JOB_RETRY_IN_S)  # not known yet, or not any more
     except Exception:
+        # Progress is a courtesy: the request goes on without it, and its own call tells what is wrong.
         logger.exception("the progress of a request cannot be told")
 
 

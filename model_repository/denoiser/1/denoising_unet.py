@@ -14,10 +14,11 @@ from torch import Tensor
 
 from audioldm2_triton.threads import set_measured_threads
 from forward_plan import Bucket, ForwardCosts, fit_cost
-from lean_unet import LeanUNet, TextKeys
+from lean_unet import LeanUNet
 from length_masks import LengthMasks
 from schedule_table import WINDOW, ScheduleTable
 from step_batch import COMPILED_T5_LENGTH, T5_BUCKET, StepInputs, denoise
+from unet_layers import TextKeys
 
 logger = logging.getLogger(__name__)
 

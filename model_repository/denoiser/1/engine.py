@@ -347,7 +347,7 @@ class Engine:
         try:
             return float(torch.ones(1, device=self._device).sum()) == 1.0
         except Exception:
-            return False
+            return False  # whatever the device says instead of an answer; why the step failed is logged by the caller
 
     def _owners_of(self, waveforms: Sequence[WaveformState]) -> list[Job]:
         jobs = {id(job): job for job in (self._owners.get(id(waveform)) for waveform in waveforms) if job is not None}
@@ -397,4 +397,5 @@ def _call_all(calls: Sequence[Callable[[], None]]) -> None:
         try:
             call()
         except Exception:
+            # One client that cannot be answered must not end the thread that all others depend on.
             logger.exception("denoiser: an answer could not be sent")

@@ -10,9 +10,9 @@ from torch.nn import functional
 
 from denoising_request import TextStates
 from forward_plan import Bucket
-from lean_unet import TextKeys
 from length_masks import LengthMasks
 from schedule_table import WINDOW, ScheduleTable
+from unet_layers import TextKeys
 
 T = TypeVar("T")
 
