@@ -48,7 +48,7 @@ _WORDS: Final[Mapping[str, Words]] = MappingProxyType(
             ("hiss", "hiss of steam", "hissing noise", "hiss of air"),
             (),
             ("hissing", "static", "white noise", "hissing steam"),
-            (("goes on", "go on", "going on"), ("continues", "continue", "continuing"), ("hisses", "hiss", "hissing")),
+            (("goes on", "go on", "going on"), ("sounds", "sound", "sounding"), ("hisses", "hiss", "hissing")),
         ),
         "rain": Words(
             ("rain shower", "shower of rain"),
@@ -67,9 +67,9 @@ _WORDS: Final[Mapping[str, Words]] = MappingProxyType(
             (("blows", "blow", "blowing"), ("howls", "howl", "howling"), ("moans", "moan", "moaning")),
         ),
         "waves": Words(
-            ("ocean surf", "sea surf"),
+            (),
             ("ocean waves", "waves", "sea waves", "waves on a beach", "waves on the shore"),
-            ("surf",),
+            ("surf", "ocean surf", "sea surf"),
             (
                 ("rolls in", "roll in", "rolling in"),
                 ("crashes", "crash", "crashing"),
@@ -86,7 +86,11 @@ _WORDS: Final[Mapping[str, Words]] = MappingProxyType(
             ("clock", "ticking clock", "wall clock", "clock tick"),
             ("clock ticks", "ticks of a clock"),
             ("ticking", "clock ticking"),
-            (("ticks", "tick", "ticking"), ("goes tick tock", "go tick tock", "going tick tock")),
+            (
+                ("ticks", "tick", "ticking"),
+                ("goes tick tock", "go tick tock", "going tick tock"),
+                ("runs", "run", "running"),
+            ),
         ),
         "heartbeat": Words(
             ("heartbeat", "beating heart", "human heart", "heart", "thumping heart"),
@@ -205,6 +209,7 @@ _MIXTURE_TRAINING: Final = (
     "{first} in front of {second}",
     "the sound of {first} with {second} behind",
     "{first}, and {second} in the distance",
+    "in the distance {second}, in front {first}",
     "{second} in the background and {first} in front",
     "a recording of {first} while {second_clause}",
     "{first_clause} with {second} far away",
@@ -226,7 +231,6 @@ _FULL_STOP_SHARE: Final = 0.2
 class Phrase:
     """The parts of a caption about one sound."""
 
-    bare: str  # "high-pitched beep": without the article
     thing: str  # "a high-pitched beep"
     does: str  # "repeats"
     doing: str  # "repeating"
@@ -256,9 +260,11 @@ def _phrase(kind: str, attributes: Sequence[str], generator: np.random.Generator
         chosen.reverse()
     bare = " ".join([*(word for word in chosen if word[0] != " "), names[number]])
     tail = " and".join(word for word in chosen if word[0] == " ")
-    singular, plural, doing = words.verbs[int(generator.integers(len(words.verbs)))]
+    # Not "a beating heart beats": a verb that shares its stem with the name is passed over.
+    verbs = [verb for verb in words.verbs if not any(part[:4] == verb[2][:4] for part in names[number].split())]
+    singular, plural, doing = verbs[int(generator.integers(len(verbs)))]
     is_one, is_many = number < len(words.one), len(words.one) <= number < len(words.one) + len(words.many)
-    return Phrase(bare, _with_article(bare) if is_one else bare, plural if is_many else singular, doing, tail)
+    return Phrase(_with_article(bare) if is_one else bare, plural if is_many else singular, doing, tail)
 
 
 def _finish(text: str, generator: np.random.Generator) -> str:
@@ -289,7 +295,6 @@ def mixture_caption(
         first=front.thing + front.tail,
         first_clause=f"{front.thing} {front.does}{front.tail}",
         second=behind.thing + behind.tail,
-        second_bare=behind.bare + behind.tail,
         second_clause=f"{behind.thing} {behind.does}{behind.tail}",
     )
     return _finish(text, generator)

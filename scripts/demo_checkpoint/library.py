@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .captions import caption, mixture_caption
-from .sounds import ATTRIBUTES, KINDS, synthesise
+from .sounds import ATTRIBUTES, KINDS, check_names, synthesise
 
 TEXTURES: Final = ("hiss", "rain", "wind", "waves", "engine")
 MIXTURE_SHARE: Final = 0.2
@@ -25,6 +25,23 @@ class Sound:
     caption: str
     kinds: tuple[str, ...]  # one or two, the foreground first
     attributes: tuple[str, ...]  # those of the foreground that the caption names
+
+
+@dataclass(frozen=True)
+class Label:
+    """A sound without its waveform."""
+
+    caption: str
+    kinds: tuple[str, ...]
+    attributes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One or two kinds, the foreground first, each with the attributes that the caption names."""
+
+    kinds: tuple[str, ...]
+    attributes: tuple[tuple[str, ...], ...]
 
 
 def draw_attributes(kind: str, generator: np.random.Generator) -> tuple[str, ...]:
@@ -49,6 +66,26 @@ def mix(
     return (mixed * min(1.0, PEAK / float(np.abs(mixed).max()))).astype(np.float32)
 
 
+def draw_scene(generator: np.random.Generator, kind: str | None, mixture: bool | None) -> Scene:
+    """What is to be heard: any kind unless it is given, and for one in five a texture of another kind behind it."""
+    first = KINDS[int(generator.integers(len(KINDS)))] if kind is None else kind
+    check_names(first, ())
+    attributes = draw_attributes(first, generator)
+    if not (generator.uniform() < MIXTURE_SHARE if mixture is None else mixture):
+        return Scene((first,), (attributes,))
+    others = [texture for texture in TEXTURES if texture != first]
+    second = others[int(generator.integers(len(others)))]
+    return Scene((first, second), (attributes, draw_attributes(second, generator)))
+
+
+def describe(scene: Scene, generator: np.random.Generator, held_out: bool) -> str:
+    """A caption of the scene."""
+    parts = tuple(zip(scene.kinds, scene.attributes, strict=True))
+    if len(parts) == 1:
+        return caption(*parts[0], generator, held_out)
+    return mixture_caption(parts[0], parts[1], generator, held_out)
+
+
 def draw(
     generator: np.random.Generator,
     length_in_s: float = 2.56,
@@ -61,20 +98,21 @@ def draw(
     Without `kind`, each is as likely; without `mixture`, one in five has a texture of another kind in the background.
     The caption is drawn last, so that the same generator gives the same sound with and without `held_out`.
     """
-    first = KINDS[int(generator.integers(len(KINDS)))] if kind is None else kind
-    if first not in ATTRIBUTES:
-        raise ValueError(f"kind: got {first!r} but expected one of {', '.join(KINDS)}")
-    mixed = generator.uniform() < MIXTURE_SHARE if mixture is None else mixture
-    attributes = draw_attributes(first, generator)
-    waveform = synthesise(first, attributes, length_in_s, generator)
-    if not mixed:
-        return Sound(waveform, caption(first, attributes, generator, held_out), (first,), attributes)
-    others = [texture for texture in TEXTURES if texture != first]
-    second = others[int(generator.integers(len(others)))]
-    behind = draw_attributes(second, generator)
-    waveform = mix(waveform, synthesise(second, behind, length_in_s, generator), generator)
-    text = mixture_caption((first, attributes), (second, behind), generator, held_out)
-    return Sound(waveform, text, (first, second), attributes)
+    scene = draw_scene(generator, kind, mixture)
+    waveforms = [
+        synthesise(kind, attributes, length_in_s, generator)
+        for kind, attributes in zip(scene.kinds, scene.attributes, strict=True)
+    ]
+    waveform = waveforms[0] if len(waveforms) == 1 else mix(waveforms[0], waveforms[1], generator)
+    return Sound(waveform, describe(scene, generator, held_out), scene.kinds, scene.attributes[0])
+
+
+def draw_caption(
+    generator: np.random.Generator, kind: str | None = None, mixture: bool | None = None, held_out: bool = False
+) -> Label:
+    """What `draw` says of a sound, without the sound: for what reads text only."""
+    scene = draw_scene(generator, kind, mixture)
+    return Label(describe(scene, generator, held_out), scene.kinds, scene.attributes[0])
 
 
 def stream(seed: int, count: int, **kw: Any) -> Iterator[Sound]:
