@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from math import log
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,25 +26,28 @@ SENTENCES: Final = (
 _PRINTABLE_ASCII: Final = tuple(map(chr, range(33, 127)))
 
 
-def roberta_tokenizer() -> "RobertaTokenizer":
-    """Byte-level BPE with RoBERTa's special ids (<s> 0, <pad> 1, </s> 2, <unk> 3) and a `model_max_length` of 512."""
+def roberta_tokenizer(sentences: Sequence[str] = SENTENCES, vocabulary: int = 600) -> "RobertaTokenizer":
+    """Byte-level BPE of `sentences` with RoBERTa's special ids (<s> 0, <pad> 1, </s> 2, <unk> 3).
+
+    The `model_max_length` is 512.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import RobertaTokenizer
 
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=600,
+        vocab_size=vocabulary,
         special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    trained.train_from_iterator(SENTENCES, trainer)
+    trained.train_from_iterator(sentences, trainer)
     merges: list[Any] = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     return RobertaTokenizer(vocab=trained.get_vocab(), merges=merges, model_max_length=512)
 
 
-def t5_tokenizer() -> "T5Tokenizer":
+def t5_tokenizer(sentences: Sequence[str] = SENTENCES) -> "T5Tokenizer":
     """Unigram pieces with T5's special ids (<pad> 0, </s> 1, <unk> 2) and a `model_max_length` of 128.
 
     The pieces are the words of the sentences and all printable ASCII characters, by their frequency: the library's
@@ -51,7 +55,7 @@ def t5_tokenizer() -> "T5Tokenizer":
     """
     from transformers import T5Tokenizer
 
-    words = Counter("▁" + word for sentence in SENTENCES for word in sentence.split())
+    words = Counter("▁" + word for sentence in sentences for word in sentence.split())
     characters = Counter(character for word in words.elements() for character in word)
     pieces = words + characters + Counter(("▁", *_PRINTABLE_ASCII))
     total = pieces.total()

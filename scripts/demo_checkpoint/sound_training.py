@@ -1,0 +1,96 @@
+"""Training of what makes waveforms: the VAE on mels, the vocoder on mels and waveforms."""
+
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import parts
+from .corpus import Corpus, tensor
+from .mels import BINS, HOP, log_mel
+from .training import Draw, Plan, train
+
+VAE_PLAN: Final = Plan(steps=6_000, learning_rate=1.5e-3, warmup=100)
+VOCODER_PLAN: Final = Plan(steps=5_000, learning_rate=2e-3, warmup=100)
+_VAE_BATCH: Final = 4
+_VAE_CROP: Final = 128  # frames
+_KL: Final = 0.004  # nats per latent, against the mean absolute error per bin
+_VOCODER_BATCH: Final = 6
+_VOCODER_CROP: Final = 48  # frames
+# FFT sizes of the spectral loss; the hop is a quarter.
+_RESOLUTIONS: Final = (2048, 1024, 512, 256, 128)
+_MEL_NOISE: Final = 0.1  # what the VAE leaves wrong
+_HELD_OUT: Final = 16
+
+
+def train_vae(corpus: Corpus, folder: Path, plan: Plan = VAE_PLAN) -> Any:
+    """The KL autoencoder: mean absolute error of the mels plus a little divergence from the unit Gaussian."""
+
+    def loss(model: Any, draw: Draw) -> Tensor:
+        mels = _crops(corpus.mels, corpus.trained, _VAE_BATCH, _VAE_CROP, draw)
+        posterior = model.encode(mels).latent_dist
+        decoded = model.decode(posterior.sample(draw.torch)).sample
+        divergence = posterior.kl().sum() / posterior.mean.numel()
+        return (decoded - mels).abs().mean() + _KL * divergence
+
+    whole = tensor(corpus.mels, range(corpus.trained, corpus.trained + _HELD_OUT)).unsqueeze(1)
+
+    def held_out(model: Any) -> float:
+        return float((model.decode(model.encode(whole).latent_dist.mode()).sample - whole).abs().mean())
+
+    torch.manual_seed(0)
+    return train("vae", parts.vae(), loss, held_out, plan, folder)
+
+
+def train_vocoder(corpus: Corpus, folder: Path, plan: Plan = VOCODER_PLAN) -> Any:
+    """The vocoder, on distances of magnitude spectra in several resolutions (Yamamoto et al., 2020) and of mels."""
+
+    def loss(model: Any, draw: Draw) -> Tensor:
+        mels, target = _pairs(corpus, _VOCODER_BATCH, draw)
+        mels = mels + _MEL_NOISE * torch.rand((), generator=draw.torch) * torch.randn(mels.shape, generator=draw.torch)
+        return _spectral_distance(model(mels), target)
+
+    whole = tensor(corpus.mels, range(corpus.trained, corpus.trained + _HELD_OUT))
+    waveforms = tensor(corpus.waveforms, range(corpus.trained, corpus.trained + _HELD_OUT))
+
+    def held_out(model: Any) -> float:
+        return float(_spectral_distance(model(whole), waveforms))
+
+    return train("vocoder", parts.vocoder(), loss, held_out, plan, folder)
+
+
+def _crops(mels: np.ndarray, count: int, batch: int, frames: int, draw: Draw) -> Tensor:
+    """Mels [batch, 1, frames, bins] from random sounds and places, starts on whole latent frames."""
+    rows = []
+    for index in draw.numpy.integers(count, size=batch):
+        start = 4 * int(draw.numpy.integers((mels.shape[1] - frames) // 4 + 1))
+        rows.append(mels[index, start : start + frames].astype(np.float32))
+    return torch.from_numpy(np.stack(rows)).unsqueeze(1)
+
+
+def _pairs(corpus: Corpus, batch: int, draw: Draw) -> tuple[Tensor, Tensor]:
+    """Mels [batch, frames, bins] and the waveforms [batch, samples] that they belong to."""
+    mels = np.empty((batch, _VOCODER_CROP, BINS), np.float32)
+    waveforms = np.empty((batch, _VOCODER_CROP * HOP), np.float32)
+    for row, index in enumerate(draw.numpy.integers(corpus.trained, size=batch)):
+        start = int(draw.numpy.integers(corpus.mels.shape[1] - _VOCODER_CROP + 1))
+        mels[row] = corpus.mels[index, start : start + _VOCODER_CROP]
+        waveforms[row] = corpus.waveforms[index, start * HOP : (start + _VOCODER_CROP) * HOP]
+    return torch.from_numpy(mels), torch.from_numpy(waveforms)
+
+
+def _spectral_distance(waveforms: Tensor, targets: Tensor) -> Tensor:
+    total = (log_mel(waveforms) - log_mel(targets)).abs().mean()
+    for size in _RESOLUTIONS:
+        ours, theirs = _magnitudes(waveforms, size), _magnitudes(targets, size)
+        convergence = (ours - theirs).square().sum().sqrt() / theirs.square().sum().sqrt()
+        total = total + (convergence + 0.5 * nn.functional.l1_loss(ours.log(), theirs.log())) / len(_RESOLUTIONS)
+    return total
+
+
+def _magnitudes(waveforms: Tensor, size: int) -> Tensor:
+    spectrum = torch.stft(waveforms, size, size // 4, window=torch.hann_window(size), return_complex=True)
+    # Below the noise floor of the library there is nothing to learn.
+    return (spectrum.real.square() + spectrum.imag.square() + 1e-4).sqrt()
