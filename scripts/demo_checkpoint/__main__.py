@@ -1,4 +1,4 @@
-"""`scripts/demo-checkpoint`: trains the demo checkpoint, part by part or all at once."""
+"""`scripts/demo-checkpoint`: trains the demo checkpoint, part by part or all at once, and judges it."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-from . import assembly, corpus, diffusion_training, sound_training, text_training
+from . import assembly, contact_sheet, corpus, diffusion_training, judgement, sound_training, text_training
 from .training import Plan
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
@@ -28,8 +28,16 @@ def main() -> int:
     train.add_argument("--folder", type=Path, default=FOLDER, help="states and caches (several GB)")
     train.add_argument("--out", type=Path, default=OUT)
     train.add_argument("--steps", type=int, help="of the part, instead of its plan's")
+    judge = commands.add_parser("judge", help="what it makes, through a real server, by a judge that knows only sounds")
+    judgement.add_arguments(judge, OUT, FOLDER / "judgement.json")
+    sheet = commands.add_parser("sheet", help="spectrograms of generated sounds beside the library's, as a PNG")
+    contact_sheet.add_arguments(sheet, OUT, OUT / "contact_sheet.png")
     options = parser.parse_args()
-    if options.part:
+    if options.command == "judge":
+        judgement.judge_checkpoint(options)
+    elif options.command == "sheet":
+        contact_sheet.draw_sheet(options)
+    elif options.part:
         _Training(options.folder, options.out, options.steps).run(options.part)
     else:
         _train_all(options.folder, options.out)

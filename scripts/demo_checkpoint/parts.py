@@ -53,6 +53,10 @@ _CHANGES: Final[dict[str, Config]] = {
             "hidden_size": 192,
             "num_attention_heads": [1, 2, 4, 8],
             "patch_embeds_hidden_size": 24,
+            # Patches of 8 by 8 instead of 4 by 4: a quarter of the arithmetic, which is most of the training of CLAP.
+            "patch_size": 8,
+            "patch_stride": [8, 8],
+            "window_size": 4,
         },
         "text_config": {
             "hidden_size": 64,

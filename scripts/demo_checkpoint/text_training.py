@@ -20,8 +20,8 @@ from .sounds import KINDS, SAMPLING_RATE
 from .training import Draw, Plan, train
 
 T5_PLAN: Final = Plan(steps=2_500, learning_rate=2e-3)
-CLAP_PLAN: Final = Plan(steps=1_500, learning_rate=2e-3, warmup=100)
-LANGUAGE_PLAN: Final = Plan(steps=3_000, learning_rate=2e-3)
+CLAP_PLAN: Final = Plan(steps=900, learning_rate=2e-3, warmup=100)
+LANGUAGE_PLAN: Final = Plan(steps=1_500, learning_rate=2e-3)
 NEW_TOKENS: Final = 8  # that GPT-2 generates
 _ATTRIBUTES: Final = ("high", "low", "fast", "slow", "rising", "falling", "steady", "pulsing")
 _CAPTION_SENTENCES: Final = 20_000

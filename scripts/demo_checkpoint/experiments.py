@@ -1,0 +1,165 @@
+"""What the judge says of clips from a running server: kinds, attributes, and the effect of what a request can ask for.
+
+Prompts are phrased as no training caption is, and prompts and seeds are the same in both arms of a comparison.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from audioldm2_triton import AudioLDM2Client
+
+from .captions import caption, mixture_caption
+from .features import features
+from .judge import CLIP_LENGTH_IN_S, Judge, axes_of
+from .library import TEXTURES, draw_attributes
+from .sounds import KINDS
+
+_PROMPT_SEED: Final = 103
+_RESAMPLES: Final = 10_000
+_IN_FLIGHT: Final = 8  # requests
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, what it asks for, and the arguments of the client that go with it."""
+
+    prompt: str
+    kind: str
+    attributes: tuple[str, ...]
+    seed: int
+    background: str = ""
+    negative_prompt: str = ""
+    num_inference_steps: int = 20
+    scheduler: str = "DPMSolverMultistepScheduler"
+    guidance_scale: float = 3.5
+    num_waveforms_per_prompt: int = 1
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of right answers, or a difference of two of them, with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} % ({100 * self.low:.1f} to {100 * self.high:.1f}; {self.count})"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same requests in two ways."""
+
+    first: Share
+    second: Share
+    difference: Share  # second - first, paired
+
+
+def make_requests(count: int) -> list[Request]:
+    """All kinds in turn; number i is the same whatever the count."""
+    requests = []
+    for number in range(count):
+        generator = np.random.default_rng((_PROMPT_SEED, number))
+        kind = KINDS[number % len(KINDS)]
+        attributes = draw_attributes(kind, generator)
+        requests.append(Request(caption(kind, attributes, generator, held_out=True), kind, attributes, 1000 + number))
+    return requests
+
+
+def make_mixtures(count: int) -> list[Request]:
+    """Sounds in front of a texture, all kinds in turn."""
+    requests = []
+    for number in range(count):
+        generator = np.random.default_rng((_PROMPT_SEED + 1, number))
+        kind = KINDS[number % len(KINDS)]
+        others = [texture for texture in TEXTURES if texture != kind]
+        background = others[int(generator.integers(len(others)))]
+        prompt = mixture_caption((kind, ()), (background, ()), generator, held_out=True)
+        requests.append(Request(prompt, kind, (), 5000 + number, background))
+    return requests
+
+
+def generate(url: str, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
+    """The waveforms [N, S] of each request, the best first."""
+
+    def one(request: Request) -> NDArray[np.float32]:
+        return client.generate(
+            request.prompt,
+            negative_prompt=request.negative_prompt,
+            audio_length_in_s=CLIP_LENGTH_IN_S,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            num_waveforms_per_prompt=request.num_waveforms_per_prompt,
+            seed=request.seed,
+            scheduler=request.scheduler,
+        ).audio
+
+    with AudioLDM2Client(url) as client, ThreadPoolExecutor(_IN_FLIGHT) as pool:
+        client.server_info()
+        return list(pool.map(one, requests))
+
+
+def first_features(clips: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
+    """Features [clips, features] of the first waveform of each."""
+    return np.stack([features(clip[0]) for clip in clips])
+
+
+def share(right: Sequence[Any]) -> Share:
+    """The mean of numbers between -1 and 1, with the percentiles of its bootstrap."""
+    values = np.asarray(right, np.float64)
+    picks = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
+    low, high = np.percentile(values[picks].mean(1), (2.5, 97.5))
+    return Share(float(values.mean()), float(low), float(high), len(values))
+
+
+def compare(first: Sequence[Any], second: Sequence[Any]) -> Comparison:
+    pairs = np.asarray(second, np.float64) - np.asarray(first, np.float64)
+    return Comparison(share(first), share(second), share(pairs))
+
+
+def kinds_right(judge: Judge, requests: Sequence[Request], sounds: NDArray[np.float64]) -> list[bool]:
+    """Whether each sound [features] is of the kind that was asked for."""
+    return [name == request.kind for name, request in zip(judge.name_kinds(sounds), requests, strict=True)]
+
+
+def attributes_right(judge: Judge, requests: Sequence[Request], sounds: NDArray[np.float64]) -> list[bool]:
+    """The same for every attribute that a prompt names, whether or not the kind is right."""
+    return [
+        judge.name_value(sound, request.kind, axis) == value
+        for request, sound in zip(requests, sounds, strict=True)
+        for axis, value in axes_of(request.kind, request.attributes)
+    ]
+
+
+def compare_arms(judge: Judge, url: str, requests: Sequence[Request], **changes: Any) -> Comparison:
+    """The kinds as asked for against those of the same requests with `changes`."""
+    arms = [requests, [replace(request, **changes) for request in requests]]
+    right = [kinds_right(judge, arm, first_features(generate(url, arm))) for arm in arms]
+    return compare(right[0], right[1])
+
+
+def compare_negative(judge: Judge, url: str, count: int) -> Comparison:
+    """How often the background of a mixture is heard, without and with a negative prompt that names it."""
+    plain = make_mixtures(count)
+    heard = []
+    for arm in (plain, [replace(request, negative_prompt=request.background) for request in plain]):
+        sounds = first_features(generate(url, arm))
+        heard.append(judge.texture_probability(sounds, [request.background for request in arm]) > 0.5)
+    return compare(heard[0], heard[1])
+
+
+def compare_candidates(judge: Judge, url: str, requests: Sequence[Request], candidates: int = 4) -> Comparison:
+    """The best of several by CLAP score against any one of them, which is their mean."""
+    arm = [replace(request, num_waveforms_per_prompt=candidates) for request in requests]
+    clips = generate(url, arm)
+    right = np.array(
+        [kinds_right(judge, arm, np.stack([features(clip[place]) for clip in clips])) for place in range(candidates)]
+    )
+    return compare(right.mean(0), right[0])

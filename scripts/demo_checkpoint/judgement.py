@@ -1,0 +1,97 @@
+"""`scripts/demo-checkpoint judge`: a checkpoint behind a real server, judged; a table and a file of figures."""
+
+import argparse
+import json
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.local_server import local_server
+
+from . import experiments
+from .experiments import Comparison, Request
+from .judge import Judge, own_accuracy, train_judge
+
+EXPERIMENTS: Final = ("kinds", "steps", "guidance", "negative", "candidates")
+
+
+def add_arguments(parser: argparse.ArgumentParser, checkpoint: Path, out: Path) -> None:
+    parser.add_argument("--checkpoint", type=Path, default=checkpoint)
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS)
+    parser.add_argument("--clips", type=int, default=360, help="of `kinds`")
+    parser.add_argument("--pairs", type=int, default=108, help="of each comparison")
+    parser.add_argument("--out", type=Path, default=out, help="a JSON file; experiments not run now keep their figures")
+
+
+def judge_checkpoint(arguments: argparse.Namespace) -> None:
+    judge = train_judge()
+    figures: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    figures["judge"] = asdict(own_accuracy(judge))
+    print("the judge on sounds of the library that it does not know:", figures["judge"], flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with local_server(arguments.checkpoint, log) as server:
+            for name in arguments.only:
+                start = time.perf_counter()
+                figures[name] = _run(name, judge, server.grpc_url, arguments)
+                figures[name]["seconds"] = round(time.perf_counter() - start)
+                arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _run(name: str, judge: Judge, url: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    requests = experiments.make_requests(arguments.clips if name == "kinds" else arguments.pairs)
+    if name == "kinds":
+        return _judge_kinds(judge, url, requests)
+    if name == "steps":
+        changes = {"scheduler": "DDIMScheduler", "num_inference_steps": 200}
+        return _report(
+            "20 DPM-Solver++ steps, 200 DDIM steps", experiments.compare_arms(judge, url, requests, **changes)
+        )
+    if name == "guidance":
+        return _report("guidance 3.5, 1.0", experiments.compare_arms(judge, url, requests, guidance_scale=1.0))
+    if name == "negative":
+        comparison = experiments.compare_negative(judge, url, arguments.pairs)
+        return _report("background heard without, with a negative prompt that names it", comparison)
+    return _report("any of 4, the best of 4 by CLAP score", experiments.compare_candidates(judge, url, requests))
+
+
+def _judge_kinds(judge: Judge, url: str, requests: Sequence[Request]) -> dict[str, Any]:
+    sounds = experiments.first_features(experiments.generate(url, requests))
+    right = experiments.kinds_right(judge, requests, sounds)
+    kinds, attributes = (
+        experiments.share(right),
+        experiments.share(experiments.attributes_right(judge, requests, sounds)),
+    )
+    print(f"kinds right: {kinds}\nattributes right: {attributes}", flush=True)
+    by_kind = _by_kind(judge, requests, right, sounds)
+    for kind, row in by_kind.items():
+        print(f"  {kind:12s} {100 * row['right']:5.1f} %  taken for {row['taken_for'] or 'nothing else'}")
+    return {"kinds": asdict(kinds), "attributes": asdict(attributes), "by_kind": by_kind}
+
+
+def _by_kind(
+    judge: Judge, requests: Sequence[Request], right: Sequence[bool], sounds: NDArray[np.float64]
+) -> dict[str, dict[str, Any]]:
+    rows: dict[str, list[tuple[bool, str]]] = defaultdict(list)
+    for request, is_right, name in zip(requests, right, judge.name_kinds(sounds), strict=True):
+        rows[request.kind].append((is_right, name))
+    return {
+        kind: {
+            "right": float(np.mean([is_right for is_right, _ in row])),
+            "taken_for": sorted(name for is_right, name in row if not is_right),
+        }
+        for kind, row in rows.items()
+    }
+
+
+def _report(ways: str, comparison: Comparison) -> dict[str, Any]:
+    print(f"{ways}: {comparison.first}, {comparison.second}; difference {comparison.difference}", flush=True)
+    return {"ways": ways, **asdict(comparison)}
