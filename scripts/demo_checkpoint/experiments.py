@@ -15,7 +15,7 @@ from audioldm2_triton import AudioLDM2Client
 
 from .captions import caption, mixture_caption
 from .features import features
-from .judge import CLIP_LENGTH_IN_S, Judge, axes_of
+from .judge import CLIP_LENGTH_IN_S, Judge
 from .library import TEXTURES, draw_attributes
 from .sounds import KINDS
 
@@ -127,15 +127,6 @@ def compare(first: Sequence[Any], second: Sequence[Any]) -> Comparison:
 def kinds_right(judge: Judge, requests: Sequence[Request], sounds: NDArray[np.float64]) -> list[bool]:
     """Whether each sound [features] is of the kind that was asked for."""
     return [name == request.kind for name, request in zip(judge.name_kinds(sounds), requests, strict=True)]
-
-
-def attributes_right(judge: Judge, requests: Sequence[Request], sounds: NDArray[np.float64]) -> list[bool]:
-    """The same for every attribute that a prompt names, whether or not the kind is right."""
-    return [
-        judge.name_value(sound, request.kind, axis) == value
-        for request, sound in zip(requests, sounds, strict=True)
-        for axis, value in axes_of(request.kind, request.attributes)
-    ]
 
 
 def compare_arms(judge: Judge, url: str, requests: Sequence[Request], **changes: Any) -> Comparison:

@@ -17,7 +17,7 @@ from serving.local_server import local_server
 
 from . import experiments
 from .experiments import Comparison, Request
-from .judge import Judge, own_accuracy, train_judge
+from .judge import Judge, attributes_right, own_accuracy, train_judge
 
 EXPERIMENTS: Final = ("kinds", "steps", "guidance", "negative", "candidates")
 
