@@ -66,10 +66,9 @@ def _run(name: str, judge: Judge, url: str, arguments: argparse.Namespace) -> di
 def _judge_kinds(judge: Judge, url: str, requests: Sequence[Request]) -> dict[str, Any]:
     sounds = experiments.first_features(experiments.generate(url, requests))
     right = experiments.kinds_right(judge, requests, sounds)
-    kinds, attributes = (
-        experiments.share(right),
-        experiments.share(experiments.attributes_right(judge, requests, sounds)),
-    )
+    kinds = experiments.share(right)
+    asked_for = [(request.kind, request.attributes) for request in requests]
+    attributes = experiments.share(attributes_right(judge, asked_for, list(sounds)))
     print(f"kinds right: {kinds}\nattributes right: {attributes}", flush=True)
     by_kind = _by_kind(judge, requests, right, sounds)
     for kind, row in by_kind.items():
