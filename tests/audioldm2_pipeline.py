@@ -26,6 +26,7 @@ class Call:
     num_waveforms_per_prompt: int = 1
     seed: int = 0
     scheduler: str = DEFAULT_SCHEDULER
+    transcription: str | None = None  # of checkpoints that speak
 
 
 class Reference:
@@ -42,6 +43,7 @@ class Reference:
         try:
             audio: np.ndarray = self.pipeline(
                 call.prompt,
+                transcription=call.transcription,
                 negative_prompt=call.negative_prompt,
                 audio_length_in_s=call.audio_length_in_s,
                 num_inference_steps=call.num_inference_steps,
