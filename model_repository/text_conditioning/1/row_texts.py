@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from audioldm2_triton.contract import GenerationRow
+from audioldm2_triton.errors import invalid
 from embedding_cache import TextKey
 from text_encoders import TextEncoders, tokenize_t5
 from transcriptions import tokenize_transcription, untruncated_length
@@ -21,6 +22,8 @@ def row_texts(encoders: TextEncoders, row: GenerationRow, full_negative_prompt: 
     Args:
         full_negative_prompt: whether a negative prompt of more T5 tokens than the prompt is read whole. The reference
             cuts it to the prompt's number.
+
+    Raises `InvalidArgumentError` for a transcription without anything to say: the reference fails there.
     """
     if encoders.speaks:
         return _spoken(encoders, row)
@@ -42,6 +45,8 @@ def _spoken(encoders: TextEncoders, row: GenerationRow) -> RowTexts:
     tokenizer = encoders.second_tokenizer
     length = tokenizer.model_max_length
     tokens = tokenize_transcription(tokenizer, row.transcription)
+    if not tokens:
+        raise invalid("transcription", row.transcription, "a text with characters that the checkpoint can say")
     prompt = TextKey(row.prompt, tuple(tokens), length)
     negative = TextKey(row.negative_prompt, (), length) if row.do_classifier_free_guidance else None
     cuts: tuple[str, ...] = ()
