@@ -1,4 +1,4 @@
-"""Parity on the topologies of the other official checkpoints, with reduced widths, through the stages in one process."""
+"""Parity on the topologies of the other official checkpoints, with reduced widths, by the stages in one process."""
 
 import json
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
-"""`full_negative_prompt`: off, T5 reads as much of a negative prompt as the prompt is long, as in the reference; on, all.
+"""`full_negative_prompt`: off, T5 reads of a negative prompt as much as the prompt is long, like the reference.
 
-CLAP reads all of it in both.
+On, it reads all. CLAP reads all in both.
 """
 
 from collections.abc import Iterator
