@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from audioldm2_triton import AudioLDM2Client, GenerationResult
-from audioldm2_triton.contract import DEFAULT_SCHEDULER
+from audioldm2_triton.contract import DEFAULT_SCHEDULER, GenerationRow
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Call:
     num_waveforms_per_prompt: int = 1
     seed: int = 0
     scheduler: str = DEFAULT_SCHEDULER
+    transcription: str | None = None  # of checkpoints that speak
 
 
 class Reference:
@@ -42,6 +43,7 @@ class Reference:
         try:
             audio: np.ndarray = self.pipeline(
                 call.prompt,
+                transcription=call.transcription,
                 negative_prompt=call.negative_prompt,
                 audio_length_in_s=call.audio_length_in_s,
                 num_inference_steps=call.num_inference_steps,
@@ -81,6 +83,22 @@ def generate(client: AudioLDM2Client, call: Call, ensemble: bool = True) -> Gene
     if ensemble:
         return client.generate([call.prompt], **arguments)[0]
     return client.generate(call.prompt, **arguments)
+
+
+def as_row(call: Call) -> GenerationRow:
+    """The call as the stages take it, without Triton."""
+    return GenerationRow(
+        prompt=call.prompt,
+        negative_prompt=call.negative_prompt,
+        audio_length_in_s=call.audio_length_in_s,
+        num_inference_steps=call.num_inference_steps,
+        guidance_scale=call.guidance_scale,
+        num_waveforms_per_prompt=call.num_waveforms_per_prompt,
+        seed=call.seed,
+        scheduler=call.scheduler,
+        return_scores=call.num_waveforms_per_prompt > 1,
+        transcription=call.transcription or "",
+    )
 
 
 def difference(audio: np.ndarray, expected: np.ndarray) -> float:

@@ -174,10 +174,10 @@ def test_keys_of_older_libraries(checkpoint: Path) -> None:
 
 def test_class_that_the_server_does_not_know(checkpoint: Path) -> None:
     index = json.loads((checkpoint / "model_index.json").read_text())
-    index["text_encoder_2"] = ["transformers", "VitsModel"]
+    index["text_encoder_2"] = ["transformers", "BertModel"]
     (checkpoint / "model_index.json").write_text(json.dumps(index))
     (fault,) = verify(checkpoint)
-    assert str(fault).startswith("text_encoder_2: got the class 'VitsModel'")
+    assert str(fault).startswith("text_encoder_2: got the class 'BertModel'")
 
 
 def test_widths_that_do_not_meet(checkpoint: Path) -> None:

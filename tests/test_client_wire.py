@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": None,
     "scheduler": None,
     "return_scores": None,
+    "transcription": None,
     "timeout": None,
     "request_id": "",
 }
@@ -63,12 +64,20 @@ def test_every_input_is_filled_in_with_the_contracts_shape_and_type(data: st.Dat
         seed=per_row(st.none() | st.integers(0, contract.MAX_SEED)),
         scheduler=per_row(st.none() | st.sampled_from(contract.SCHEDULERS)),
         return_scores=per_row(st.none() | st.booleans()),
+        transcription=per_row(st.text()),
     )
     assert list(built.tensors) == list(contract.INPUTS)
     for name, tensor in built.tensors.items():
         assert tensor.shape == (rows, 1), name
         assert tensor.dtype == DTYPES[contract.INPUTS[name]], name
     assert column(built, "prompt") == prompts
+
+
+def test_a_transcription_that_is_not_given_is_not_sent() -> None:
+    """Most checkpoints refuse one."""
+    assert list(request().tensors) == [name for name in contract.INPUTS if name != "transcription"]
+    assert column(request(["a", "b"], transcription=["words", None]), "transcription") == ["words", ""]
+    assert column(request(["a", "b"], transcription="words"), "transcription") == ["words", "words"]
 
 
 def test_defaults_are_the_servers_where_it_publishes_them() -> None:
@@ -81,7 +90,8 @@ def test_defaults_are_the_servers_where_it_publishes_them() -> None:
 
 
 def test_only_an_unknown_length_is_left_to_the_server() -> None:
-    assert set(contract.INPUTS) - set(request(info=UNPUBLISHED).tensors) == {"audio_length_in_s"}
+    left = set(contract.INPUTS) - set(request(info=UNPUBLISHED, transcription="words").tensors)
+    assert left == {"audio_length_in_s"}
     assert column(request(info=UNPUBLISHED, audio_length_in_s=2.5), "audio_length_in_s") == [2.5]
 
 
@@ -249,7 +259,7 @@ def test_only_tritons_words_around_a_message_are_removed(noise: str, own: str) -
 
 def test_a_request_as_json_loses_nothing() -> None:
     options = {"guidance_scale": 2.3, "audio_length_in_s": 1.93, "seed": contract.MAX_SEED, "return_scores": True}
-    built = request("噪音\n", negative_prompt='"', timeout=0.25, request_id="a-b", **options)
+    built = request("噪音\n", negative_prompt='"', transcription="é'", timeout=0.25, request_id="a-b", **options)
     body = json.loads(request_body(built))
     assert (body.pop("timeout"), body.pop("id")) == (250000, "a-b")
     assert set(body) == set(contract.INPUTS)

@@ -10,8 +10,8 @@ from embedding_cache import EmbeddingCache, TextKey
 KEYS = st.builds(
     TextKey,
     text=st.sampled_from(["", "a", "A", "a ", "b"]),
-    t5_tokens=st.sampled_from([(1,), (3, 1), (3, 9, 1)]),
-    t5_length=st.integers(3, 5),
+    tokens=st.sampled_from([(1,), (3, 1), (3, 9, 1)]),
+    length=st.integers(3, 5),
 )
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from audioldm2_pipeline import Call, Reference
-from audioldm2_triton.contract import GenerationRow
+from audioldm2_pipeline import Call, Reference, as_row
 from audioldm2_triton.settings import Settings
 from benchmarks.in_process import Stages, running_stages
 from denoiser import draw_noise
@@ -58,20 +57,6 @@ def generate_half(reference: Reference, call: Call) -> np.ndarray:
         latents=draw_noise(call.seed, (1, 8, 16, 16)).to(torch.bfloat16),
     ).audios
     return audio
-
-
-def as_row(call: Call) -> GenerationRow:
-    return GenerationRow(
-        prompt=call.prompt,
-        negative_prompt=call.negative_prompt,
-        audio_length_in_s=call.audio_length_in_s,
-        num_inference_steps=call.num_inference_steps,
-        guidance_scale=call.guidance_scale,
-        num_waveforms_per_prompt=1,
-        seed=call.seed,
-        scheduler=call.scheduler,
-        return_scores=False,
-    )
 
 
 def distance(audio: np.ndarray, exact: np.ndarray) -> float:

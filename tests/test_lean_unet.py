@@ -24,6 +24,7 @@ from lean_unet import LeanUNet  # noqa: E402
 from length_masks import LengthMasks, level_sizes, masked_group_norm  # noqa: E402
 
 TOPOLOGIES = {"base": [None, 24, 32], "large": [None, 24, 32, None]}
+DEPTHS = {"base": 1, "large": 2}
 GPT2, T5, T5_TOKENS = 24, 32, 9
 
 
@@ -44,6 +45,7 @@ def build_unet(topology: str = "base", seed: int = 0, **changes: Any) -> AudioLD
         "down_block_types": ("DownBlock2D", *["CrossAttnDownBlock2D"] * 3),
         "up_block_types": (*["CrossAttnUpBlock2D"] * 3, "UpBlock2D"),
         "cross_attention_dim": [TOPOLOGIES[topology]] * 4,
+        "transformer_layers_per_block": DEPTHS[topology],
     }
     return AudioLDM2UNet2DConditionModel(**config | changes).eval()
 

@@ -28,6 +28,7 @@ def test_guided_steps() -> None:
         ("compile_lengths_in_s", "301"),
         ("compile_max_rows", "-1"),
         ("embedding_cache_size", "many"),
+        ("full_negative_prompt", "auto"),
         ("guidance_interval", "0.5"),
         ("guidance_interval", "0.7,0.2"),
         ("guidance_interval", "0,1.1"),

@@ -73,6 +73,7 @@ class AsyncAudioLDM2Client:
         seed: PerRow[int | None] = None,
         scheduler: PerRow[str | None] = None,
         return_scores: PerRow[bool | None] = None,
+        transcription: PerRow[str | None] = None,
         timeout: float | None = None,
         request_id: str = "",
         on_progress: OnProgress | None = None,
@@ -89,6 +90,7 @@ class AsyncAudioLDM2Client:
             seed=seed,
             scheduler=scheduler,
             return_scores=return_scores,
+            transcription=transcription,
             timeout=timeout,
             request_id=request_id,
         )

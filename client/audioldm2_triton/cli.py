@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     request.add_argument("--seed", type=int, help="default: drawn; with --batch one seed goes for all prompts")
     request.add_argument("--scheduler", metavar="NAME", help="one of those that --info prints")
+    request.add_argument("--transcription", metavar="TEXT", help="what to say, with a checkpoint that speaks")
     request.add_argument("--timeout", metavar="SECONDS", type=float, help="when to give a request up; default: never")
     server = parser.add_argument_group("server")
     server.add_argument("--url", default=DEFAULT_URL, help="default: %(default)s; also grpcs://, http://, https://")
@@ -133,6 +134,7 @@ def _print_info(info: ServerInfo) -> None:
         "max inference steps": str(info.limits.max_num_inference_steps),
         "max waveforms per prompt": str(info.limits.max_num_waveforms_per_prompt),
         "max prompts per request": str(info.max_batch_size),
+        "transcription": info.transcription or unknown,
         "schedulers": "\n".join(
             f"{'' if index == 0 else ' ' * 26}{name}" for index, name in enumerate(info.schedulers)
         ),
@@ -242,6 +244,7 @@ def _options(arguments: argparse.Namespace) -> GenerateOptions:
         "num_waveforms_per_prompt": arguments.num_waveforms_per_prompt,
         "seed": arguments.seed,
         "scheduler": arguments.scheduler,
+        "transcription": arguments.transcription,
         "timeout": arguments.timeout,
     }
 

@@ -47,8 +47,12 @@ INPUTS: Final[Mapping[str, str]] = {
     "seed": "INT64",
     "scheduler": "BYTES",
     "return_scores": "BOOL",
+    "transcription": "BYTES",
 }
-"""Input tensors, each [B, 1], and their Triton types. All but `prompt` are optional."""
+"""Input tensors, each [B, 1], and their Triton types. All but `prompt` are optional.
+
+But `transcription`: checkpoints that speak require it, all others refuse it.
+"""
 
 OUTPUTS: Final[Mapping[str, str]] = {"audio": "FP32", "score": "FP32", "sampling_rate": "INT32", "seed_used": "INT64"}
 """Output tensors: `audio` [B, N, S], `score` [B, N], `sampling_rate` and `seed_used` [B, 1].
@@ -79,6 +83,7 @@ class GenerationRow:
     seed: int
     scheduler: str
     return_scores: bool
+    transcription: str = ""  # what is said; only for checkpoints that speak
 
     @property
     def do_classifier_free_guidance(self) -> bool:

@@ -26,6 +26,7 @@ class ServerInfo:
     checkpoint: str | None
     max_batch_size: int  # rows of one request
     serves_stream: bool  # whether `audioldm2_stream` is there: progress, and requests that can be cancelled
+    transcription: str | None = None  # in requests: "required" by checkpoints that speak, "refused" by the others
 
 
 def read_server_info(config: Mapping[str, Any], serves_stream: bool) -> ServerInfo:
@@ -44,6 +45,7 @@ def read_server_info(config: Mapping[str, Any], serves_stream: bool) -> ServerIn
         checkpoint=published.get("checkpoint") or None,
         max_batch_size=int(config.get("max_batch_size") or contract.MAX_BATCH_SIZE),
         serves_stream=serves_stream,
+        transcription=published.get("transcription") or None,
     )
 
 

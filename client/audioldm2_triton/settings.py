@@ -18,6 +18,7 @@ ENVIRONMENT_PREFIX: Final = "AUDIOLDM2_"
 DEVICES: Final = "auto, cpu, cuda or cuda:INDEX"
 DTYPES: Final = ("auto", "float32", "float16", "bfloat16")
 COMPILE: Final = ("auto", "on", "off")
+SWITCH: Final = ("on", "off")
 TIMESTEP_SPACINGS: Final = ("", "leading", "linspace", "trailing", "karras", "exponential", "lu_lambdas")
 
 
@@ -44,6 +45,7 @@ class Settings:
     embedding_cache_size: int = 1024  # texts whose encoding is kept; 0: none
     guidance_interval: str = "0,1"  # the share of the steps from which and to which there is guidance; 0,1: all
     timestep_spacing: str = ""  # instead of the checkpoint's, for schedulers that have it; empty: the checkpoint's
+    full_negative_prompt: str = "off"  # off: cut to the prompt's number of T5 tokens, as the reference does; on: whole
 
     @property
     def limits(self) -> Limits:
@@ -98,6 +100,9 @@ def read_settings(parameters: Mapping[str, str], environ: Mapping[str, str] = os
         raise SettingsError(f"dtype: got {settings.dtype!r} but expected one of {', '.join(DTYPES)}")
     if settings.compile not in COMPILE:
         raise SettingsError(f"compile: got {settings.compile!r} but expected one of {', '.join(COMPILE)}")
+    if settings.full_negative_prompt not in SWITCH:
+        given = settings.full_negative_prompt
+        raise SettingsError(f"full_negative_prompt: got {given!r} but expected one of {', '.join(SWITCH)}")
     if settings.timestep_spacing not in TIMESTEP_SPACINGS:
         expected = ", ".join(TIMESTEP_SPACINGS[1:])
         raise SettingsError(f"timestep_spacing: got {settings.timestep_spacing!r} but expected one of {expected}")

@@ -43,6 +43,7 @@ class GenerateOptions(TypedDict, total=False):
     seed: PerRow[int | None]
     scheduler: PerRow[str | None]
     return_scores: PerRow[bool | None]
+    transcription: PerRow[str | None]
     timeout: float | None
     request_id: str
 
@@ -76,13 +77,15 @@ def build_request(
     seed: PerRow[int | None] = None,
     scheduler: PerRow[str | None] = None,
     return_scores: PerRow[bool | None] = None,
+    transcription: PerRow[str | None] = None,
     timeout: float | None = None,
     request_id: str = "",
 ) -> InferRequest:
     """The tensors of one request; arguments as in `AudioLDM2Client.generate`.
 
     All inputs of the contract are filled in, because Triton does not batch requests that differ in which optional
-    inputs they have. Only a length that neither the caller nor the server has told is left to the server.
+    inputs they have. Left out are a length that neither the caller nor the server has told, and a transcription that
+    is not given: checkpoints that do not speak refuse one.
 
     Raises `InvalidArgumentError` for what fits no tensor. Values are the server's to judge.
     """
@@ -115,6 +118,8 @@ def build_request(
         "scheduler": _encoded(per_row("scheduler", scheduler, _text, info.schedulers[0])),
         "return_scores": per_row("return_scores", return_scores, _boolean, num_waveforms > 1),
     }
+    if transcription is not None:
+        columns["transcription"] = _encoded(per_row("transcription", transcription, _text, ""))
     if length is not None:
         columns["audio_length_in_s"] = [_number("audio_length_in_s", length)] * len(prompts)
     return InferRequest(

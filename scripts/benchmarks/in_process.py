@@ -85,6 +85,7 @@ class Stages:
         self._encoders = load_text_stage(settings, self.device)
         # None are kept: the same few texts come again and again here.
         self._embeddings = EmbeddingCache(0)
+        self._full_negative_prompt = settings.full_negative_prompt == "on"
         self._decoder, self._scorer = load_decoder_stage(settings, self.geometry, self.device)
         self._engines = load_engines(settings, self.geometry, lambda _: self.step_times)
         self._texts: Batcher[GenerationRow, Tensors] = Batcher(self.condition, MAX_BATCH)
@@ -103,7 +104,10 @@ class Stages:
         return self._waveforms.submit({**resolved, "latents": latents.numpy()}).result()
 
     def condition(self, rows: Sequence[GenerationRow]) -> list[Tensors]:
-        results: list[Tensors] = condition(self._encoders, self._embeddings, self.geometry, [(row,) for row in rows])
+        requests = [(row,) for row in rows]
+        results: list[Tensors] = condition(
+            self._encoders, self._embeddings, self.geometry, requests, self._full_negative_prompt
+        )
         return results
 
     def denoise(self, resolved: Sequence[Tensors]) -> list[Tensor]:

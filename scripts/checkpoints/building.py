@@ -18,13 +18,15 @@ from transformers import (
     SpeechT5HifiGanConfig,
     T5Config,
     T5EncoderModel,
+    VitsConfig,
+    VitsModel,
 )
 
 from .calibration import centre_clap, decode_noise, scale_waveform
 from .layout import CONFIG_FILES, MODEL_INDEX
 from .random_weights import damp_attention, generator, pass_noise_through, randomise
-from .shapes import SIZES, Config, component_config, model_index
-from .vocabularies import SENTENCES, roberta_tokenizer, t5_tokenizer
+from .shapes import SIZES, SPEAKING, TRANSCRIPTION_LENGTH, Config, component_config, model_index
+from .vocabularies import SENTENCES, roberta_tokenizer, save_vits_tokenizer, t5_tokenizer
 
 _PEAK: Final = 0.3  # of the waveform, where full scale is 1
 _PERTURBATION: Final = 0.05
@@ -50,15 +52,19 @@ def build(size: str, out: Path, seed: int = 0, report: Callable[[str], None] = l
     for component in ("scheduler", "feature_extractor"):
         _write_config(size, component, out)
     roberta_tokenizer().save_pretrained(out / "tokenizer")
-    t5_tokenizer().save_pretrained(out / "tokenizer_2")
+    if size in SPEAKING:
+        save_vits_tokenizer(out / "tokenizer_2", TRANSCRIPTION_LENGTH)
+    else:
+        t5_tokenizer().save_pretrained(out / "tokenizer_2")
 
-    for component, construct in _CONSTRUCTORS.items():
+    constructors = _CONSTRUCTORS | ({"text_encoder_2": _vits} if size in SPEAKING else {})
+    for component, construct in constructors.items():
         report(component)
         _save(construct(component_config(size, component), generator(seed, component)), size, component, out)
 
     _build_calibrated(size, out, seed, report)
     # Last, so that an interrupted build does not look whole.
-    _write_json(model_index(), out / MODEL_INDEX)
+    _write_json(model_index(size), out / MODEL_INDEX)
 
 
 def _build_calibrated(size: str, out: Path, seed: int, report: Callable[[str], None]) -> None:
@@ -85,6 +91,8 @@ def _build_calibrated(size: str, out: Path, seed: int, report: Callable[[str], N
 def _projection_model(config: Config, generator: torch.Generator) -> Any:
     model = AudioLDM2ProjectionModel.from_config(config)
     randomise(model, generator)
+    if model.use_learned_position_embedding is not None:
+        torch.nn.init.normal_(model.learnable_positional_embedding, generator=generator)
     return model
 
 
@@ -98,6 +106,12 @@ def _t5(config: Config, generator: torch.Generator) -> Any:
     model = T5EncoderModel(T5Config(**config))
     randomise(model, generator)
     damp_attention(model, config["d_kv"])
+    return model
+
+
+def _vits(config: Config, generator: torch.Generator) -> Any:
+    model = VitsModel(VitsConfig(**config))
+    randomise(model, generator)
     return model
 
 

@@ -14,9 +14,9 @@ CLASSES: Final[Mapping[str, tuple[str, ...]]] = {
     "projection_model": ("AudioLDM2ProjectionModel",),
     "scheduler": (),  # whichever: the server builds its own from its config
     "text_encoder": ("ClapModel",),
-    "text_encoder_2": ("T5EncoderModel",),
+    "text_encoder_2": ("T5EncoderModel", "VitsModel"),
     "tokenizer": ("RobertaTokenizer", "RobertaTokenizerFast"),
-    "tokenizer_2": ("T5Tokenizer", "T5TokenizerFast"),
+    "tokenizer_2": ("T5Tokenizer", "T5TokenizerFast", "VitsTokenizer"),
     "unet": ("AudioLDM2UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
     "vocoder": ("SpeechT5HifiGan",),

@@ -35,6 +35,11 @@ _REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {
     "vocoder": ("model_in_dim", "sampling_rate", "upsample_initial_channel", "upsample_kernel_sizes", "upsample_rates"),
 }
 """Keys whose default in the library would make another model, silently."""
+_REQUIRED_OF_CLASS: Final[Mapping[str, tuple[str, ...]]] = {
+    "VitsModel": ("ffn_dim", "hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"),
+}
+_SECOND_TOKENIZERS: Final[Mapping[str, str]] = {"T5EncoderModel": "T5Tokenizer", "VitsModel": "VitsTokenizer"}
+_VITS_END: Final = 182  # the reference's end of a transcription
 
 # In a file, but not in the model of this version of the library, or the other way round; and the head of GPT-2, which
 # is not used. Whole T5 models have a decoder too.
@@ -50,6 +55,7 @@ _OPTIONAL: Final = (
     "logit_scale_t",
 )
 _OPTIONAL_PREFIXES: Final[Mapping[str, tuple[str, ...]]] = {"text_encoder_2": ("decoder.",)}
+_VITS_READ: Final = "text_encoder."  # the only part of a VITS that AudioLDM 2 uses
 _VOCODER_STATISTICS: Final = ("mean", "scale")
 _OLD_ATTENTION: Final = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 _FAULTS_SHOWN: Final = 3  # of one kind in one component
@@ -81,6 +87,7 @@ def verify(directory: Path) -> list[Fault]:
         found = list(_faults_of_files(directory, component, index, configs, shapes))
         faults += [Fault(component, message) for message in found]
     faults += _faults_of_widths(configs)
+    faults += _faults_of_speech(index, configs)
     # Cheap checks first: what follows imports the libraries, which takes seconds.
     broken = {fault.component for fault in faults}
     for component in CLASSES:
@@ -118,7 +125,7 @@ def _faults_of_files(
         yield config
     else:
         configs[component] = config
-        missing = [key for key in _REQUIRED[component] if key not in config]
+        missing = [key for key in _REQUIRED_OF_CLASS.get(entry[1], _REQUIRED[component]) if key not in config]
         for key in missing:
             yield f"{CONFIG_FILES[component]} lacks the key {key!r}"
     if component in WEIGHTS:
@@ -175,6 +182,10 @@ def _faults_of_weights(component: str, name: str, config: dict[str, Any], shapes
         return
     found = {_current_key(component, key): shape for key, shape in shapes.items()}
     expected = {_current_key(component, key): shape for key, shape in expected.items()}
+    if name == "VitsModel":
+        found, expected = (
+            {key: shape for key, shape in shapes.items() if key.startswith(_VITS_READ)} for shapes in (found, expected)
+        )
     missing = [key for key in expected if key not in found and key not in tied and not _optional(component, key)]
     extra = [key for key in found if key not in expected and not _optional(component, key)]
     if missing:
@@ -259,6 +270,7 @@ def _faults_of_widths(configs: Mapping[str, dict[str, Any]]) -> Iterator[Fault]:
     meetings = (
         ("projection_model", "text_encoder_dim", "text_encoder", "projection_dim"),
         ("projection_model", "text_encoder_1_dim", "text_encoder_2", "d_model"),
+        ("projection_model", "text_encoder_1_dim", "text_encoder_2", "hidden_size"),
         ("projection_model", "langauge_model_dim", "language_model", "n_embd"),
         ("unet", "in_channels", "vae", "latent_channels"),
         ("unet", "out_channels", "vae", "latent_channels"),
@@ -267,6 +279,26 @@ def _faults_of_widths(configs: Mapping[str, dict[str, Any]]) -> Iterator[Fault]:
         got, expected = of(component, key), of(other, other_key)
         if None not in (got, expected) and got != expected:
             yield Fault(component, f"{key}: got {got!r} but expected {expected!r}, the {other_key} of {other}")
+
+
+def _faults_of_speech(index: Mapping[str, Any], configs: Mapping[str, dict[str, Any]]) -> Iterator[Fault]:
+    """Where the second text encoder and what stands around it are not of one family."""
+    if "text_encoder_2" not in configs or "tokenizer_2" not in configs:
+        return
+    encoder, tokenizer = index["text_encoder_2"][1], index["tokenizer_2"][1]
+    expected = _SECOND_TOKENIZERS[encoder]
+    if not tokenizer.startswith(expected):
+        yield Fault("tokenizer_2", f"got the class {tokenizer!r} in {MODEL_INDEX} but expected {expected!r}")
+    if encoder != "VitsModel":
+        return
+    vocabulary = configs["text_encoder_2"].get("vocab_size", _VITS_END + 1)
+    if vocabulary <= _VITS_END:
+        yield Fault("text_encoder_2", f"vocab_size: got {vocabulary} but expected more than {_VITS_END}")
+    projection, length = configs.get("projection_model", {}), configs["tokenizer_2"].get("model_max_length")
+    positions = projection.get("max_seq_length")
+    if projection.get("use_learned_position_embedding") is not None and positions != length:
+        message = f"max_seq_length: got {positions} but expected {length}, the model_max_length of tokenizer_2"
+        yield Fault("projection_model", message)
 
 
 def _read_json(path: Path) -> dict[str, Any] | str:

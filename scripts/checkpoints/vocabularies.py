@@ -1,9 +1,11 @@
-"""Two small tokenizers of the kinds that AudioLDM 2 uses, trained on a few sentences."""
+"""Small tokenizers of the kinds that AudioLDM 2 uses: two trained on a few sentences, and one of letters."""
 
 import json
 from collections import Counter
 from collections.abc import Sequence
 from math import log
+from pathlib import Path
+from string import ascii_lowercase, digits
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -63,3 +65,19 @@ def t5_tokenizer(sentences: Sequence[str] = SENTENCES) -> "T5Tokenizer":
     scores = sorted((piece, log(count / total) - 4 * (len(piece) == 1)) for piece, count in pieces.items())
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     return T5Tokenizer(vocab=[*special, *scores], extra_ids=0, model_max_length=128)
+
+
+def save_vits_tokenizer(folder: Path, length: int) -> None:
+    """Writes a tokenizer of letters with AudioLDM 2's ids (<pad> 0, the end 182) and a `model_max_length` of `length`.
+
+    That of a real checkpoint has phonemes, for which it needs espeak.
+    """
+    from transformers import VitsTokenizer
+
+    phonemes = map(chr, range(0x250, 0x250 + 143))
+    tokens = ["<pad>", "<unk>", " ", *ascii_lowercase, *digits, *phonemes, "<end>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = folder / "vocab.json"
+    vocabulary.write_text(json.dumps({token: index for index, token in enumerate(tokens)}), encoding="utf-8")
+    tokenizer = VitsTokenizer(vocabulary, add_blank=False, phonemize=False, model_max_length=length)
+    tokenizer.save_pretrained(folder)

@@ -31,6 +31,7 @@ _HELP: Final = {
     "guidance_interval": "lossy: guidance in a part of the steps only, as 0,0.7 (default: 0,1)",
     "timestep_spacing": "other timesteps than the checkpoint's: leading, linspace, trailing, karras, exponential or "
     "lu_lambdas",
+    "full_negative_prompt": "on or off: whether a negative prompt longer than the prompt is read whole (default: off)",
     "compile_max_rows": "UNet batch items of the largest compiled forward (default: derived from the device)",
 }
 

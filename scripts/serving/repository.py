@@ -15,6 +15,7 @@ from tritonclient.grpc import model_config_pb2
 from audioldm2_triton.contract import ENSEMBLE, SCHEDULERS, STREAM
 from audioldm2_triton.geometry import read_audio_geometry
 from audioldm2_triton.settings import Settings
+from audioldm2_triton.speech import speaks
 
 FRONTS = (ENSEMBLE, STREAM)
 
@@ -49,6 +50,7 @@ def _public_parameters(settings: Settings) -> dict[str, str]:
         "native_audio_length_in_s": _text(geometry.native_audio_length_in_s),
         "sampling_rate": _text(geometry.sampling_rate),
         "schedulers": ",".join(SCHEDULERS),
+        "transcription": "required" if speaks(checkpoint) else "refused",
     }
 
 

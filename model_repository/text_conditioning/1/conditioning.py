@@ -1,5 +1,6 @@
 """The stage: checked rows of several requests in, each request's resolved tensors out."""
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 
@@ -11,7 +12,10 @@ from audioldm2_triton.contract import GenerationRow
 from audioldm2_triton.errors import InternalError
 from audioldm2_triton.geometry import AudioGeometry
 from embedding_cache import EmbeddingCache, TextKey
-from text_encoders import EncodedTexts, TextEncoders, encode_texts, tokenize_t5
+from row_texts import RowTexts, row_texts
+from text_encoders import EncodedTexts, TextEncoders, encode_texts
+
+logger = logging.getLogger(__name__)
 
 
 def condition(
@@ -19,14 +23,20 @@ def condition(
     cache: EmbeddingCache[EncodedTexts],
     geometry: AudioGeometry,
     requests: Sequence[Sequence[GenerationRow]],
+    full_negative_prompt: bool = False,
 ) -> list[dict[str, np.ndarray]]:
     """The stage's output tensors of each request, by name; see the table in `model_repository/README.md`.
 
-    All texts of all requests that are not in `cache` are encoded together, equal ones once. Raises `InternalError`
-    where an encoder gives non-finite values.
+    All texts of all requests that are not in `cache` are encoded together, equal ones once. What is cut of a request's
+    texts goes to the log; `full_negative_prompt` is explained at `row_texts`. Raises `InternalError` where an encoder
+    gives non-finite values.
     """
-    rows = [row for request in requests for row in request]
-    encoded = _encode_rows(encoders, cache, rows)
+    texts = [[row_texts(encoders, row, full_negative_prompt) for row in request] for request in requests]
+    for request_texts in texts:
+        cuts = [cut for row in request_texts for cut in row.cuts]
+        if cuts:
+            logger.info("cut: %s", "; ".join(cuts))
+    encoded = _encode_rows(encoders, cache, [row for request_texts in texts for row in request_texts])
     results = []
     start = 0
     for request in requests:
@@ -37,29 +47,21 @@ def condition(
 
 
 def _encode_rows(
-    encoders: TextEncoders, cache: EmbeddingCache[EncodedTexts], rows: Sequence[GenerationRow]
+    encoders: TextEncoders, cache: EmbeddingCache[EncodedTexts], rows: Sequence[RowTexts]
 ) -> list[tuple[EncodedTexts, EncodedTexts | None]]:
-    """Prompt and, where there is guidance, negative prompt of each row; each of M = 1, as long as its T5 length."""
-    keys: list[TextKey] = []
-    for row in rows:
-        tokens = tokenize_t5(encoders, row.prompt)
-        length = len(tokens)
-        keys.append(TextKey(row.prompt, tuple(tokens), length))
-        if row.do_classifier_free_guidance:
-            # The reference cuts the negative prompt to the prompt's number of tokens, and pads it to that.
-            negative_tokens = tokenize_t5(encoders, row.negative_prompt, length)
-            keys.append(TextKey(row.negative_prompt, tuple(negative_tokens), length))
+    """Prompt and, where there is guidance, negative prompt of each row; each of M = 1, as long as its tokens are."""
+    keys = [key for row in rows for key in (row.prompt, row.negative) if key is not None]
     taken = iter(cache.values(keys, partial(_encode_keys, encoders)))
-    return [(next(taken), next(taken) if row.do_classifier_free_guidance else None) for row in rows]
+    return [(next(taken), None if row.negative is None else next(taken)) for row in rows]
 
 
 def _encode_keys(encoders: TextEncoders, keys: Sequence[TextKey]) -> list[EncodedTexts]:
     singles: list[EncodedTexts] = []
     for first in range(0, len(keys), encoders.max_texts_per_call):
         part = keys[first : first + encoders.max_texts_per_call]
-        lengths = [key.t5_length for key in part]
-        encoded = encode_texts(encoders, [key.text for key in part], [key.t5_tokens for key in part], lengths)
-        singles += _split(encoded, lengths)
+        tokens = [key.tokens for key in part]
+        encoded = encode_texts(encoders, [key.text for key in part], tokens, [key.length for key in part])
+        singles += _split(encoded, [len(row) for row in tokens])
     return singles
 
 
@@ -93,7 +95,8 @@ def _resolved(
 ) -> dict[str, np.ndarray]:
     prompts = [prompt for prompt, _ in encoded]
     negatives = [negative for _, negative in encoded]
-    longest = max(prompt.prompt_embeds.shape[1] for prompt in prompts)
+    # A negative prompt that is read whole can be longer than its prompt.
+    longest = max(text.prompt_embeds.shape[1] for text in (*prompts, *negatives) if text is not None)
 
     def column(values: Sequence[object], dtype: type) -> np.ndarray:
         return np.array(values, dtype).reshape(-1, 1)

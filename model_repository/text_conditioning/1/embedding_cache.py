@@ -17,8 +17,8 @@ class TextKey:
     """All that the encoding of one text depends on, given the checkpoint; compared by value, not by a digest."""
 
     text: str  # what CLAP reads
-    t5_tokens: tuple[int, ...]  # a negative prompt's are cut to its prompt's number
-    t5_length: int  # a negative prompt counts as being as long as its prompt
+    tokens: tuple[int, ...]  # what the second encoder reads; of T5 or, of what is to be said, of VITS
+    length: int  # how long the second encoder's sequence counts as being in GPT-2, padding included
 
 
 class EmbeddingCache(Generic[V]):

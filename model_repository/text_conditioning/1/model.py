@@ -31,10 +31,11 @@ class TritonPythonModel:
     def _parse(self, request: Any) -> tuple[tuple[GenerationRow, ...], int]:
         deadline = adapter.deadline_ns(request)
         native = self.geometry.native_audio_length_in_s
-        return parse_rows(adapter.input_arrays(request), self.settings.limits, native), deadline
+        return parse_rows(adapter.input_arrays(request), self.settings.limits, native, self.encoders.speaks), deadline
 
     def _condition(self, requests: list[tuple[tuple[GenerationRow, ...], int]]) -> list[dict[str, np.ndarray]]:
-        resolved = condition(self.encoders, self.cache, self.geometry, [rows for rows, _ in requests])
+        full = self.settings.full_negative_prompt == "on"
+        resolved = condition(self.encoders, self.cache, self.geometry, [rows for rows, _ in requests], full)
         return [
             {**tensors, "deadline_ns": np.full((len(rows), 1), deadline, np.int64)}
             for tensors, (rows, deadline) in zip(resolved, requests, strict=True)

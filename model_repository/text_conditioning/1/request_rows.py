@@ -12,7 +12,7 @@ from audioldm2_triton.errors import invalid
 
 
 def parse_rows(
-    inputs: Mapping[str, np.ndarray], limits: Limits, native_audio_length_in_s: float
+    inputs: Mapping[str, np.ndarray], limits: Limits, native_audio_length_in_s: float, speaks: bool
 ) -> tuple[GenerationRow, ...]:
     """The checked rows of one request.
 
@@ -20,6 +20,7 @@ def parse_rows(
         inputs: the tensors of the contract by name, each [B, 1]; BYTES as object arrays of `bytes`.
         limits: what this server accepts.
         native_audio_length_in_s: the default length.
+        speaks: whether the checkpoint reads a transcription.
 
     Raises `InvalidArgumentError`, which names the argument, what was given and what is accepted.
     """
@@ -29,7 +30,7 @@ def parse_rows(
     for name, array in inputs.items():
         if array.shape != (rows, 1):
             raise invalid(name, list(array.shape), f"the shape [{rows}, 1], one value per row of `prompt`")
-    parsed = tuple(_parse_row(inputs, row, limits, native_audio_length_in_s) for row in range(rows))
+    parsed = tuple(_parse_row(inputs, row, limits, native_audio_length_in_s, speaks) for row in range(rows))
     for name in ("audio_length_in_s", "num_waveforms_per_prompt"):
         given = [getattr(row, name) for row in parsed]
         if len(set(given)) > 1:
@@ -38,7 +39,7 @@ def parse_rows(
 
 
 def _parse_row(
-    inputs: Mapping[str, np.ndarray], row: int, limits: Limits, native_audio_length_in_s: float
+    inputs: Mapping[str, np.ndarray], row: int, limits: Limits, native_audio_length_in_s: float, speaks: bool
 ) -> GenerationRow:
     prompt = _text(inputs, "prompt", row, "")
     if not prompt.strip():
@@ -73,7 +74,22 @@ def _parse_row(
         scheduler=scheduler,
         # Ranking needs the scores.
         return_scores=return_scores or num_waveforms > 1,
+        transcription=_transcription(inputs, row, speaks),
     )
+
+
+def _transcription(inputs: Mapping[str, np.ndarray], row: int, speaks: bool) -> str:
+    name = "transcription"
+    if not speaks:
+        if name in inputs:
+            raise invalid(name, _text(inputs, name, row, ""), "none, because the server's checkpoint does not speak")
+        return ""
+    if name not in inputs:
+        raise invalid(name, None, "the words to say, one text per row, because the server's checkpoint speaks")
+    text = _text(inputs, name, row, "")
+    if not text.strip():
+        raise invalid(name, text, "a text that is not blank")
+    return text
 
 
 def _text(inputs: Mapping[str, np.ndarray], name: str, row: int, default: str) -> str:

@@ -28,7 +28,7 @@ def allocate(cache: StaticCache, config: GPT2Config, rows: int, dtype: torch.dty
 
 
 def generate_states(
-    networks: TextNetworks, cache: StaticCache, inputs: Tensor, mask: Tensor, lengths: Tensor, num_states: int
+    networks: TextNetworks, cache: StaticCache, inputs: Tensor, mask: Tensor, positions: Tensor, num_states: int
 ) -> Tensor:
     """The next `num_states` hidden states after each prompt, each fed back as the next input.
 
@@ -36,19 +36,18 @@ def generate_states(
         cache: of `state_cache` for P; what it holds is overwritten.
         inputs: [M, P, hidden size], padded on the left: so every prompt ends in the last column, where the next
             state is read.
-        mask: [M, P], 0 where a position must not be attended to; it counts as a position all the same.
-        lengths: [M], of the prompts without the padding, from which positions count.
+        mask: [M, P], 0 for the padding.
+        positions: [M, P], what GPT-2 counts each input as; those of the states follow the last.
 
     Returns [M, num_states, hidden size].
     """
     cache.reset()
     rows, prompt_length = mask.shape
-    positions = (torch.arange(prompt_length, device=mask.device) - (prompt_length - lengths)[:, None]).clamp(min=0)
     # Causality hides the slots that are not filled yet.
     mask = torch.cat([mask, mask.new_ones(rows, cache.get_max_length() - prompt_length)], dim=1)
     state = networks.language_model(inputs, mask, positions, cache)
     states = [state]
-    for step in range(num_states - 1):
-        state = networks.language_model(state, mask, (lengths + step)[:, None], cache)
+    for step in range(1, num_states):
+        state = networks.language_model(state, mask, positions[:, -1:] + step, cache)
         states.append(state)
     return torch.cat(states, dim=1)

@@ -24,7 +24,7 @@ R = TypeVar("R")
 
 def compile_with_cache(encoders: TextEncoders, buckets: TextBuckets, settings: Settings, stage: str) -> TextEncoders:
     """`compile_text_encoders` between reading and writing the settings' compile cache, if there is one."""
-    configs = [network.config.to_json_string() for network in (encoders.clap, encoders.t5, encoders.language_model)]
+    configs = [network.config.to_json_string() for network in (encoders.clap, encoders.second, encoders.language_model)]
     cache = compile_cache(settings, stage, encoders.device, encoders.language_model.dtype, [asdict(buckets), *configs])
     cache.restore()
     compiled = compile_text_encoders(encoders, buckets)
@@ -80,19 +80,19 @@ def _compiled(networks: TextNetworks, max_shapes: int, backend: str | Callable[.
             isolate_recompiles=True,
         )
 
-    return TextNetworks(compiled(networks.clap), compiled(networks.t5), compiled(networks.language_model))
+    return TextNetworks(compiled(networks.clap), compiled(networks.second), compiled(networks.language_model))
 
 
 def _run_once(networks: TextNetworks, cache: StaticCache, encoders: TextEncoders, rows: int, length: int) -> None:
     ids = torch.zeros(rows, length, dtype=torch.int64, device=encoders.device)
     mask = torch.ones_like(ids)
     networks.clap(ids, mask)
-    networks.t5(ids, mask)
+    networks.second(ids, mask)
     total = length + NUM_ADDED_POSITIONS
     inputs = torch.zeros(
         (rows, total, encoders.language_model.config.hidden_size),
         dtype=encoders.projection.dtype,
         device=encoders.device,
     )
-    lengths = mask.new_full((rows,), total)
-    generate_states(networks, cache, inputs, mask.new_ones(rows, total), lengths, encoders.num_generated_states)
+    positions = torch.arange(total, device=encoders.device).repeat(rows, 1)
+    generate_states(networks, cache, inputs, mask.new_ones(rows, total), positions, encoders.num_generated_states)

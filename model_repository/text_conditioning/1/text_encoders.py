@@ -1,8 +1,9 @@
-"""Text to the UNet's conditioning: CLAP and Flan-T5, the projection, and eight hidden states of GPT-2.
+"""Text to the UNet's conditioning: CLAP and Flan-T5 or VITS, the projection, and eight hidden states of GPT-2.
 
 The reference is `diffusers.AudioLDM2Pipeline.encode_prompt`. Unlike there, texts of different lengths can share a
 call without changing each other's results: GPT-2's sequences are padded on the left, and positions count from each
-sequence's own start.
+sequence's own start. What the reference pads in their middle is left out; nothing attends to it, but the positions
+behind it count it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,14 +16,17 @@ from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2Projection
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoTokenizer, ClapModel, GPT2Model, StaticCache, T5EncoderModel
+from transformers.models.vits.modeling_vits import VitsTextEncoder
 
+from audioldm2_triton.speech import speaks
 from state_generation import generate_states, state_cache
 from text_buckets import TextBuckets
 from text_networks import TextNetworks, text_networks
+from transcriptions import load_transcription_encoder
 
 MAX_TEXTS_PER_CALL = 64
 STANCE_OF_REQUESTS = "eager_on_recompile"
-# The projection adds a start and an end to CLAP's one position and to T5's.
+# The projection adds a start and an end to CLAP's one position and to the second encoder's.
 NUM_ADDED_POSITIONS = 5
 
 
@@ -41,14 +45,19 @@ class TextEncoders:
 
     clap: Any  # ClapModel without its audio tower
     clap_tokenizer: Any
-    t5: T5EncoderModel
-    t5_tokenizer: Any
+    second: Any  # T5EncoderModel, or VitsTextEncoder in a checkpoint that speaks
+    second_tokenizer: Any
     projection: Any  # AudioLDM2ProjectionModel
     language_model: GPT2Model
     num_generated_states: int  # hidden states that GPT-2 adds
     device: torch.device
     networks: TextNetworks
     compiled: CompiledNetworks | None = None
+
+    @property
+    def speaks(self) -> bool:
+        """Whether the second encoder reads what is to be said, instead of the prompt."""
+        return isinstance(self.second, VitsTextEncoder)
 
     @property
     def max_texts_per_call(self) -> int:
@@ -58,10 +67,10 @@ class TextEncoders:
 
 @dataclass(frozen=True)
 class EncodedTexts:
-    """The conditioning of M texts; `L` is the longest of their T5 lengths."""
+    """The conditioning of M texts; `L` is the longest of their numbers of tokens of the second encoder."""
 
     text_embeds: Tensor  # [M, D] CLAP's, of length 1
-    prompt_embeds: Tensor  # [M, L, D1] Flan-T5's
+    prompt_embeds: Tensor  # [M, L, D1] Flan-T5's or VITS's, zeros behind a text's own tokens
     attention_mask: Tensor  # [M, L] int64, 1 where `prompt_embeds` counts
     generated_prompt_embeds: Tensor  # [M, T, D0] GPT-2's
 
@@ -76,31 +85,36 @@ def load_text_encoders(checkpoint: Path, device: torch.device, dtype: torch.dtyp
 
     clap = load(ClapModel, "text_encoder", dtype=dtype)
     del clap.audio_model, clap.audio_projection  # the decoder's
-    t5 = load(T5EncoderModel, "text_encoder_2", dtype=dtype)
+    second: Any
+    if speaks(checkpoint):
+        second, second_tokenizer = load_transcription_encoder(checkpoint, device, dtype)
+    else:
+        second = load(T5EncoderModel, "text_encoder_2", dtype=dtype)
+        second_tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer_2", local_files_only=True)
     language_model = load(GPT2Model, "language_model", dtype=dtype)
     return TextEncoders(
         clap=clap,
         clap_tokenizer=AutoTokenizer.from_pretrained(checkpoint / "tokenizer", local_files_only=True),
-        t5=t5,
-        t5_tokenizer=AutoTokenizer.from_pretrained(checkpoint / "tokenizer_2", local_files_only=True),
+        second=second,
+        second_tokenizer=second_tokenizer,
         projection=load(AudioLDM2ProjectionModel, "projection_model", torch_dtype=dtype),
         language_model=language_model,
         num_generated_states=getattr(language_model.config, "max_new_tokens", None) or 8,
         device=device,
-        networks=text_networks(clap, t5, language_model),
+        networks=text_networks(clap, second, language_model),
     )
 
 
 def tokenize_t5(encoders: TextEncoders, text: str, length: int | None = None) -> list[int]:
     """T5's tokens of one text, truncated at the tokenizer's limit or at `length`; the last is the end token."""
-    limit = encoders.t5_tokenizer.model_max_length if length is None else length
-    ids: list[int] = encoders.t5_tokenizer(text, truncation=True, max_length=limit).input_ids
+    limit = encoders.second_tokenizer.model_max_length if length is None else length
+    ids: list[int] = encoders.second_tokenizer(text, truncation=True, max_length=limit).input_ids
     return ids
 
 
 @torch.inference_mode()
 def encode_texts(
-    encoders: TextEncoders, texts: Sequence[str], t5_tokens: Sequence[Sequence[int]], t5_lengths: Sequence[int]
+    encoders: TextEncoders, texts: Sequence[str], tokens: Sequence[Sequence[int]], lengths: Sequence[int]
 ) -> EncodedTexts:
     """Encodes M texts in one call, each as if it were alone.
 
@@ -108,22 +122,22 @@ def encode_texts(
 
     Args:
         texts: what CLAP reads.
-        t5_tokens: each text's T5 tokens.
-        t5_lengths: how long each text's T5 sequence counts as being in GPT-2, at least its number of tokens. The
-            reference pads a negative prompt to its prompt's length, which moves the end token's position.
+        tokens: what the second encoder reads of each text; VITS may read nothing.
+        lengths: how long each text's sequence of them counts as being in GPT-2, at least their number. The reference
+            pads a negative prompt to its prompt's length, which moves the end's position.
     """
     if encoders.compiled is None:
-        return _encode(encoders, texts, t5_tokens, t5_lengths)
-    bucket = encoders.compiled.buckets.bucket(len(texts), max(t5_lengths))
+        return _encode(encoders, texts, tokens, lengths)
+    bucket = encoders.compiled.buckets.bucket(len(texts), max(map(len, tokens)))
     # Whatever was not foreseen at start runs uncompiled: no request waits for a compiler.
     with torch.compiler.set_stance(STANCE_OF_REQUESTS):
         if bucket is None:
-            return _encode(encoders, texts, t5_tokens, t5_lengths)
+            return _encode(encoders, texts, tokens, lengths)
         # Repeats of the first text: never read, and as valid as any.
         repeats = [0] * (bucket[0] - len(texts))
         rows = [*range(len(texts)), *repeats]
         encoded = _encode(
-            encoders, [texts[row] for row in rows], [t5_tokens[row] for row in rows], [t5_lengths[row] for row in rows]
+            encoders, [texts[row] for row in rows], [tokens[row] for row in rows], [lengths[row] for row in rows]
         )
     count = len(texts)
     return EncodedTexts(
@@ -135,20 +149,17 @@ def encode_texts(
 
 
 def _encode(
-    encoders: TextEncoders, texts: Sequence[str], t5_tokens: Sequence[Sequence[int]], t5_lengths: Sequence[int]
+    encoders: TextEncoders, texts: Sequence[str], tokens: Sequence[Sequence[int]], lengths: Sequence[int]
 ) -> EncodedTexts:
-    longest = max(t5_lengths)
+    longest = max(1, *map(len, tokens))
     networks, length = _networks(encoders, len(texts), longest)
-    lengths = torch.tensor(t5_lengths, device=encoders.device)
     text_embeds = _encode_clap(encoders, texts)
-    ids, mask = _t5_inputs(encoders, t5_tokens, length)
-    prompt_embeds = networks.t5(ids, mask)
-    inputs, inputs_mask = _project(encoders, text_embeds, prompt_embeds, mask, lengths)
+    ids, mask = _second_inputs(encoders, tokens, length)
+    states = networks.second(ids, mask)
+    inputs, inputs_mask, positions = _project(encoders, text_embeds, states, mask, lengths)
     cache = _state_cache(encoders, len(texts), length)
-    input_lengths = lengths + NUM_ADDED_POSITIONS
-    generated = generate_states(networks, cache, inputs, inputs_mask, input_lengths, encoders.num_generated_states)
-    in_length = torch.arange(longest, device=encoders.device) < lengths[:, None]
-    return EncodedTexts(text_embeds, prompt_embeds[:, :longest] * in_length[..., None], mask[:, :longest], generated)
+    generated = generate_states(networks, cache, inputs, inputs_mask, positions, encoders.num_generated_states)
+    return EncodedTexts(text_embeds, states[:, :longest] * mask[:, :longest, None], mask[:, :longest], generated)
 
 
 def _networks(encoders: TextEncoders, rows: int, length: int) -> tuple[TextNetworks, int]:
@@ -183,35 +194,34 @@ def _encode_clap(encoders: TextEncoders, texts: Sequence[str]) -> Tensor:
     return networks.clap(ids.to(encoders.device), pad(batch.attention_mask, extra).to(encoders.device))
 
 
-def _t5_inputs(encoders: TextEncoders, tokens: Sequence[Sequence[int]], length: int) -> tuple[Tensor, Tensor]:
+def _second_inputs(encoders: TextEncoders, tokens: Sequence[Sequence[int]], length: int) -> tuple[Tensor, Tensor]:
     """Ids and mask, int64 [M, length]."""
-    ids = torch.full((len(tokens), length), encoders.t5_tokenizer.pad_token_id)
+    ids = torch.full((len(tokens), length), encoders.second_tokenizer.pad_token_id)
     mask = torch.zeros(ids.shape, dtype=torch.int64)
     for row, row_tokens in enumerate(tokens):
-        ids[row, : len(row_tokens)] = torch.tensor(row_tokens)
+        ids[row, : len(row_tokens)] = torch.tensor(row_tokens, dtype=torch.int64)
         mask[row, : len(row_tokens)] = 1
     return ids.to(encoders.device), mask.to(encoders.device)
 
 
 def _project(
-    encoders: TextEncoders, text_embeds: Tensor, prompt_embeds: Tensor, attention_mask: Tensor, lengths: Tensor
-) -> tuple[Tensor, Tensor]:
-    """GPT-2's inputs [sos, clap, eos, sos1, t5 ..., eos1] with their mask, padded on the left.
+    encoders: TextEncoders, text_embeds: Tensor, states: Tensor, mask: Tensor, lengths: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """GPT-2's inputs [sos, clap, eos, sos1, second states ..., eos1], padded on the left, with mask and positions.
 
-    The projection pads in the middle instead, between a text's T5 states and its end, which would move the end's
-    position in GPT-2.
+    The projection has the padding in the middle instead, between a text's states and its end.
     """
     dtype = encoders.projection.dtype
-    output = encoders.projection(
-        hidden_states=text_embeds[:, None].to(dtype),
-        hidden_states_1=prompt_embeds.to(dtype),
-        attention_mask=attention_mask.new_ones(len(attention_mask), 1),
-        attention_mask_1=attention_mask,
-    )
-    total = output.hidden_states.shape[1]
-    columns = torch.arange(total, device=encoders.device) - (prompt_embeds.shape[1] - lengths)[:, None]
-    in_sequence = columns >= 0
-    columns = columns.clamp(min=0)
-    columns[:, -1] = total - 1
-    inputs = output.hidden_states.gather(1, columns[..., None].expand_as(output.hidden_states))
-    return inputs * in_sequence[..., None], output.attention_mask.gather(1, columns) * in_sequence
+    states_1 = states.to(dtype)
+    if encoders.projection.use_learned_position_embedding is not None:
+        states_1 = pad(states_1, (0, 0, 0, encoders.projection.config.max_seq_length - states.shape[1]))
+    projected = encoders.projection(hidden_states=text_embeds[:, None].to(dtype), hidden_states_1=states_1)
+    total = states.shape[1] + NUM_ADDED_POSITIONS
+    positions = torch.arange(total, device=encoders.device) - (states.shape[1] - mask.sum(1))[:, None]
+    in_sequence = positions >= 0
+    positions = positions.clamp(min=0)
+    columns = positions.clone()
+    columns[:, -1] = projected.hidden_states.shape[1] - 1
+    positions[:, -1] = torch.tensor(lengths, device=encoders.device) + NUM_ADDED_POSITIONS - 1
+    inputs = projected.hidden_states.gather(1, columns[..., None].expand(-1, -1, projected.hidden_states.shape[2]))
+    return inputs * in_sequence[..., None], in_sequence.to(mask.dtype), positions

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import GPT2Model, StaticCache, T5EncoderModel
+from transformers import GPT2Model, StaticCache
+from transformers.models.vits.modeling_vits import VitsTextEncoder
 
 
 @dataclass(frozen=True)
@@ -13,20 +14,27 @@ class TextNetworks:
     """Three forwards; ids, masks and positions are int64, and a mask is 1 where a token counts."""
 
     clap: Callable[[Tensor, Tensor], Tensor]  # ids [M, L], mask [M, L] -> [M, D], of length 1
-    t5: Callable[[Tensor, Tensor], Tensor]  # ids [M, L], mask [M, L] -> [M, L, D1]
+    second: Callable[[Tensor, Tensor], Tensor]  # ids [M, L], mask [M, L] -> [M, L, D1], of T5 or VITS
     # inputs [M, P, D0], mask [M, slots of the cache], positions [M, P], cache -> the last state, [M, 1, D0]
     language_model: Callable[[Tensor, Tensor, Tensor, StaticCache], Tensor]
 
 
-def text_networks(clap: Any, t5: T5EncoderModel, language_model: GPT2Model) -> TextNetworks:
-    """The forwards, uncompiled."""
+def text_networks(clap: Any, second: Any, language_model: GPT2Model) -> TextNetworks:
+    """The forwards, uncompiled; `second` is a `T5EncoderModel` or a `VitsTextEncoder`."""
 
     def encode_clap(ids: Tensor, mask: Tensor) -> Tensor:
         features: Tensor = clap.get_text_features(ids, attention_mask=mask).pooler_output
         return features
 
     def encode_t5(ids: Tensor, mask: Tensor) -> Tensor:
-        states: Tensor = t5(ids, attention_mask=mask).last_hidden_state
+        states: Tensor = second(ids, attention_mask=mask).last_hidden_state
+        return states
+
+    def encode_vits(ids: Tensor, mask: Tensor) -> Tensor:
+        # A row without any token attends to one all the same, lest its scores overflow; its states are zeros anyway.
+        attended = mask.clone()
+        attended[:, 0] = 1
+        states: Tensor = second(ids, attention_mask=attended, padding_mask=mask[..., None]).last_hidden_state
         return states
 
     def next_state(inputs: Tensor, mask: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
@@ -36,4 +44,4 @@ def text_networks(clap: Any, t5: T5EncoderModel, language_model: GPT2Model) -> T
         # A copy: a view would keep the states of the whole prompt.
         return output.last_hidden_state[:, -1:].clone()
 
-    return TextNetworks(encode_clap, encode_t5, next_state)
+    return TextNetworks(encode_clap, encode_vits if isinstance(second, VitsTextEncoder) else encode_t5, next_state)

@@ -1,19 +1,36 @@
 """The stage as a server starts it: loaded, given its threads, compiled, and warm."""
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 import torch
 
+from audioldm2_triton import contract
+from audioldm2_triton.contract import GenerationRow
 from audioldm2_triton.settings import Settings, resolve_compile, resolve_dtype
 from audioldm2_triton.threads import set_measured_threads
+from row_texts import row_texts
 from text_buckets import TextBuckets
 from text_compilation import compile_with_cache
-from text_encoders import TextEncoders, encode_texts, load_text_encoders, tokenize_t5
+from text_encoders import TextEncoders, encode_texts, load_text_encoders
 
 STAGE: Final = "text_conditioning"
-_TYPICAL: Final = ("A dog barks twice in the distance while leaves rustle in the wind", "")
+_TYPICAL: Final = GenerationRow(
+    prompt="A dog barks twice in the distance while leaves rustle in the wind",
+    negative_prompt=contract.DEFAULT_NEGATIVE_PROMPT,
+    audio_length_in_s=1.0,
+    num_inference_steps=contract.DEFAULT_NUM_INFERENCE_STEPS,
+    guidance_scale=contract.DEFAULT_GUIDANCE_SCALE,
+    num_waveforms_per_prompt=1,
+    seed=0,
+    scheduler=contract.DEFAULT_SCHEDULER,
+    return_scores=False,
+    transcription="The quick brown fox jumps over the lazy dog",
+)
+
+logger = logging.getLogger(__name__)
 
 
 def load_text_stage(settings: Settings, device: torch.device) -> TextEncoders:
@@ -21,7 +38,9 @@ def load_text_stage(settings: Settings, device: torch.device) -> TextEncoders:
     encoders = load_text_encoders(Path(settings.checkpoint), device, resolve_dtype(settings, device))
     if device.type == "cpu":
         set_measured_threads(partial(_encode_typical, encoders))
-    if resolve_compile(settings, device):
+    if encoders.speaks:
+        logger.info("not compiled: the checkpoint speaks")
+    elif resolve_compile(settings, device):
         encoders = compile_with_cache(encoders, TextBuckets(), settings, STAGE)
     # The first request should not pay for what happens once.
     _encode_typical(encoders)
@@ -29,7 +48,7 @@ def load_text_stage(settings: Settings, device: torch.device) -> TextEncoders:
 
 
 def _encode_typical(encoders: TextEncoders) -> None:
-    """A prompt and its negative prompt, as long as the prompt."""
-    length = len(tokenize_t5(encoders, _TYPICAL[0]))
-    tokens = [tokenize_t5(encoders, text, length) for text in _TYPICAL]
-    encode_texts(encoders, _TYPICAL, tokens, [length] * len(_TYPICAL))
+    """A prompt and its negative prompt."""
+    texts = row_texts(encoders, _TYPICAL, full_negative_prompt=False)
+    keys = [key for key in (texts.prompt, texts.negative) if key is not None]
+    encode_texts(encoders, [key.text for key in keys], [key.tokens for key in keys], [key.length for key in keys])

@@ -1,0 +1,74 @@
+"""The second text encoder of checkpoints that speak: VITS's, which reads the words to say instead of the prompt."""
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import VitsModel, VitsTokenizer
+from transformers.models.vits.modeling_vits import VitsTextEncoder
+from transformers.utils import is_phonemizer_available
+
+from audioldm2_triton.settings import SettingsError
+
+END_TOKEN: Final = 182
+"""What the reference ends a transcription with, in place of the first token 0; AudioLDM 2 counts phonemes so."""
+
+_MAX_LENGTH: Final = 100_000  # a tokenizer that was saved without a length has 10 ** 30
+
+
+def load_transcription_encoder(
+    checkpoint: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[VitsTextEncoder, VitsTokenizer]:
+    """The encoder in evaluation mode, and its tokenizer, whose `model_max_length` every transcription is padded to.
+
+    Raises `SettingsError` where the checkpoint's transcriptions cannot be read: the message says what is missing.
+    """
+    tokenizer = VitsTokenizer.from_pretrained(checkpoint / "tokenizer_2", local_files_only=True)
+    if tokenizer.phonemize and not is_phonemizer_available():
+        raise SettingsError(
+            f"checkpoint: {checkpoint} reads phonemes, but there is no phonemizer here: "
+            "install the Python package phonemizer, and espeak-ng"
+        )
+    if not 0 < tokenizer.model_max_length <= _MAX_LENGTH:
+        given = tokenizer.model_max_length
+        raise SettingsError(f"checkpoint: model_max_length of tokenizer_2: got {given} but expected a length")
+    try:
+        tokenize_transcription(tokenizer, "speech")
+    except Exception as error:  # whatever is wrong with espeak
+        raise SettingsError(f"checkpoint: the tokenizer of {checkpoint} cannot be used here: {error}") from error
+    projection = json.loads((checkpoint / "projection_model" / "config.json").read_text())
+    positions = projection.get("max_seq_length")
+    if projection.get("use_learned_position_embedding") is not None and positions != tokenizer.model_max_length:
+        raise SettingsError(
+            f"checkpoint: max_seq_length of projection_model: got {positions} but expected "
+            f"{tokenizer.model_max_length}, the model_max_length of tokenizer_2"
+        )
+    model: Any = VitsModel.from_pretrained(str(checkpoint / "text_encoder_2"), local_files_only=True, dtype=dtype)
+    encoder: VitsTextEncoder = model.text_encoder.to(device).eval()
+    if encoder.config.vocab_size <= END_TOKEN:
+        given = encoder.config.vocab_size
+        raise SettingsError(f"checkpoint: vocab_size of text_encoder_2: got {given} but expected more than {END_TOKEN}")
+    return encoder, tokenizer
+
+
+def tokenize_transcription(tokenizer: VitsTokenizer, text: str) -> list[int]:
+    """The tokens of one transcription as the reference has them, without the padding.
+
+    Truncated at the tokenizer's limit, and then without an end: it goes where the first token 0 is, which is the first
+    of the padding, unless the vocabulary has blanks between the letters.
+    """
+    limit = tokenizer.model_max_length
+    padded = tokenizer(text, padding="max_length", max_length=limit, truncation=True)
+    ids: list[int] = padded.input_ids
+    length = sum(padded.attention_mask)
+    if 0 in ids:
+        end = ids.index(0)
+        ids[end] = END_TOKEN
+        length = max(length, end + 1)
+    return ids[:length]
+
+
+def untruncated_length(tokenizer: VitsTokenizer, text: str) -> int:
+    """How many tokens a transcription has, without an end."""
+    return len(tokenizer(text).input_ids)
