@@ -93,14 +93,18 @@ def _label(kinds: Sequence[str], attributes: Sequence[str]) -> list[float]:
     ]
 
 
+def _first_clap_clip(corpus: Corpus) -> int:
+    return max(0, corpus.size - _CLAP_CLIPS)
+
+
 def clap_features(corpus: Corpus, folder: Path) -> np.ndarray:
     """The extractor's log-mels, float16 [clips, frames, bins], of the corpus's last clips, those held out included."""
     path = folder / "clap_features.npy"
     if not path.exists():
         extractor = ClapFeatureExtractor(**component_config("base", "feature_extractor"))
-        first = corpus.size - _CLAP_CLIPS
-        rows = np.empty((_CLAP_CLIPS, 1001, 64), np.float16)
-        for row in range(_CLAP_CLIPS):
+        first = _first_clap_clip(corpus)
+        rows = np.empty((corpus.size - first, 1001, 64), np.float16)
+        for row in range(len(rows)):
             clip = soxr.resample(corpus.waveforms[first + row].astype(np.float32), SAMPLING_RATE, 48_000)
             rows[row] = extractor(clip, sampling_rate=48_000, return_tensors="np").input_features[0, 0]
         np.save(path.with_suffix(".new.npy"), rows)
@@ -112,7 +116,7 @@ def train_clap(corpus: Corpus, folder: Path, plan: Plan = CLAP_PLAN) -> Any:
     """Contrastive, where all pairs of equal labels are right: two captions of the same sound are no negatives."""
     tokenizer, _ = tokenizers(folder)
     features = clap_features(corpus, folder)
-    first = corpus.size - _CLAP_CLIPS
+    first = _first_clap_clip(corpus)
     trained = corpus.trained - first
     labels = [(tuple(label["kinds"]), tuple(sorted(label["attributes"]))) for label in corpus.labels[first:]]
 

@@ -1,0 +1,67 @@
+"""The demonstration checkpoint: its size, its parity with the reference, and whether the right sound comes out.
+
+The judge knows only the library's sounds; `scripts/demo-checkpoint judge` is the long version of what is here.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from audioldm2_pipeline import Call, Reference, difference, generate
+from audioldm2_triton import AudioLDM2Client
+from demo_checkpoint import experiments
+from demo_checkpoint.__main__ import OUT
+from demo_checkpoint.assembly import MAX_SIZE_IN_BYTES
+from demo_checkpoint.judge import Judge, attributes_right, own_accuracy, train_judge
+from demo_checkpoint.sounds import KINDS
+from serving.local_server import LocalServer, local_server
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return train_judge(per_kind=40)
+
+
+@pytest.fixture(scope="module")
+def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    with local_server(OUT, tmp_path_factory.mktemp("demo") / "log") as running:
+        yield running
+
+
+def test_checkpoint_is_small() -> None:
+    sizes = [path.stat().st_size for path in OUT.rglob("*") if path.is_file()]
+    assert 1_000_000 < sum(sizes) <= MAX_SIZE_IN_BYTES
+
+
+def test_judge_names_sounds_it_does_not_know(judge: Judge) -> None:
+    accuracy = own_accuracy(judge, per_kind=5)
+    assert accuracy.kinds >= 0.95
+    assert accuracy.attributes >= 0.95
+    assert accuracy.textures >= 0.85
+
+
+def test_judge_is_not_fooled_by_noise(judge: Judge) -> None:
+    """Every kind has the same share of noise's votes, at most: no answer comes by default."""
+    noise = np.random.default_rng(0).standard_normal((20, 40_960)).astype(np.float32)
+    names = judge.name_kinds(experiments.first_features([clip[None] for clip in noise]))
+    assert set(names) <= {"hiss", "rain", "waves", "wind"}
+
+
+def test_served_sounds_are_the_right_ones(judge: Judge, demo_server: LocalServer) -> None:
+    requests = experiments.make_requests(2 * len(KINDS))
+    sounds = experiments.first_features(experiments.generate(demo_server.grpc_url, requests))
+    right = experiments.kinds_right(judge, requests, sounds)
+    named = attributes_right(judge, [(request.kind, request.attributes) for request in requests], list(sounds))
+    assert np.mean(right) >= 0.8, [
+        request.prompt for request, is_right in zip(requests, right, strict=True) if not is_right
+    ]
+    assert np.mean(named) >= 0.8
+
+
+def test_served_sound_is_the_reference_pipelines(demo_server: LocalServer) -> None:
+    call = Call("A high-pitched beep", negative_prompt="wind", audio_length_in_s=2.56, num_inference_steps=10, seed=3)
+    with AudioLDM2Client(demo_server.grpc_url) as client:
+        served = generate(client, call)
+    assert difference(served.audio, Reference(Path(OUT)).generate(call)) < 1e-4
