@@ -24,13 +24,14 @@ T5_WIDTH: Final = 64
 GPT2_WIDTH: Final = 96
 LATENT_FRAMES: Final = 64  # of the clips it is trained on: 2.56 s
 VOCABULARY: Final = 700
+_FLOOR_OF_MELS: Final = 1.84  # how far below zero the standardised mels end
 
 # Cross-attention at the coarsest level only, where a position is 160 ms by a quarter of the bands: most of the weights
 # are there (both text encoders and a pair without one at each place), most of the arithmetic is not.
 _CHANGES: Final[dict[str, Config]] = {
     "unet": {
         "attention_head_dim": 8,
-        "block_out_channels": [48, 80, 96],
+        "block_out_channels": [48, 64, 96],
         "cross_attention_dim": [[None, GPT2_WIDTH, T5_WIDTH]] * 3,
         "down_block_types": ["DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
@@ -39,12 +40,13 @@ _CHANGES: Final[dict[str, Config]] = {
         "sample_size": LATENT_FRAMES,
     },
     "vae": {"block_out_channels": [16, 32, 64], "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 256},
+    # One layer at the frame rate, then 64 grains of 20 ms (`_as_grains`): an inverse Fourier transform that is learned.
     "vocoder": {
         "upsample_initial_channel": 128,
-        "upsample_rates": [5, 4, 4, 2],
-        "upsample_kernel_sizes": [15, 8, 8, 4],
-        "resblock_kernel_sizes": [3, 7],
-        "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5]],
+        "upsample_rates": [1, 160],
+        "upsample_kernel_sizes": [3, 320],
+        "resblock_kernel_sizes": [3],
+        "resblock_dilation_sizes": [[1, 3, 5]],
     },
     "text_encoder": {
         "projection_dim": CLAP_WIDTH,
@@ -108,7 +110,39 @@ def vocoder() -> Any:
     model = SpeechT5HifiGan(SpeechT5HifiGanConfig(**config("vocoder")))
     # The library's own initialisation starts from silence, where no spectral loss has a gradient worth having.
     randomise(model, generator(0, "vocoder"), gain=0.8)
+    _as_grains(model)
     return model
+
+
+@torch.no_grad()
+def _as_grains(model: Any) -> None:
+    """Starts as a vocoder of windowed cosines, each as loud as its band of the mel is above the floor.
+
+    From random weights a spectral loss finds low tones late and high ones never: one that is a little off costs more
+    than silence.
+    """
+    first, (second, last), bands = model.conv_pre, model.upsampler, model.config.model_in_dim
+    first.weight[:bands] *= 0.1
+    first.weight[range(bands), range(bands), first.weight.shape[2] // 2] = 1.0
+    first.bias[:bands] = _FLOOR_OF_MELS
+    second.weight *= 0.1
+    second.weight[range(bands), range(bands), second.weight.shape[2] // 2] = 1.0
+    frequencies = _mel_spaced(bands) / model.config.sampling_rate
+    time = torch.arange(last.weight.shape[2]) - last.weight.shape[2] / 2
+    phases = torch.rand(last.weight.shape[:2], generator=generator(0, "grains")) * 2 * torch.pi
+    cosines = torch.cos(2 * torch.pi * frequencies[:, None, None] * time + phases[..., None])
+    last.weight.copy_(0.1 * torch.hann_window(len(time), periodic=False) * cosines)  # [bands, channels, samples]
+    for block in model.resblocks:
+        for layer in block.convs2:
+            layer.weight.zero_()
+    model.conv_post.weight.zero_()
+    model.conv_post.weight[:, :, model.conv_post.weight.shape[2] // 2] = 1 / last.weight.shape[1] ** 0.5
+
+
+def _mel_spaced(count: int) -> torch.Tensor:
+    """Frequencies in Hz, up to the Nyquist frequency, evenly spaced in mel and rounded to what 10 ms repeat."""
+    mels = (torch.arange(count) + 0.5) / count * 2595 * torch.log10(torch.tensor(1 + 8000 / 700))
+    return (700 * (10 ** (mels / 2595) - 1) / 100).round().clamp(min=1) * 100
 
 
 def clap() -> Any:
