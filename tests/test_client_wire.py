@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": None,
     "scheduler": None,
     "return_scores": None,
+    "window_length_in_s": 0.0,
     "timeout": None,
     "request_id": "",
 }
@@ -63,6 +64,7 @@ def test_every_input_is_filled_in_with_the_contracts_shape_and_type(data: st.Dat
         seed=per_row(st.none() | st.integers(0, contract.MAX_SEED)),
         scheduler=per_row(st.none() | st.sampled_from(contract.SCHEDULERS)),
         return_scores=per_row(st.none() | st.booleans()),
+        window_length_in_s=per_row(st.just(0.0) | st.floats(0.64, 300)),
     )
     assert list(built.tensors) == list(contract.INPUTS)
     for name, tensor in built.tensors.items():
@@ -127,6 +129,7 @@ def test_numpy_scalars_and_arrays_are_numbers_too() -> None:
         ("seed", "7"),
         ("scheduler", 1),
         ("return_scores", 1),
+        ("window_length_in_s", None),
         ("timeout", 0),
         ("timeout", float("nan")),
         ("timeout", float("inf")),

@@ -73,6 +73,7 @@ class AsyncAudioLDM2Client:
         seed: PerRow[int | None] = None,
         scheduler: PerRow[str | None] = None,
         return_scores: PerRow[bool | None] = None,
+        window_length_in_s: PerRow[float] = contract.DEFAULT_WINDOW_LENGTH_IN_S,
         timeout: float | None = None,
         request_id: str = "",
         on_progress: OnProgress | None = None,
@@ -89,6 +90,7 @@ class AsyncAudioLDM2Client:
             seed=seed,
             scheduler=scheduler,
             return_scores=return_scores,
+            window_length_in_s=window_length_in_s,
             timeout=timeout,
             request_id=request_id,
         )

@@ -84,6 +84,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     request.add_argument("--seed", type=int, help="default: drawn; with --batch one seed goes for all prompts")
     request.add_argument("--scheduler", metavar="NAME", help="one of those that --info prints")
+    request.add_argument(
+        "--window-length-in-s",
+        metavar="SECONDS",
+        type=float,
+        default=contract.DEFAULT_WINDOW_LENGTH_IN_S,
+        help="generate longer audio in overlapping windows of this length, best the checkpoint's own; default: off",
+    )
     request.add_argument("--timeout", metavar="SECONDS", type=float, help="when to give a request up; default: never")
     server = parser.add_argument_group("server")
     server.add_argument("--url", default=DEFAULT_URL, help="default: %(default)s; also grpcs://, http://, https://")
@@ -242,6 +249,7 @@ def _options(arguments: argparse.Namespace) -> GenerateOptions:
         "num_waveforms_per_prompt": arguments.num_waveforms_per_prompt,
         "seed": arguments.seed,
         "scheduler": arguments.scheduler,
+        "window_length_in_s": arguments.window_length_in_s,
         "timeout": arguments.timeout,
     }
 

@@ -43,6 +43,7 @@ class GenerateOptions(TypedDict, total=False):
     seed: PerRow[int | None]
     scheduler: PerRow[str | None]
     return_scores: PerRow[bool | None]
+    window_length_in_s: PerRow[float]
     timeout: float | None
     request_id: str
 
@@ -76,6 +77,7 @@ def build_request(
     seed: PerRow[int | None] = None,
     scheduler: PerRow[str | None] = None,
     return_scores: PerRow[bool | None] = None,
+    window_length_in_s: PerRow[float] = contract.DEFAULT_WINDOW_LENGTH_IN_S,
     timeout: float | None = None,
     request_id: str = "",
 ) -> InferRequest:
@@ -114,6 +116,7 @@ def build_request(
         "seed": [_draw_seed() if item is None else item for item in per_row("seed", seed, _seed)],
         "scheduler": _encoded(per_row("scheduler", scheduler, _text, info.schedulers[0])),
         "return_scores": per_row("return_scores", return_scores, _boolean, num_waveforms > 1),
+        "window_length_in_s": per_row("window_length_in_s", window_length_in_s, _number),
     }
     if length is not None:
         columns["audio_length_in_s"] = [_number("audio_length_in_s", length)] * len(prompts)

@@ -93,6 +93,7 @@ def _resolved(
 ) -> dict[str, np.ndarray]:
     prompts = [prompt for prompt, _ in encoded]
     negatives = [negative for _, negative in encoded]
+    windows = [geometry.window_frames(row.window_length_in_s) for row in rows]
     longest = max(prompt.prompt_embeds.shape[1] for prompt in prompts)
 
     def column(values: Sequence[object], dtype: type) -> np.ndarray:
@@ -116,6 +117,8 @@ def _resolved(
         "negative_generated_prompt_embeds": stack(negatives, "generated_prompt_embeds", False),
         "text_embeds": stack(prompts, "text_embeds", False),
         "latent_frames": column([geometry.latent_frames(row.audio_length_in_s) for row in rows], np.int32),
+        "window_frames": column([frames for frames, _ in windows], np.int32),
+        "overlap_frames": column([overlap for _, overlap in windows], np.int32),
         "num_samples": column([geometry.num_samples(row.audio_length_in_s) for row in rows], np.int32),
         "num_inference_steps": column([row.num_inference_steps for row in rows], np.int32),
         "guidance_scale": column([row.guidance_scale for row in rows], np.float32),
