@@ -67,7 +67,9 @@ def _check(inputs: Mapping[str, np.ndarray], shapes: TensorShapes) -> None:
         if name not in inputs:
             raise invalid(name, None, "a tensor: requests to this stage alone have it too")
     rows = len(inputs["latent_frames"])
-    for name, array in inputs.items():
+    # The states before the masks, which are as long.
+    for name in sorted(inputs, key=lambda name: name.endswith("attention_mask")):
+        array = inputs[name]
         _check_shape(name, array, _expected_shape(name, inputs, rows, shapes))
         if array.dtype == np.float32 and not np.isfinite(array).all():
             raise invalid(name, array[~np.isfinite(array)][0].item(), "finite values")
