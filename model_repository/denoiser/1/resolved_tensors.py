@@ -19,6 +19,7 @@ from windows import Windowing
 TEXT: Final = ("prompt_embeds", "attention_mask", "generated_prompt_embeds")
 NEGATIVE_TEXT: Final = tuple(f"negative_{name}" for name in TEXT)
 COLUMNS: Final = ("latent_frames", "num_inference_steps", "guidance_scale", "num_waveforms_per_prompt", "scheduler")
+OPTIONAL: Final = ("seed", "noise", "window_frames", "overlap_frames", "deadline_ns")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ def _check(inputs: Mapping[str, np.ndarray], shapes: TensorShapes) -> None:
             raise invalid(name, None, "a tensor: requests to this stage alone have it too")
     rows = len(inputs["latent_frames"])
     # The states before the masks, which are as long.
-    for name in sorted(inputs, key=lambda name: name.endswith("attention_mask")):
+    for name in sorted((*TEXT, *NEGATIVE_TEXT, *COLUMNS, *OPTIONAL), key=lambda name: name.endswith("mask")):
+        if name not in inputs:
+            continue
         array = inputs[name]
         _check_shape(name, array, _expected_shape(name, inputs, rows, shapes))
         if array.dtype == np.float32 and not np.isfinite(array).all():
