@@ -21,6 +21,8 @@ from conftest import ROOT
 from denoiser import load_schedule_tables
 from denoising_request import DenoisingRequest, DenoisingRow, TextStates
 from denoising_unet import DenoisingUNet, load_unet
+from engine import Engine
+from engine_load import EngineLimits
 from engine_workload import CPU, Outcomes, WatchedUNet, make_engine, make_request, reference_latents
 from forward_plan import ALWAYS_MIX, NEVER_MIX, Bucket, ForwardCosts, LinearCost
 from multi_diffusion import multi_diffusion
@@ -240,6 +242,20 @@ def test_a_cancelled_long_request_stops_within_a_forward() -> None:
     latents = collected[2]
     assert isinstance(latents, Tensor)
     assert off_by(latents, reference_latents(other, SCHEDULER_CONFIG)) < 1e-4
+
+
+def test_windows_in_turns_have_guidance_in_their_part_of_the_steps() -> None:
+    unet, outcomes = WatchedUNet(), Outcomes()
+    limits = EngineLimits(8, 100)
+    engine = Engine(unet, TABLES, limits, lambda: ALWAYS_MIX, CPU, torch.float32, None, (0.25, 0.75))
+    long = windowed(1, frames=16, steps=4)  # five windows: two at a time with guidance, four without
+    engine.submit(long, outcomes.callback(1))
+    latents = outcomes.collect(1)[1]
+    engine.close()
+    assert list(map(len, unet.forwards)) == [4, 1, 4, 4, 2, 4, 4, 2, 4, 1]
+    expected = reference_latents(long, SCHEDULER_CONFIG, lambda step: 1 <= step < 3)
+    assert isinstance(latents, Tensor)
+    assert off_by(latents, expected) < 1e-4
 
 
 def test_more_waveforms_than_fit_are_refused_in_windows_too() -> None:
