@@ -186,7 +186,7 @@ def test_what_waits_is_computed_together() -> None:
     batcher.close()
 
 
-GEOMETRY = AudioGeometry(16000, 160, 4, 256, 8, 16)
+GEOMETRY = AudioGeometry(16000, 160, 4, 256, 8, 16, 8)
 
 
 def test_gpu_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

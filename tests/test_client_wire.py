@@ -33,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "scheduler": None,
     "return_scores": None,
     "transcription": None,
+    "window_length_in_s": 0.0,
     "timeout": None,
     "request_id": "",
 }
@@ -65,6 +66,7 @@ def test_every_input_is_filled_in_with_the_contracts_shape_and_type(data: st.Dat
         scheduler=per_row(st.none() | st.sampled_from(contract.SCHEDULERS)),
         return_scores=per_row(st.none() | st.booleans()),
         transcription=per_row(st.text()),
+        window_length_in_s=per_row(st.just(0.0) | st.floats(0.64, 300)),
     )
     assert list(built.tensors) == list(contract.INPUTS)
     for name, tensor in built.tensors.items():
@@ -137,6 +139,7 @@ def test_numpy_scalars_and_arrays_are_numbers_too() -> None:
         ("seed", "7"),
         ("scheduler", 1),
         ("return_scores", 1),
+        ("window_length_in_s", None),
         ("timeout", 0),
         ("timeout", float("nan")),
         ("timeout", float("inf")),

@@ -14,13 +14,14 @@ from audioldm2_triton.compilation import compile_cache
 from audioldm2_triton.errors import UnavailableError
 from audioldm2_triton.geometry import read_audio_geometry
 from audioldm2_triton.settings import Settings
-from denoiser import compile_buckets, draw_noise, load_schedule_tables
+from denoiser import compile_buckets, load_schedule_tables
 from denoising_request import DenoisingRequest, DenoisingRow, TextStates
 from denoising_unet import DenoisingUNet, load_unet
 from engine import Engine
 from engine_load import EngineLimits
 from engine_workload import CPU, Outcomes
 from forward_plan import Bucket, ForwardCosts, LinearCost
+from resolved_tensors import draw_noise
 
 PLAIN, MASKED = Bucket(4, 16, False), Bucket(4, 16, True)
 SLOW = LinearCost(1000.0, 0.0)

@@ -9,9 +9,10 @@ from torch import Tensor
 from audioldm2_triton.contract import SCHEDULERS
 from audioldm2_triton.geometry import read_audio_geometry
 from audioldm2_triton.settings import Settings
-from denoiser import draw_noise, load_engines
+from denoiser import load_engines
 from denoising_request import DenoisingRequest, DenoisingRow, TextStates
 from engine_workload import Outcomes
+from resolved_tensors import draw_noise
 
 pytestmark = pytest.mark.gpu
 

@@ -13,7 +13,7 @@ import torch
 from audioldm2_pipeline import Call, Reference, as_row
 from audioldm2_triton.settings import Settings
 from benchmarks.in_process import Stages, running_stages
-from denoiser import draw_noise
+from resolved_tensors import draw_noise
 
 CALLS = [
     Call(prompt, negative, 0.64, steps, guidance, seed=seed)

@@ -37,6 +37,8 @@ REFUSED = [
     ("num_waveforms_per_prompt", 0, "0", "1 to 8"),
     ("num_waveforms_per_prompt", 9, "9", "1 to 8"),
     ("seed", -1, "-1", "0 to 9223372036854775807"),
+    ("window_length_in_s", 0.5, "0.5", "0 for no windows, or a finite number of seconds from 0.64 to 300"),
+    ("window_length_in_s", np.nan, "nan", "finite"),
     ("scheduler", b"PNDMScheduler", "'PNDMScheduler'", "DPMSolverMultistepScheduler"),
     ("scheduler", b"", "''", "DPMSolverMultistepScheduler"),
     ("scheduler", b"\xff", r"b'\xff'", "UTF-8"),

@@ -74,6 +74,7 @@ class AsyncAudioLDM2Client:
         scheduler: PerRow[str | None] = None,
         return_scores: PerRow[bool | None] = None,
         transcription: PerRow[str | None] = None,
+        window_length_in_s: PerRow[float] = contract.DEFAULT_WINDOW_LENGTH_IN_S,
         timeout: float | None = None,
         request_id: str = "",
         on_progress: OnProgress | None = None,
@@ -91,6 +92,7 @@ class AsyncAudioLDM2Client:
             scheduler=scheduler,
             return_scores=return_scores,
             transcription=transcription,
+            window_length_in_s=window_length_in_s,
             timeout=timeout,
             request_id=request_id,
         )

@@ -85,6 +85,13 @@ def build_parser() -> argparse.ArgumentParser:
     request.add_argument("--seed", type=int, help="default: drawn; with --batch one seed goes for all prompts")
     request.add_argument("--scheduler", metavar="NAME", help="one of those that --info prints")
     request.add_argument("--transcription", metavar="TEXT", help="what to say, with a checkpoint that speaks")
+    request.add_argument(
+        "--window-length-in-s",
+        metavar="SECONDS",
+        type=float,
+        default=contract.DEFAULT_WINDOW_LENGTH_IN_S,
+        help="generate longer audio in overlapping windows of this length, best the checkpoint's own; default: off",
+    )
     request.add_argument("--timeout", metavar="SECONDS", type=float, help="when to give a request up; default: never")
     server = parser.add_argument_group("server")
     server.add_argument("--url", default=DEFAULT_URL, help="default: %(default)s; also grpcs://, http://, https://")
@@ -245,6 +252,7 @@ def _options(arguments: argparse.Namespace) -> GenerateOptions:
         "seed": arguments.seed,
         "scheduler": arguments.scheduler,
         "transcription": arguments.transcription,
+        "window_length_in_s": arguments.window_length_in_s,
         "timeout": arguments.timeout,
     }
 

@@ -82,6 +82,7 @@ class AudioLDM2Client:
         scheduler: PerRow[str | None] = None,
         return_scores: PerRow[bool | None] = None,
         transcription: PerRow[str | None] = None,
+        window_length_in_s: PerRow[float] = contract.DEFAULT_WINDOW_LENGTH_IN_S,
         timeout: float | None = None,
         request_id: str = "",
         on_progress: OnProgress | None = None,
@@ -100,6 +101,8 @@ class AudioLDM2Client:
             scheduler: the name of a diffusers scheduler; `server_info().schedulers` has the accepted ones.
             return_scores: whether to score the waveforms; by default, and always, with more than one of them.
             transcription: the words to say, for checkpoints that speak, which require it; the others refuse it.
+            window_length_in_s: generates audio that is longer than this in overlapping windows of this length, blended
+                at every step: for long audio, with the native length of `server_info()`; 0, the default: as a whole.
             timeout: seconds until the server gives the request up; by default it never does.
             request_id: a name for the request in the server's logs and traces.
             on_progress: called with each `Progress`, once per evaluation of the UNet; for one prompt only, and not
@@ -126,6 +129,7 @@ class AudioLDM2Client:
             scheduler=scheduler,
             return_scores=return_scores,
             transcription=transcription,
+            window_length_in_s=window_length_in_s,
             timeout=timeout,
             request_id=request_id,
         )

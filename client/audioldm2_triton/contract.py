@@ -28,6 +28,7 @@ SCHEDULERS: Final = (
 MAX_BATCH_SIZE: Final = 8  # rows of one request
 MAX_PROMPT_CHARACTERS: Final = 2000
 MIN_AUDIO_LENGTH_IN_S: Final = 0.1
+MIN_WINDOW_LENGTH_IN_S: Final = 0.64
 MAX_GUIDANCE_SCALE: Final = 50.0
 MAX_SEED: Final = 2**63 - 1
 
@@ -36,6 +37,7 @@ DEFAULT_NUM_INFERENCE_STEPS: Final = 20
 DEFAULT_GUIDANCE_SCALE: Final = 3.5
 DEFAULT_NUM_WAVEFORMS_PER_PROMPT: Final = 1
 DEFAULT_SCHEDULER: Final = SCHEDULERS[0]
+DEFAULT_WINDOW_LENGTH_IN_S: Final = 0.0  # no windows
 
 INPUTS: Final[Mapping[str, str]] = {
     "prompt": "BYTES",
@@ -48,6 +50,7 @@ INPUTS: Final[Mapping[str, str]] = {
     "scheduler": "BYTES",
     "return_scores": "BOOL",
     "transcription": "BYTES",
+    "window_length_in_s": "FP32",
 }
 """Input tensors, each [B, 1], and their Triton types. All but `prompt` are optional.
 
@@ -84,6 +87,7 @@ class GenerationRow:
     scheduler: str
     return_scores: bool
     transcription: str = ""  # what is said; only for checkpoints that speak
+    window_length_in_s: float = DEFAULT_WINDOW_LENGTH_IN_S  # as the length; 0: generated as a whole
 
     @property
     def do_classifier_free_guidance(self) -> bool:

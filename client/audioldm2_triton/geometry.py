@@ -15,6 +15,7 @@ class AudioGeometry:
     native_latent_frames: int  # what the UNet was trained on
     latent_channels: int
     latent_width: int  # mel bins over the VAE scale factor
+    unet_downsampling: int  # latent frames of one frame at the UNet's lowest resolution
 
     @property
     def frame_length_in_s(self) -> float:
@@ -27,6 +28,18 @@ class AudioGeometry:
     def latent_frames(self, audio_length_in_s: float) -> int:
         """Truncated to whole mel frames, then rounded up to whole latent frames, as the reference does."""
         return ceil(int(audio_length_in_s / self.frame_length_in_s) / self.vae_scale_factor)
+
+    def window_frames(self, window_length_in_s: float) -> tuple[int, int]:
+        """Latent frames of a window and of the overlap of two, a quarter of it; zeros for the length 0: no windows.
+
+        Both are multiples of what the UNet's downsampling takes together, so that windows begin and end where it does:
+        the window is rounded up, the overlap to the nearest.
+        """
+        if window_length_in_s == 0:
+            return 0, 0
+        unit = self.unet_downsampling
+        window = max(2 * unit, ceil(self.latent_frames(window_length_in_s) / unit) * unit)
+        return window, max(unit, round(window / 4 / unit) * unit)
 
     def num_samples(self, audio_length_in_s: float) -> int:
         """Exactly this many samples are returned, as in the reference."""
@@ -44,6 +57,7 @@ def read_audio_geometry(checkpoint: Path) -> AudioGeometry:
         native_latent_frames=unet["sample_size"],
         latent_channels=unet["in_channels"],
         latent_width=vocoder["model_in_dim"] // vae_scale_factor,
+        unet_downsampling=2 ** (len(unet["block_out_channels"]) - 1),
     )
 
 

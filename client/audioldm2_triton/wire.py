@@ -44,6 +44,7 @@ class GenerateOptions(TypedDict, total=False):
     scheduler: PerRow[str | None]
     return_scores: PerRow[bool | None]
     transcription: PerRow[str | None]
+    window_length_in_s: PerRow[float]
     timeout: float | None
     request_id: str
 
@@ -78,6 +79,7 @@ def build_request(
     scheduler: PerRow[str | None] = None,
     return_scores: PerRow[bool | None] = None,
     transcription: PerRow[str | None] = None,
+    window_length_in_s: PerRow[float] = contract.DEFAULT_WINDOW_LENGTH_IN_S,
     timeout: float | None = None,
     request_id: str = "",
 ) -> InferRequest:
@@ -117,6 +119,7 @@ def build_request(
         "seed": [_draw_seed() if item is None else item for item in per_row("seed", seed, _seed)],
         "scheduler": _encoded(per_row("scheduler", scheduler, _text, info.schedulers[0])),
         "return_scores": per_row("return_scores", return_scores, _boolean, num_waveforms > 1),
+        "window_length_in_s": per_row("window_length_in_s", window_length_in_s, _number),
     }
     if transcription is not None:
         columns["transcription"] = _encoded(per_row("transcription", transcription, _text, ""))

@@ -16,6 +16,7 @@ COMMANDS: Final = {
     "masks": "mixed lengths in one forward, against groups of equal length",
     "sampling": "what other timesteps and guidance in a part of the steps lose",
     "plot": "the rows of load and gpu as pictures",
+    "seams": "whether the windows of long audio can be heard: spectral flux where they overlap and elsewhere",
     "stages": "time and arithmetic of each stage, beside the pipeline's, and what Triton adds",
 }
 

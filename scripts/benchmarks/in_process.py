@@ -26,8 +26,9 @@ for _stage in ("text_conditioning", "denoiser", "decoder"):
 from conditioning import condition  # noqa: E402
 from decoder_stage import load_decoder_stage  # noqa: E402
 from decoding import decode  # noqa: E402
-from denoiser import load_engines, parse_denoising_request  # noqa: E402
+from denoiser import load_engines  # noqa: E402
 from embedding_cache import EmbeddingCache  # noqa: E402
+from resolved_tensors import parse_denoising_request, read_tensor_shapes  # noqa: E402
 from text_stage import load_text_stage  # noqa: E402
 
 Tensors: TypeAlias = dict[str, np.ndarray]
@@ -82,6 +83,7 @@ class Stages:
         self.dtype = resolve_dtype(settings, self.device)
         self.geometry: AudioGeometry = read_audio_geometry(Path(settings.checkpoint))
         self.step_times = StepTimes()
+        self._shapes = read_tensor_shapes(Path(settings.checkpoint))
         self._encoders = load_text_stage(settings, self.device)
         # None are kept: the same few texts come again and again here.
         self._embeddings = EmbeddingCache(0)
@@ -116,7 +118,7 @@ class Stages:
         for tensors in resolved:
             future: Future[Tensor] = Future()
             futures.append(future)
-            self._engines.submit(parse_denoising_request(tensors, self.geometry), _settle(future))
+            self._engines.submit(parse_denoising_request(tensors, self._shapes), _settle(future))
         return [future.result() for future in futures]
 
     def decode(self, requests: Sequence[Tensors]) -> list[np.ndarray]:

@@ -80,7 +80,8 @@ def outputs_for(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     for row in rows:
         # FP32 travels as the nearest binary number; the contract means the shortest decimal.
         length = float(str(np.float32(row.pop("audio_length_in_s", NATIVE_AUDIO_LENGTH_IN_S))))
-        row["guidance_scale"] = float(str(np.float32(row["guidance_scale"])))
+        for name in ("guidance_scale", "window_length_in_s"):
+            row[name] = float(str(np.float32(row[name])))
         waveforms = row["num_waveforms_per_prompt"]
         audio.append(stand_in_audio(row, waveforms, length))
         score.append(stand_in_scores(waveforms) * row["return_scores"])

@@ -21,6 +21,8 @@ INPUTS: Final = (
     "negative_attention_mask",
     "negative_generated_prompt_embeds",
     "latent_frames",
+    "window_frames",
+    "overlap_frames",
     "num_inference_steps",
     "guidance_scale",
     "num_waveforms_per_prompt",

@@ -1,19 +1,15 @@
-"""The stage without Triton: a checkpoint's engines, and the resolved tensors of a request as they take them."""
+"""The stage without Triton: a checkpoint's engines."""
 
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from audioldm2_triton.compilation import compile_cache
-from audioldm2_triton.errors import invalid
 from audioldm2_triton.geometry import AudioGeometry
 from audioldm2_triton.settings import Settings, resolve_compile, resolve_device, resolve_dtype
-from denoising_request import DenoisingRequest, DenoisingRow, TextStates
 from denoising_unet import load_unet
 from engine import Engine
 from engine_load import EngineLimits, Observer
@@ -129,48 +125,3 @@ def engine_limits(settings: Settings, device: torch.device) -> EngineLimits:
         rows = max(size for size in COMPILED_ITEMS if size <= max(fitting, COMPILED_ITEMS[0]))
         waiting = 8 * rows
     return EngineLimits(settings.max_active_rows or rows, settings.max_waiting or waiting)
-
-
-def draw_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
-    """Float32 noise of unit variance from a CPU generator, whatever the device: the same seed, the same sound."""
-    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
-
-
-def parse_denoising_request(inputs: Mapping[str, np.ndarray], geometry: AudioGeometry) -> DenoisingRequest:
-    """A request from the stage's resolved tensors, by name; see the table in `model_repository/README.md`.
-
-    The values are trusted, but other people may call this stage: raises `InvalidArgumentError` where shapes disagree.
-    """
-    rows = len(inputs["seed"])
-    for name, array in inputs.items():
-        if len(array) != rows:
-            raise invalid(name, list(array.shape), f"{rows} rows, as in `seed`")
-    return DenoisingRequest(
-        rows=tuple(_parse_row(inputs, row, geometry) for row in range(rows)),
-        deadline_ns=int(inputs["deadline_ns"][0, 0]) if "deadline_ns" in inputs else 0,
-    )
-
-
-def _parse_row(inputs: Mapping[str, np.ndarray], row: int, geometry: AudioGeometry) -> DenoisingRow:
-    guidance_scale = float(inputs["guidance_scale"][row, 0])
-    waveforms, frames = int(inputs["num_waveforms_per_prompt"][row, 0]), int(inputs["latent_frames"][row, 0])
-    shape = (waveforms, geometry.latent_channels, frames, geometry.latent_width)
-    return DenoisingRow(
-        positive=_text_states(inputs, row, ""),
-        negative=_text_states(inputs, row, "negative_") if guidance_scale > 1.0 else None,
-        guidance_scale=guidance_scale,
-        num_inference_steps=int(inputs["num_inference_steps"][row, 0]),
-        scheduler=inputs["scheduler"][row, 0].decode(),
-        noise=draw_noise(int(inputs["seed"][row, 0]), shape),
-    )
-
-
-def _text_states(inputs: Mapping[str, np.ndarray], row: int, prefix: str) -> TextStates:
-    # Copies: Triton's buffers are gone once execute() has returned.
-    prompt_embeds, mask, generated = (
-        torch.tensor(inputs[prefix + name][row])
-        for name in ("prompt_embeds", "attention_mask", "generated_prompt_embeds")
-    )
-    # A shorter row of a request was padded to its longest.
-    length = max(1, int(mask.nonzero().max()) + 1) if bool(mask.any()) else 1
-    return TextStates(prompt_embeds[:length], mask[:length], generated)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from windows import Windowing
+
 
 @dataclass(frozen=True)
 class TextStates:
@@ -25,6 +27,7 @@ class DenoisingRow:
     num_inference_steps: int
     scheduler: str  # a diffusers class name
     noise: Tensor  # [N, C, H, W] float32 on the host, of unit variance
+    windowing: Windowing | None = None  # where the latents are denoised in windows, if they are longer than one
 
     @property
     def num_waveforms(self) -> int:
@@ -36,8 +39,17 @@ class DenoisingRow:
 
     @property
     def unet_items(self) -> int:
-        """UNet batch items that this row takes in a forward, at most."""
-        return self.num_waveforms * (1 if self.negative is None else 2)
+        """UNet batch items of one evaluation of this row, at most; those of all windows."""
+        return self.num_waveforms * self.num_windows * self.items_per_window
+
+    @property
+    def num_windows(self) -> int:
+        """Of each of its waveforms; 1 for one that is denoised as a whole."""
+        return 1 if self.windowing is None else len(self.windowing.starts(self.latent_frames))
+
+    @property
+    def items_per_window(self) -> int:
+        return 1 if self.negative is None else 2
 
 
 @dataclass(frozen=True)

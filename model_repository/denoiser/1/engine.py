@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
@@ -27,23 +27,17 @@ from audioldm2_triton.errors import (
 )
 from denoising_request import DenoisingRequest, OnDone
 from engine_load import EngineLimits, EngineLoad, Observer
-from forward_plan import Flight, ForwardCosts, plan_forwards
+from forward_plan import Bucket, Flight, ForwardCosts, plan_forwards
 from job import Job, OnProgress
 from schedule_table import ScheduleError, ScheduleTables
-from step_batch import StepBatch, UNet, WaveformState, advance, stack_waveforms, start_waveform, unstack_waveforms
+from step_batch import StepBatch, UNet, WaveformState, stack_waveforms, start_waveform
+from step_group import StepGroup
+from windows import plan_windows
 
 logger = logging.getLogger(__name__)
 
 CANCELLATION_POLL_NS: Final = 20_000_000  # asking Triton costs more than a flag, so not before every step of 5 ms
 MAX_FAILED_STEPS: Final = 3  # in a row; after these the engine counts as broken
-
-
-@dataclass
-class _Group:
-    """Waveforms that share a forward, and their stacked state."""
-
-    waveforms: list[WaveformState]
-    batch: StepBatch
 
 
 class Engine:
@@ -82,7 +76,7 @@ class Engine:
         self._jobs: list[Job] = []  # in order of arrival
         self._owners: dict[int, Job] = {}  # by id() of a waveform in flight
         self._flight: list[WaveformState] = []
-        self._groups: deque[_Group] = deque()  # the first is next to step
+        self._groups: deque[StepGroup] = deque()  # the first is next to take a forward
         self._stale = False  # the waveforms in flight are not those of the groups
         self._failed_steps = 0
         self._steps_under_way: deque[torch.cuda.Event] = deque()
@@ -102,11 +96,12 @@ class Engine:
         Raises `InvalidArgumentError` for a schedule that cannot be run and for a request that can never fit, and
         `UnavailableError` where there is no room and the waiting list is full.
         """
-        if request.unet_items > self.limits.max_active_rows:
+        items = self.limits.held_items(request)
+        if items > self.limits.max_active_rows:
             raise invalid(
                 "num_waveforms_per_prompt",
                 request.rows[0].num_waveforms,
-                f"a request of at most {self.limits.max_active_rows} UNet rows, not {request.unet_items} "
+                f"a request of at most {self.limits.max_active_rows} UNet rows, not {items} "
                 "(waveforms of all its rows, counted twice with guidance)",
             )
         job = Job(request, self._start_waveforms(request), on_done, is_cancelled)
@@ -115,7 +110,7 @@ class Engine:
                 raise UnavailableError(f"denoiser: the engine is {'broken' if self.broken else 'shutting down'}")
             load = self._load()
             room = self.limits.max_active_rows - load.active_rows - load.pending_rows
-            job.must_wait = request.unet_items > room
+            job.must_wait = items > room
             if job.must_wait and load.waiting_requests >= self.limits.max_waiting:
                 raise UnavailableError(
                     f"denoiser is full: {load.active_requests} requests in flight and {load.waiting_requests} waiting;"
@@ -170,9 +165,15 @@ class Engine:
                 table = self._tables.get(row.scheduler, row.num_inference_steps)
             except ScheduleError as error:
                 raise InvalidArgumentError(f"`scheduler`, `num_inference_steps`: {error}") from error
+            windows = None
+            if row.windowing is not None and row.num_windows > 1:
+                windows = plan_windows(row.windowing, row.latent_frames, self._device)
+            held = self.limits.held_windows(request, row)
             for noise in row.noise:
                 waveform = start_waveform(
-                    row.positive, row.negative, row.guidance_scale, table, noise, self._guidance_interval
+                    *(row.positive, row.negative, row.guidance_scale, table, noise, self._guidance_interval),
+                    windows=windows,
+                    held_windows=held,
                 )
                 waveforms.append(waveform)
         return tuple(waveforms)
@@ -267,37 +268,53 @@ class Engine:
                 return
             group = self._groups[0]
             waveforms = group.waveforms
-            group.batch = advance(self._unet, group.batch)
+            items = group.advance(self._unet)
             self._limit_run_ahead()
         except Exception as error:
             self._fail_step(waveforms, error)
             return
         self._failed_steps = 0
         self._groups.rotate(-1)
-        self._account(group)
+        self._account(group, items)
 
     def _regroup(self) -> None:
         """Plans the forwards anew after something entered or left."""
+        in_flight = {id(waveform) for waveform in self._flight}
         for group in self._groups:
-            unstack_waveforms(group.batch, group.waveforms)
+            group.unstack()
+        groups = [group for group in self._groups if group.amid_step and id(group.waveforms[0]) in in_flight]
+        kept = {id(waveform) for group in groups for waveform in group.waveforms}
         self._groups.clear()
         # Unstacked first, and all of them: a waveform's history is a part of its old batch until it is stacked again.
         for waveform in self._flight:
             waveform.history = waveform.history.to(self._device, non_blocking=True)
         flights = [
-            Flight(index, 1 if waveform.guidance is None else 2, waveform.frames)
+            Flight(index, waveform.step_items, waveform.row_frames)
             for index, waveform in enumerate(self._flight)
+            if not waveform.in_turns
         ]
-        groups = []
         assert self._costs is not None
         for forward in plan_forwards(flights, self._costs) if flights else []:
             waveforms = [self._flight[index] for index in forward.indices]
-            batch = stack_waveforms(self._unet, waveforms, self._device, self._dtype, forward.bucket)
-            groups.append(_Group(waveforms, batch))
+            groups.append(StepGroup(waveforms, partial(self._stack, bucket=forward.bucket)))
+        turns = [waveform for waveform in self._flight if waveform.in_turns and id(waveform) not in kept]
+        for job in self._owners_of(turns):
+            own = {id(waveform) for waveform in job.waveforms}
+            groups.append(StepGroup([w for w in turns if id(w) in own], self._stack_turn))
         # Lengths take turns: whoever has waited longest for a step goes first.
         groups.sort(key=lambda group: min(waveform.last_step for waveform in group.waveforms))
         self._groups.extend(groups)
         self._stale = False
+
+    def _stack(self, rows: Sequence[WaveformState], bucket: Bucket | None) -> StepBatch:
+        return stack_waveforms(self._unet, rows, self._device, self._dtype, bucket)
+
+    def _stack_turn(self, rows: Sequence[WaveformState]) -> StepBatch:
+        """The rows of one of several forwards a step, in the cheapest bucket."""
+        assert self._costs is not None
+        lengths = {row.frames for row in rows}
+        items = sum(row.step_items for row in rows)
+        return self._stack(rows, self._costs.cheapest(items, max(lengths), len(lengths) > 1)[1])
 
     def _limit_run_ahead(self) -> None:
         """The host is at most one step ahead, so that a cancellation or an admission waits for one step at most."""
@@ -309,23 +326,26 @@ class Engine:
         if len(self._steps_under_way) > 1:
             self._steps_under_way.popleft().synchronize()
 
-    def _account(self, group: _Group) -> None:
+    def _account(self, group: StepGroup, items: int) -> None:
         now = time.perf_counter()
         if self._observer is not None:
-            self._observer.stepped(group.batch.items, now - self._last_step)
+            self._observer.stepped(items, now - self._last_step)
         self._last_step = now
+        for waveform in group.waveforms:
+            waveform.last_step = now
+        if group.amid_step:
+            return
         with self._changed:
             for waveform in group.waveforms:
                 guidance = waveform.guidance
                 waveform.evaluation += 1
-                waveform.last_step = now
                 self._stale |= waveform.guidance is not guidance  # it takes more or fewer items from now on
             jobs = self._owners_of(group.waveforms)
             calls = [call for job in jobs for call in job.progressed()]
         _call_all(calls)
         finished = [waveform for waveform in group.waveforms if waveform.finished]
         if finished:
-            unstack_waveforms(group.batch, group.waveforms)
+            group.unstack()
             self._leave(finished)
             for job in jobs:
                 if all(waveform.finished for waveform in job.waveforms):

@@ -5,13 +5,29 @@ from typing import Protocol
 
 from torch import Tensor
 
-from denoising_request import DenoisingRequest
+from denoising_request import DenoisingRequest, DenoisingRow
 
 
 @dataclass(frozen=True)
 class EngineLimits:
     max_active_rows: int  # UNet batch items in flight, which is also the largest forward
     max_waiting: int  # requests that may wait for room
+
+    def held_windows(self, request: DenoisingRequest, row: DenoisingRow) -> int:
+        """How many windows of each waveform of a row share a forward; its others take turns with them.
+
+        All of them, unless the request has more than fit in half of the engine. Then its waveforms share that half:
+        the memory does not grow with the length, and other requests find room beside it.
+        """
+        half = self.max_active_rows // 2
+        if request.unet_items <= half:
+            return row.num_windows
+        num_waveforms = sum(row.num_waveforms for row in request.rows)
+        return min(row.num_windows, max(1, half // (num_waveforms * row.items_per_window)))
+
+    def held_items(self, request: DenoisingRequest) -> int:
+        """UNet batch items that a request takes of `max_active_rows`."""
+        return sum(row.num_waveforms * row.items_per_window * self.held_windows(request, row) for row in request.rows)
 
 
 @dataclass(frozen=True)

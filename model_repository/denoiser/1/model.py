@@ -12,9 +12,9 @@ from torch import Tensor
 
 from audioldm2_triton import triton_adapter as adapter
 from audioldm2_triton.errors import invalid
-from audioldm2_triton.geometry import read_audio_geometry
-from denoiser import load_engines, parse_denoising_request
+from denoiser import load_engines
 from denoiser_metrics import DenoiserMetrics
+from resolved_tensors import parse_denoising_request, read_tensor_shapes
 
 STAGE = "denoiser"
 
@@ -22,9 +22,9 @@ STAGE = "denoiser"
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         settings = adapter.model_settings(args)
-        self.geometry = read_audio_geometry(Path(settings.checkpoint))
-        self.metrics = DenoiserMetrics(self.geometry)
-        self.engines = load_engines(settings, self.geometry, self.metrics.observer)
+        self.shapes = read_tensor_shapes(Path(settings.checkpoint))
+        self.metrics = DenoiserMetrics(self.shapes.geometry)
+        self.engines = load_engines(settings, self.shapes.geometry, self.metrics.observer)
 
     def execute(self, requests: Sequence[Any]) -> None:
         # Never blocks: each request is answered when it is done.
@@ -53,7 +53,7 @@ class TritonPythonModel:
         elif control:
             raise invalid("ctl", control, "progress or cancel")
         else:
-            parsed = parse_denoising_request(adapter.input_arrays(request), self.geometry)
+            parsed = parse_denoising_request(adapter.input_arrays(request), self.shapes)
             self.engines.submit(parsed, partial(_answer, sender), sender.is_cancelled, job)
 
 

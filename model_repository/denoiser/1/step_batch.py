@@ -13,6 +13,7 @@ from forward_plan import Bucket
 from length_masks import LengthMasks
 from schedule_table import WINDOW, ScheduleTable
 from unet_layers import TextKeys
+from windows import Windows
 
 T = TypeVar("T")
 
@@ -54,6 +55,8 @@ class WaveformState:
     guided: range  # the evaluations that have guidance, where there is a negative prompt
     evaluation: int = 0  # how many are done
     last_step: float = 0.0  # when, by time.perf_counter(); lengths that cannot share a forward take turns by it
+    windows: Windows | None = None  # where its windows are the rows of the forwards, and not the whole
+    held_windows: int = 1  # how many of them share a forward at most
 
     @property
     def latents(self) -> Tensor:
@@ -65,8 +68,23 @@ class WaveformState:
 
     @property
     def unet_items(self) -> int:
-        """UNet batch items that it takes at most."""
-        return 1 if self.negative is None else 2
+        """UNet batch items that it takes in a forward at most."""
+        return self.held_windows * (1 if self.negative is None else 2)
+
+    @property
+    def step_items(self) -> int:
+        """UNet batch items of its next evaluation, those of all its windows."""
+        return (1 if self.windows is None else len(self.windows.starts)) * (1 if self.guidance is None else 2)
+
+    @property
+    def row_frames(self) -> int:
+        """Latent frames of each of its rows in a forward."""
+        return self.frames if self.windows is None else self.windows.frames
+
+    @property
+    def in_turns(self) -> bool:
+        """Whether its windows take several forwards a step."""
+        return self.windows is not None and self.held_windows < len(self.windows.starts)
 
     @property
     def guidance(self) -> TextStates | None:
@@ -81,16 +99,25 @@ def start_waveform(
     table: ScheduleTable,
     noise: Tensor,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
+    windows: Windows | None = None,
+    held_windows: int = 1,
 ) -> WaveformState:
     """A waveform before its first step, from noise [C, H, W] of unit variance.
 
     Args:
         guidance_interval: from and to which share of the evaluations there is guidance.
+        windows: of the waveform, where it is denoised in windows.
+        held_windows: how many of them share a forward at most.
     """
     history = noise.new_zeros(WINDOW, 2, *noise.shape, dtype=torch.float32)
     history[0, 0] = noise * table.init_noise_sigma
     guided = range(*(round(share * table.num_evaluations) for share in guidance_interval))
-    return WaveformState(positive, negative, guidance_scale, table, history, noise.shape[1], guided)
+    frames = noise.shape[1]
+    return WaveformState(
+        *(positive, negative, guidance_scale, table, history, frames, guided),
+        windows=windows,
+        held_windows=held_windows,
+    )
 
 
 @dataclass(frozen=True)

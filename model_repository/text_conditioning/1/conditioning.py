@@ -97,6 +97,7 @@ def _resolved(
     negatives = [negative for _, negative in encoded]
     # A negative prompt that is read whole can be longer than its prompt.
     longest = max(text.prompt_embeds.shape[1] for text in (*prompts, *negatives) if text is not None)
+    windows = [geometry.window_frames(row.window_length_in_s) for row in rows]
 
     def column(values: Sequence[object], dtype: type) -> np.ndarray:
         return np.array(values, dtype).reshape(-1, 1)
@@ -119,6 +120,8 @@ def _resolved(
         "negative_generated_prompt_embeds": stack(negatives, "generated_prompt_embeds", False),
         "text_embeds": stack(prompts, "text_embeds", False),
         "latent_frames": column([geometry.latent_frames(row.audio_length_in_s) for row in rows], np.int32),
+        "window_frames": column([frames for frames, _ in windows], np.int32),
+        "overlap_frames": column([overlap for _, overlap in windows], np.int32),
         "num_samples": column([geometry.num_samples(row.audio_length_in_s) for row in rows], np.int32),
         "num_inference_steps": column([row.num_inference_steps for row in rows], np.int32),
         "guidance_scale": column([row.guidance_scale for row in rows], np.float32),

@@ -75,6 +75,7 @@ def _parse_row(
         # Ranking needs the scores.
         return_scores=return_scores or num_waveforms > 1,
         transcription=_transcription(inputs, row, speaks),
+        window_length_in_s=_window_length(inputs, row, limits),
     )
 
 
@@ -118,6 +119,15 @@ def _audio_length(inputs: Mapping[str, np.ndarray], row: int, limits: Limits, na
     low, high = contract.MIN_AUDIO_LENGTH_IN_S, limits.max_audio_length_in_s
     if not (math.isfinite(value) and low <= value <= high):
         raise invalid(name, value, f"a finite number of seconds from {low:g} to {high:g}")
+    return value
+
+
+def _window_length(inputs: Mapping[str, np.ndarray], row: int, limits: Limits) -> float:
+    name = "window_length_in_s"
+    value = contract.shortest_decimal(inputs[name][row, 0]) if name in inputs else contract.DEFAULT_WINDOW_LENGTH_IN_S
+    low, high = contract.MIN_WINDOW_LENGTH_IN_S, limits.max_audio_length_in_s
+    if value != 0 and not (math.isfinite(value) and low <= value <= high):
+        raise invalid(name, value, f"0 for no windows, or a finite number of seconds from {low:g} to {high:g}")
     return value
 
 

@@ -1,0 +1,163 @@
+"""A request's tensors, from the text stage or from whoever calls this stage alone, as the engines take them."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from audioldm2_triton.contract import SCHEDULERS
+from audioldm2_triton.errors import invalid
+from audioldm2_triton.geometry import AudioGeometry, read_audio_geometry
+from denoising_request import DenoisingRequest, DenoisingRow, TextStates
+from windows import Windowing
+
+TEXT: Final = ("prompt_embeds", "attention_mask", "generated_prompt_embeds")
+NEGATIVE_TEXT: Final = tuple(f"negative_{name}" for name in TEXT)
+COLUMNS: Final = ("latent_frames", "num_inference_steps", "guidance_scale", "num_waveforms_per_prompt", "scheduler")
+OPTIONAL: Final = ("seed", "noise", "window_frames", "overlap_frames", "deadline_ns")
+
+
+@dataclass(frozen=True)
+class TensorShapes:
+    """What the tensors' shapes must be for one checkpoint."""
+
+    geometry: AudioGeometry
+    prompt_dim: int  # D1
+    generated_dim: int  # D0
+    generated_tokens: int  # T
+
+
+def read_tensor_shapes(checkpoint: Path) -> TensorShapes:
+    """Reads the components' `config.json`. Raises `OSError` and `KeyError` for a checkpoint that is not whole."""
+    unet, language_model = (
+        json.loads((checkpoint / part / "config.json").read_text()) for part in ("unet", "language_model")
+    )
+    generated_dim, prompt_dim = [dim for dim in unet["cross_attention_dim"][0] if dim is not None]
+    return TensorShapes(
+        read_audio_geometry(checkpoint), prompt_dim, generated_dim, language_model.get("max_new_tokens", 8)
+    )
+
+
+def draw_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
+    """Float32 noise of unit variance from a CPU generator, whatever the device: the same seed, the same sound."""
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
+
+
+def parse_denoising_request(inputs: Mapping[str, np.ndarray], shapes: TensorShapes) -> DenoisingRequest:
+    """A request from the stage's tensors, by name; see the table in `model_repository/README.md`.
+
+    The text stage's can be trusted, but other people may call this stage, and one tensor of a wrong shape would fail
+    all waveforms that share its forward. Raises `InvalidArgumentError`, which names the tensor.
+    """
+    _check(inputs, shapes)
+    rows = tuple(_parse_row(inputs, row, shapes.geometry) for row in range(len(inputs["latent_frames"])))
+    _check_equal("num_waveforms_per_prompt", [row.num_waveforms for row in rows])
+    _check_equal("latent_frames", [row.latent_frames for row in rows])
+    return DenoisingRequest(rows, int(inputs["deadline_ns"][0, 0]) if "deadline_ns" in inputs else 0)
+
+
+def _check(inputs: Mapping[str, np.ndarray], shapes: TensorShapes) -> None:
+    guided = "guidance_scale" in inputs and bool((inputs["guidance_scale"] > 1.0).any())
+    source = "noise" if "noise" in inputs else "seed"
+    for name in (*TEXT, *(NEGATIVE_TEXT if guided else ()), *COLUMNS, source):
+        if name not in inputs:
+            raise invalid(name, None, "a tensor: requests to this stage alone have it too")
+    rows = len(inputs["latent_frames"])
+    # The states before the masks, which are as long.
+    for name in sorted((*TEXT, *NEGATIVE_TEXT, *COLUMNS, *OPTIONAL), key=lambda name: name.endswith("mask")):
+        if name not in inputs:
+            continue
+        array = inputs[name]
+        _check_shape(name, array, _expected_shape(name, inputs, rows, shapes))
+        if array.dtype == np.float32 and not np.isfinite(array).all():
+            raise invalid(name, array[~np.isfinite(array)][0].item(), "finite values")
+
+
+def _expected_shape(
+    name: str, inputs: Mapping[str, np.ndarray], rows: int, shapes: TensorShapes
+) -> tuple[int | None, ...]:
+    """None where any number will do, but 0."""
+    if name.endswith("generated_prompt_embeds"):
+        return rows, shapes.generated_tokens, shapes.generated_dim
+    if name.endswith("prompt_embeds"):
+        return rows, None, shapes.prompt_dim
+    if name.endswith("attention_mask"):
+        states = inputs.get(name.replace("attention_mask", "prompt_embeds"))
+        return rows, None if states is None else states.shape[1]
+    if name == "noise":
+        geometry = shapes.geometry
+        waveforms, frames = int(inputs["num_waveforms_per_prompt"][0, 0]), int(inputs["latent_frames"][0, 0])
+        return rows, waveforms, geometry.latent_channels, frames, geometry.latent_width
+    return rows, 1
+
+
+def _check_shape(name: str, array: np.ndarray, expected: tuple[int | None, ...]) -> None:
+    fits = len(array.shape) == len(expected) and all(
+        size == wanted or (wanted is None and size > 0) for size, wanted in zip(array.shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in expected)
+        raise invalid(name, list(array.shape), f"the shape [{wanted}]")
+
+
+def _check_equal(name: str, given: list[int]) -> None:
+    if len(set(given)) > 1:
+        raise invalid(name, given, "the same value in all rows of one request")
+
+
+def _parse_row(inputs: Mapping[str, np.ndarray], row: int, geometry: AudioGeometry) -> DenoisingRow:
+    guidance_scale = float(inputs["guidance_scale"][row, 0])
+    scheduler = inputs["scheduler"][row, 0].decode(errors="replace")
+    if scheduler not in SCHEDULERS:
+        raise invalid("scheduler", scheduler, f"one of {', '.join(SCHEDULERS)}")
+    return DenoisingRow(
+        positive=_text_states(inputs, row, TEXT),
+        negative=_text_states(inputs, row, NEGATIVE_TEXT) if guidance_scale > 1.0 else None,
+        guidance_scale=guidance_scale,
+        num_inference_steps=_positive(inputs, "num_inference_steps", row),
+        scheduler=scheduler,
+        noise=_noise(inputs, row, geometry),
+        windowing=_windowing(inputs, row),
+    )
+
+
+def _positive(inputs: Mapping[str, np.ndarray], name: str, row: int) -> int:
+    value = int(inputs[name][row, 0])
+    if value < 1:
+        raise invalid(name, value, "an integer of at least 1")
+    return value
+
+
+def _noise(inputs: Mapping[str, np.ndarray], row: int, geometry: AudioGeometry) -> Tensor:
+    """The caller's own, or drawn by the seed."""
+    waveforms, frames = (_positive(inputs, name, row) for name in ("num_waveforms_per_prompt", "latent_frames"))
+    if "noise" in inputs:
+        return torch.tensor(inputs["noise"][row])
+    shape = (waveforms, geometry.latent_channels, frames, geometry.latent_width)
+    return draw_noise(int(inputs["seed"][row, 0]), shape)
+
+
+def _windowing(inputs: Mapping[str, np.ndarray], row: int) -> Windowing | None:
+    frames, overlap = (
+        int(inputs[name][row, 0]) if name in inputs else 0 for name in ("window_frames", "overlap_frames")
+    )
+    if frames == 0:
+        return None
+    if frames < 1:
+        raise invalid("window_frames", frames, "0, or the length of a window")
+    if not 0 <= overlap <= frames // 2:
+        raise invalid("overlap_frames", overlap, f"an integer from 0 to half of the window, {frames // 2}")
+    return Windowing(frames, overlap)
+
+
+def _text_states(inputs: Mapping[str, np.ndarray], row: int, names: tuple[str, ...]) -> TextStates:
+    # Copies: Triton's buffers are gone once execute() has returned.
+    prompt_embeds, mask, generated = (torch.tensor(inputs[name][row]) for name in names)
+    # A shorter row of a request was padded to its longest.
+    length = max(1, int(mask.nonzero().max()) + 1) if bool(mask.any()) else 1
+    return TextStates(prompt_embeds[:length], mask[:length], generated)

@@ -1,0 +1,128 @@
+"""`scripts/benchmark seams`: whether the windows of long audio can be heard, by the spectral flux at the overlaps.
+
+Three kinds of clips from the same prompts: generated in windows, generated as a whole, and joined from separate clips
+with a hard cut in the middle of each overlap, which shows that the measure finds a seam where there is one. The flux
+is the mean change of the spectrum's level in dB between the stretches before and after a moment, of two lengths: short
+ones find clicks, long ones changes of character. `at seams` is the largest in an overlap, `beside` the largest in a
+stretch as long in the middle of a window, both averaged; `share` says in how many pairs of an overlap and a stretch
+beside it the overlap has more: half of them, where no seam can be found.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+
+from audioldm2_triton.contract import GenerationRow
+from audioldm2_triton.geometry import AudioGeometry
+from benchmarks.in_process import Stages, running_stages
+from benchmarks.measurement import Row, print_table
+from benchmarks.setting import add_common_arguments, read_setting
+from benchmarks.spectral_flux import SeamFlux, Stretch, seam_flux
+from benchmarks.workload import PROMPTS, make_rows
+
+SCALES_IN_S: Final = (0.02, 0.3)  # clicks; changes of character
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Windows at equal distances, in seconds."""
+
+    window: float
+    overlap: float
+    count: int
+
+    @property
+    def step(self) -> float:
+        return self.window - self.overlap
+
+    @property
+    def length(self) -> float:
+        return self.window + (self.count - 1) * self.step
+
+    @property
+    def seams(self) -> list[Stretch]:
+        """The overlaps."""
+        starts = [index * self.step for index in range(1, self.count)]
+        return [(start, start + self.overlap) for start in starts]
+
+    @property
+    def between(self) -> list[Stretch]:
+        """As long stretches in the middle of the windows."""
+        starts = [index * self.step + (self.window - self.overlap) / 2 for index in range(self.count)]
+        return [(start, start + self.overlap) for start in starts]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common_arguments(parser, "seams")
+    parser.add_argument("--window-length-in-s", type=float, help="default: the checkpoint's native length")
+    parser.add_argument("--windows", type=int, default=5, help="of each clip, at least 2 (default: %(default)s)")
+    parser.add_argument("--clips", type=int, default=8, help="of each kind (default: %(default)s)")
+    parser.add_argument("--num-inference-steps", type=int, default=20)
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="taken in turn")
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    setting = read_setting(arguments, "seams")
+    with running_stages(setting.settings) as stages:
+        layout = make_layout(stages.geometry, arguments.window_length_in_s, arguments.windows)
+        rows = [
+            replace(row, prompt=arguments.prompts[index % len(arguments.prompts)])
+            for index, row in enumerate(make_rows(arguments.clips, layout.length, arguments.num_inference_steps))
+        ]
+        kinds = {
+            "in windows": [_audio(stages, replace(row, window_length_in_s=layout.window)) for row in rows],
+            "as a whole": [_audio(stages, row) for row in rows],
+            "joined by cuts": [_joined(stages, row, layout) for row in rows],
+        }
+        rate = stages.geometry.sampling_rate
+    shared = replace(
+        setting.row,
+        length_s=layout.length,
+        steps=arguments.num_inference_steps,
+        guidance=rows[0].guidance_scale,
+        samples=arguments.clips,
+    )
+    print(f"{layout.count} windows of {layout.window:g} s, overlaps of {layout.overlap:g} s")
+    print_table(
+        [
+            setting.keep(_row(shared, kind, scale, seam_flux(clips, rate, scale, layout.seams, layout.between)))
+            for kind, clips in kinds.items()
+            for scale in SCALES_IN_S
+        ],
+        sys.stdout,
+    )
+
+
+def make_layout(geometry: AudioGeometry, window_length_in_s: float | None, count: int) -> Layout:
+    """The windows that the server makes of clips of the layout's length; all overlaps are equal then."""
+    frames, overlap = geometry.window_frames(window_length_in_s or geometry.native_audio_length_in_s)
+    seconds = geometry.vae_scale_factor * geometry.frame_length_in_s
+    return Layout(round(frames * seconds, 6), round(overlap * seconds, 6), count)
+
+
+def _row(shared: Row, kind: str, scale_in_s: float, flux: SeamFlux) -> Row:
+    return replace(
+        shared,
+        path=f"{kind}, {1000 * scale_in_s:.0f} ms",
+        note=f"at seams {flux.at_seams:.2f} dB, beside {flux.beside:.2f} dB, ratio {flux.ratio:.3f}, "
+        f"share {flux.share:.2f} of {flux.pairs}",
+    )
+
+
+def _audio(stages: Stages, row: GenerationRow) -> np.ndarray:
+    return stages.generate(row)[0, 0]
+
+
+def _joined(stages: Stages, row: GenerationRow, layout: Layout) -> np.ndarray:
+    """As long a clip of separate ones, cut in the middle of each overlap."""
+    rate = stages.geometry.sampling_rate
+    edges = [0.0, *((first + last) / 2 for first, last in layout.seams), layout.length]
+    parts = []
+    for index in range(layout.count):
+        own = replace(row, audio_length_in_s=layout.window, seed=1000 * (row.seed + 1) + index)
+        first, stop = (round((edge - index * layout.step) * rate) for edge in edges[index : index + 2])
+        parts.append(_audio(stages, own)[first:stop])
+    return np.concatenate(parts)

@@ -1,0 +1,145 @@
+"""The page on the stages by themselves: its example as it stands, equal to the reference with the same tensors."""
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from tritonclient.utils import InferenceServerException
+
+from audioldm2_pipeline import Reference, difference
+from audioldm2_triton.contract import DEFAULT_SCHEDULER
+from conftest import ROOT
+from denoising_request import DenoisingRow, TextStates
+from multi_diffusion import multi_diffusion
+from serving.local_server import LocalServer
+from test_readme import on_test_ports
+
+PAGE = (ROOT / "model_repository/STAGES.md").read_text()
+TOLERANCE = 1e-4  # of the peak
+EMBEDDINGS = (
+    *("prompt_embeds", "attention_mask", "generated_prompt_embeds"),
+    *("negative_prompt_embeds", "negative_attention_mask", "negative_generated_prompt_embeds"),
+)
+
+
+@pytest.fixture(scope="module")
+def example(server: LocalServer) -> dict[str, Any]:
+    """What the page's code leaves behind, with what it printed."""
+    printed: list[tuple[Any, ...]] = []
+    names: dict[str, Any] = {"print": lambda *values: printed.append(values)}
+    for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        exec(compile(on_test_ports(code, server), "STAGES.md", "exec"), names)
+    return {**names, "printed": printed}
+
+
+@torch.no_grad()
+def reference_latents(reference: Reference, tensors: dict[str, np.ndarray], noise: np.ndarray) -> np.ndarray:
+    """The reference's latents [N, 8, H, 16] for embeddings and noise of the caller's own."""
+    pipe = reference.pipeline
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(reference.scheduler_config)
+    latents: torch.Tensor = pipe(
+        **{name: torch.from_numpy(tensors[name].copy()) for name in EMBEDDINGS},
+        latents=torch.from_numpy(noise[0]),
+        audio_length_in_s=2.0,
+        num_inference_steps=10,
+        guidance_scale=3.5,
+        output_type="latent",
+    ).audios
+    return latents.numpy()
+
+
+@torch.no_grad()
+def decoded(reference: Reference, latents: np.ndarray, samples: int) -> np.ndarray:
+    """The VAE's and the vocoder's audio [N, S] of latents [N, 8, H, 16]."""
+    pipe = reference.pipeline
+    mel = pipe.vae.decode(torch.from_numpy(latents) / pipe.vae.config.scaling_factor).sample
+    audio: np.ndarray = pipe.mel_spectrogram_to_waveform(mel)[:, :samples].numpy()
+    return audio
+
+
+def test_mixed_prompts_with_own_noise_are_the_references(example: dict[str, Any], reference: Reference) -> None:
+    expected = reference_latents(reference, example["mixed"], example["noise"])
+    assert difference(example["latents"][0], expected) < TOLERANCE
+    unmixed = {**example["mixed"], **{name: example["texts"][name][:1] for name in example["TEXT"]}}
+    assert difference(reference_latents(reference, unmixed, example["noise"]), expected) > 1e-2
+
+
+def test_own_latents_are_decoded_as_by_vae_and_vocoder(example: dict[str, Any], reference: Reference) -> None:
+    assert example["printed"] == [((1, 1, 32000), 16000)]
+    expected = decoded(reference, example["turned"][0], 32000)
+    assert difference(example["answer"]["audio"][0], expected) < TOLERANCE
+    # Nothing of the denoiser's making, two waveforms, fewer samples than there are.
+    own = np.random.default_rng(1).standard_normal((1, 2, 8, 30, 16), dtype=np.float32)
+    decoding = {**example["decoding"], "num_samples": np.array([[17000]], np.int32)}
+    answer = example["call"]("decoder", {"latents": own, **decoding}, ["audio"])
+    assert difference(answer["audio"][0], decoded(reference, own[0], 17000)) < TOLERANCE
+
+
+def test_the_noise_of_a_seed_is_the_seed(example: dict[str, Any]) -> None:
+    drawn = torch.randn((1, 1, 8, 50, 16), generator=torch.Generator("cpu").manual_seed(7)).numpy()
+    mixed = example["mixed"]
+    by_noise = example["call"]("denoiser", {**mixed, "noise": drawn}, ["latents"])["latents"]
+    by_seed = example["call"]("denoiser", {**mixed, "seed": np.array([[7]])}, ["latents"])["latents"]
+    assert difference(by_noise, by_seed) < TOLERANCE
+
+
+def test_a_request_in_windows_at_the_stage(example: dict[str, Any], reference: Reference) -> None:
+    mixed, noise = example["mixed"], example["noise"]
+    windows = {"window_frames": np.array([[24]], np.int32), "overlap_frames": np.array([[5]], np.int32)}
+    latents = example["call"]("denoiser", {**mixed, **windows, "noise": noise}, ["latents"])["latents"]
+    texts = [
+        TextStates(*(torch.from_numpy(mixed[prefix + name][0].copy()) for name in example["TEXT"]))
+        for prefix in ("", "negative_")
+    ]
+    row = DenoisingRow(*texts, 3.5, 10, DEFAULT_SCHEDULER, torch.from_numpy(noise[0]))
+    solver = DPMSolverMultistepScheduler.from_config(reference.scheduler_config)
+    expected = multi_diffusion(reference.pipeline.unet, solver, row, 24, 5)
+    assert difference(latents[0], expected.numpy()) < TOLERANCE
+
+
+REFUSED = [
+    ("noise", np.zeros((1, 1, 8, 49, 16), np.float32), r"[1, 1, 8, 49, 16]", "[1, 1, 8, 50, 16]"),
+    ("noise", np.zeros((1, 2, 8, 50, 16), np.float32), r"[1, 2, 8, 50, 16]", "[1, 1, 8, 50, 16]"),
+    ("noise", np.full((1, 1, 8, 50, 16), np.nan, np.float32), "nan", "finite"),
+    ("prompt_embeds", np.zeros((1, 9, 7), np.float32), "[1, 9, 7]", "[1, any, 48]"),
+    ("generated_prompt_embeds", np.zeros((1, 7, 32), np.float32), "[1, 7, 32]", "[1, 8, 32]"),
+    ("generated_prompt_embeds", np.full((1, 8, 32), np.inf, np.float32), "inf", "finite"),
+    ("attention_mask", np.ones((1, 3), np.int32), "[1, 3]", "[1, "),
+    ("scheduler", np.array([["AutoencoderKL"]], object), "'AutoencoderKL'", "DPMSolverMultistepScheduler"),
+    ("num_inference_steps", np.array([[0]], np.int32), "0", "at least 1"),
+    ("latent_frames", np.array([[0]], np.int32), "0", "at least 1"),
+    ("window_frames", np.array([[-8]], np.int32), "-8", "0, or"),
+    ("overlap_frames", np.array([[13]], np.int32), "13", "from 0 to half of the window, 12"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "got", "accepted"), REFUSED, ids=lambda value: str(value)[:12])
+def test_what_does_not_fit_is_refused_by_name(
+    name: str, value: np.ndarray, got: str, accepted: str, example: dict[str, Any]
+) -> None:
+    windows = {"window_frames": np.array([[24]], np.int32), "overlap_frames": np.array([[8]], np.int32)}
+    given = {**example["mixed"], **windows, "seed": np.array([[7]])}
+    with pytest.raises(InferenceServerException) as caught:
+        example["call"]("denoiser", {**given, name: value}, ["latents"])
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+    assert f"`{name}`: got {got}" in caught.value.message()
+    assert accepted in caught.value.message().partition("but expected")[2]
+
+
+@pytest.mark.parametrize("missing", ["prompt_embeds", "negative_generated_prompt_embeds", "scheduler", "seed"])
+def test_what_is_missing_is_named(missing: str, example: dict[str, Any]) -> None:
+    given = {name: array for name, array in example["mixed"].items() if name != missing}
+    if missing != "seed":
+        given["seed"] = np.array([[7]])
+    with pytest.raises(InferenceServerException) as caught:
+        example["call"]("denoiser", given, ["latents"])
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+    assert f"`{missing}`: got None" in caught.value.message()
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)", PAGE))))
+def test_links_lead_somewhere(link: str) -> None:
+    assert (ROOT / "model_repository" / link).exists()
