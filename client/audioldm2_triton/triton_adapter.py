@@ -20,13 +20,13 @@ from audioldm2_triton.errors import AudioLDM2Error, InternalError, UnavailableEr
 from audioldm2_triton.memory import peak_memory_bytes
 from audioldm2_triton.settings import Settings, read_settings
 
+if TYPE_CHECKING:
+    import torch
+
 logger = logging.getLogger(__name__)
 
 STAGE_REQUESTS_METRIC = "audioldm2_stage_requests"
 PEAK_MEMORY_METRIC = "audioldm2_peak_memory_bytes"
-
-if TYPE_CHECKING:
-    import torch
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -10,7 +10,7 @@ from denoising_request import DenoisingRequest
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """Memory goes with the frames: `max_active_rows` is counted in rows of `row_frames`, and a longer one by its length.
+    """Memory goes with the frames, so `max_active_rows` counts a row that is longer than `row_frames` by its length.
 
     What alone is more than the limit is in flight alone.
     """
