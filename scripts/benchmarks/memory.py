@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -135,7 +134,7 @@ def server_processes(root: int) -> dict[str, int]:
             process = parents[process]
         return process == root
 
-    found = {}
+    found: dict[str, int] = {}
     for process, command in commands.items():
         name = Path(command[0]).name
         if name in (SERVER, STUB) and is_below(process):
@@ -188,8 +187,8 @@ def measure_reference(setting: Setting, request: GenerationRow) -> Row:
         work = pool.submit(run_reference, setting.checkpoint, setting.device, setting.dtype, request)
         try:
             before, peak, seconds = work.result()
-        except (BrokenProcessPool, MemoryError, torch.OutOfMemoryError) as error:
-            return replace(base, samples=0, note=f"failed: {type(error).__name__}")
+        except (MemoryError, RuntimeError) as error:  # what PyTorch raises, and where the process was killed
+            return replace(base, samples=0, note=f"failed: {type(error).__name__}: {error}"[:200])
     note = "" if before is None else f"before {before:.0f} MiB"
     return replace(base, peak_memory_mib=peak, median_ms=1000 * seconds, note=note)
 
