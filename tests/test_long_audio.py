@@ -189,7 +189,7 @@ LONG = {
 
 def test_a_minute_streams_as_the_ensemble_gives_it(server: LocalServer) -> None:
     expected = whole(server, LONG)
-    result = check_responses(streamed(server, LONG), num_steps=2, num_chunks=24)
+    result = check_responses(streamed(server, LONG, wait_in_s=300), num_steps=2, num_chunks=24)
     assert result["audio"].shape == (1, 3, 60 * 16000)
     np.testing.assert_array_equal(result["audio"][0][result["order"][0]], expected["audio"][0])
     np.testing.assert_array_equal(result["score"], expected["score"])
