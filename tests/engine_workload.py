@@ -66,8 +66,10 @@ def make_engine(
     max_active_rows: int = 16,
     max_waiting: int = 1000,
     costs: ForwardCosts = ALWAYS_MIX,
+    row_frames: int = 256,
 ) -> Engine:
-    return Engine(unet, tables, EngineLimits(max_active_rows, max_waiting), lambda: costs, CPU, torch.float32)
+    limits = EngineLimits(max_active_rows, max_waiting, row_frames)
+    return Engine(unet, tables, limits, lambda: costs, CPU, torch.float32)
 
 
 def make_request(

@@ -130,6 +130,47 @@ def test_forwards_fill_up_and_nobody_waits_where_there_is_room(engine: Engine, u
     assert all(size == 16 for size in sizes[1:4])
 
 
+def test_long_rows_count_by_their_length(unet: WatchedUNet) -> None:
+    """The room is 8 rows of 3 frames, 24 frames; shorter rows count as 3."""
+    engine, outcomes = make_engine(unet, TABLES, max_active_rows=8, costs=NEVER_MIX, row_frames=3), Outcomes()
+    unet.gate = threading.Semaphore(0)
+    requests = {1: make_request(1, frames=6), 2: make_request(2, frames=1), 3: make_request(3, frames=4)}
+    for tag, request in requests.items():
+        engine.submit(request, outcomes.callback(tag))
+    unet.gate.release(1)
+    # Two rows of 6 frames and two that count as 3 leave room for 6; two rows of 4 are too much.
+    wait_until(lambda: engine.load.active_rows == 4, "the first two in flight")
+    assert engine.load.free_frames == 24 - 12 - 6 - 8
+    assert (engine.load.pending_rows, engine.load.waiting_requests) == (2, 1)
+    unet.gate.release(1000)
+    collected = outcomes.collect(3)
+    engine.close()
+    first_of_third = next(index for index, tags in enumerate(unet.forwards) if 3 in tags)
+    before, after = unet.forwards[:first_of_third], unet.forwards[first_of_third:]
+    assert not all(any(tag in tags for tags in after) for tag in (1, 2)), "it did not wait for either"
+    assert all(any(tag in tags for tags in before) for tag in (1, 2))
+    for tag, request in requests.items():
+        assert_is_reference(collected[tag], request)
+
+
+def test_what_is_longer_than_the_limit_is_in_flight_alone(unet: WatchedUNet) -> None:
+    engine, outcomes = make_engine(unet, TABLES, max_active_rows=8, max_waiting=1, row_frames=1), Outcomes()
+    unet.gate = threading.Semaphore(0)
+    requests = {1: make_request(1, waveforms=3, frames=9), 2: make_request(2, frames=1)}
+    for tag, request in requests.items():
+        engine.submit(request, outcomes.callback(tag))
+    with pytest.raises(UnavailableError, match="1 requests in flight and 1 waiting"):
+        engine.submit(make_request(3), outcomes.callback(3))
+    unet.gate.release(1000)
+    collected = outcomes.collect(2)
+    engine.close()
+    # Each of its waveforms is too long for the limit of 8 frames by itself: one after the other, and nothing beside it.
+    assert [tags for tags in unet.forwards if 1 in tags] == [(1, 1)] * 12
+    assert [tags for tags in unet.forwards if 2 in tags] == [(2, 2)] * 4
+    for tag, request in requests.items():
+        assert_is_reference(collected[tag], request)
+
+
 def test_rows_without_guidance_take_one_item(engine: Engine, unet: WatchedUNet) -> None:
     outcomes = Outcomes()
     engine.submit(make_request(1, guidance_scale=1.0, waveforms=3), outcomes.callback(1))

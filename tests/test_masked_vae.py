@@ -17,9 +17,10 @@ from audioldm2_triton.settings import Settings
 from decoder_buckets import Buckets, map_in_buckets
 from decoder_compilation import compile_decoder, compile_with_cache
 from decoding_parts import decode_parts
-from masked_vae import check_maskable, decode_masked
+from masked_vae import decode_masked
 from masked_vocoder import vocode_masked
 from test_vocoder_chunks import CONFIGS, random_vocoder
+from vae_walk import check_followed
 from vocoder_chunks import plan_chunks, vocoder_reach
 from waveform_decoder import WaveformDecoder, decode_mels, decode_waveforms, load_waveform_decoder
 
@@ -78,7 +79,7 @@ def test_rows_of_the_vocoder_are_as_alone(name: str) -> None:
 def test_a_vae_that_is_not_followed_is_refused(option: str, value: object) -> None:
     vae = AutoencoderKL(block_out_channels=(32,), **{option: value})
     with pytest.raises(ValueError, match=f"{option} of the VAE: got .* but expected"):
-        check_maskable(vae)
+        check_followed(vae)
 
 
 def test_buckets() -> None:

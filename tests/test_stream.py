@@ -28,7 +28,8 @@ Response = dict[str, np.ndarray]
 class Stream:
     """One gRPC stream, for requests of any number; the responses in the order in which they came."""
 
-    def __init__(self, server: LocalServer) -> None:
+    def __init__(self, server: LocalServer, wait_in_s: float = WAIT_IN_S) -> None:
+        self._wait_in_s = wait_in_s
         self._client = grpc.InferenceServerClient(f"localhost:{server.grpc_port}")
         self._arrived: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
         self._client.start_stream(lambda result, error: self._arrived.put((result, error)))
@@ -40,7 +41,7 @@ class Stream:
 
     def next(self) -> tuple[str, Response, bool]:
         """The next response: its request's id, its tensors, and whether it is that request's last."""
-        result, error = self._arrived.get(timeout=WAIT_IN_S)
+        result, error = self._arrived.get(timeout=self._wait_in_s)
         if error is not None:
             raise error
         response = result.get_response()
@@ -61,8 +62,8 @@ class Stream:
         self._client.close()
 
 
-def streamed(server: LocalServer, rows: dict) -> list[Response]:
-    with closing(Stream(server)) as stream:
+def streamed(server: LocalServer, rows: dict, wait_in_s: float = WAIT_IN_S) -> list[Response]:
+    with closing(Stream(server, wait_in_s)) as stream:
         stream.send(rows)
         return list(stream.responses())
 

@@ -11,17 +11,22 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from audioldm2_triton.errors import AudioLDM2Error, InternalError, UnavailableError
+from audioldm2_triton.memory import peak_memory_bytes
 from audioldm2_triton.settings import Settings, read_settings
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
 STAGE_REQUESTS_METRIC = "audioldm2_stage_requests"
+PEAK_MEMORY_METRIC = "audioldm2_peak_memory_bytes"
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -102,6 +107,29 @@ class RequestsGauge:
 
 
 requests_gauge = cache(RequestsGauge)
+
+
+@cache
+def _memory_family() -> Any:
+    return pb_utils.MetricFamily(
+        name=PEAK_MEMORY_METRIC,
+        description="Most memory that a stage has held: on its GPU, or the resident set of its process",
+        kind=pb_utils.MetricFamily.GAUGE,
+    )
+
+
+class MemoryGauge:
+    """Of the most memory that a stage has held on one device since it was started."""
+
+    def __init__(self, stage: str, device: "torch.device") -> None:
+        self._device = device
+        self._metric = _memory_family().Metric(labels={"model": stage, "device": str(device)})
+        self._lock = threading.Lock()
+        self.update()
+
+    def update(self) -> None:
+        with self._lock:  # as `RequestsGauge`
+            self._metric.set(peak_memory_bytes(self._device))
 
 
 def respond_together(

@@ -14,6 +14,7 @@ COMMANDS: Final = {
     "ledger": "what each change to the UNet's step gains",
     "load": "perf_analyzer over concurrency and Poisson rates: the engine, dynamic batching, one by one",
     "masks": "mixed lengths in one forward, against groups of equal length",
+    "memory": "the most memory that each stage holds, by the length of the audio",
     "sampling": "what other timesteps and guidance in a part of the steps lose",
     "plot": "the rows of load and gpu as pictures",
     "seams": "whether the windows of long audio can be heard: spectral flux where they overlap and elsewhere",

@@ -32,5 +32,6 @@ def run_pipeline(pipeline: Any, row: GenerationRow, steps: int | None = None) ->
         audio_length_in_s=row.audio_length_in_s,
         num_inference_steps=steps or row.num_inference_steps,
         guidance_scale=row.guidance_scale,
+        num_waveforms_per_prompt=row.num_waveforms_per_prompt,
         generator=torch.Generator("cpu").manual_seed(row.seed),
     ).audios

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from audioldm2_triton.memory import peak_memory_bytes
+
 
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
@@ -44,10 +46,4 @@ def free_memory(device: torch.device) -> None:
 
 def peak_memory_mib(device: torch.device) -> float | None:
     """Since `free_memory`: what PyTorch held on a GPU, else the resident memory of this process; None if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith("VmHWM:")), None)
+    return peak_memory_bytes(device) / 2**20 or None

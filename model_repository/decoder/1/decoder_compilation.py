@@ -14,7 +14,7 @@ from audioldm2_triton.compilation import compile_cache
 from audioldm2_triton.geometry import AudioGeometry
 from audioldm2_triton.settings import Settings
 from decoder_buckets import Buckets
-from masked_vae import check_maskable, decode_masked
+from masked_vae import decode_masked
 from masked_vocoder import vocode_masked
 from vocoder_chunks import CHUNK_FRAMES
 from waveform_decoder import (
@@ -33,10 +33,7 @@ ROWS_ON_CPU: Final = (1,)
 
 
 def compile_with_cache(decoder: WaveformDecoder, settings: Settings, geometry: AudioGeometry) -> WaveformDecoder:
-    """The decoder compiled for the settings' lengths, between reading and writing their compile cache, if any.
-
-    Raises ValueError for a VAE with options that `check_maskable` does not accept.
-    """
+    """The decoder compiled for the settings' lengths, between reading and writing their compile cache, if any."""
     lengths = settings.lengths_to_compile(geometry.native_audio_length_in_s)
     frames = tuple(sorted({geometry.latent_frames(length) for length in lengths}))
     rows = ROWS_ON_CPU if decoder.device.type == "cpu" else ROWS_ON_GPU
@@ -67,10 +64,7 @@ def compile_decoder(
     Args:
         latents: of latent frames.
         windows: of mel frames; the largest is what longer spectrograms are cut into.
-
-    Raises ValueError for a VAE with options that `check_maskable` does not accept.
     """
-    check_maskable(decoder.vae)
     vae = _compiled(lambda batch, valid: decode_masked(decoder.vae, batch, valid), latents, backend)
     vocoder = _compiled(lambda batch, valid: vocode_masked(decoder.vocoder, batch, valid), windows, backend)
     mel_bins = geometry.latent_width * geometry.vae_scale_factor

@@ -11,70 +11,76 @@ so that a compiled graph of one shape serves all lengths up to it.
 """
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-_FOLLOWED: Final = {"mid_block_add_attention": True, "use_post_quant_conv": True}
-_FOLLOWED_BLOCK: Final = "UpDecoderBlock2D"
+from vae_walk import walk
 
 
 @dataclass(frozen=True)
 class ValidFrames:
     """Which frames of one resolution count."""
 
+    frames: Tensor  # int64 [rows]
     padding: Tensor  # bool [rows, 1, frames, 1], True on padded frames
     count: Tensor  # float32 [rows, 1, 1, 1, 1], number of valid frames
 
 
-def check_maskable(vae: Any) -> None:
-    """Raises ValueError for a decoder with options that `decode_masked` does not follow; AudioLDM 2 has none."""
-    for option, followed in _FOLLOWED.items():
-        if vae.config[option] != followed:
-            raise ValueError(f"{option} of the VAE: got {vae.config[option]!r} but expected {followed!r}")
-    if set(vae.config.up_block_types) != {_FOLLOWED_BLOCK}:
-        raise ValueError(f"up_block_types of the VAE: got {vae.config.up_block_types} but expected {_FOLLOWED_BLOCK}s")
+@dataclass(frozen=True)
+class Rows:
+    """An activation of all rows."""
+
+    hidden: Tensor  # [rows, channels, frames, width]
+    valid: ValidFrames
 
 
 def decode_masked(vae: Any, latents: Tensor, valid_frames: Tensor) -> Tensor:
     """What `vae.decode` gives for each row's valid frames alone.
 
     Args:
-        vae: an `AutoencoderKL` that `check_maskable` accepts.
+        vae: an `AutoencoderKL` that `check_followed` accepts.
         latents: `[rows, channels, frames, width]`, divided by the scaling factor; finite on the padded frames.
         valid_frames: int64 `[rows]`, each from 1 to `frames`.
 
     Returns:
         `[rows, out channels, frames * scale, width * scale]`, meaningless on the padded frames.
     """
-    decoder = vae.decoder
-    valid = _valid_frames(valid_frames, latents.shape[2])
-    hidden = _convolve(decoder.conv_in, vae.post_quant_conv(latents), valid)
-    first, *others = decoder.mid_block.resnets
-    hidden = _resnet(first, hidden, valid)
-    for attention, resnet in zip(decoder.mid_block.attentions, others, strict=True):
-        hidden = _resnet(resnet, _attend(attention, hidden, valid), valid)
-    for block in decoder.up_blocks:
-        for resnet in block.resnets:
-            hidden = _resnet(resnet, hidden, valid)
-        for upsampler in block.upsamplers or ():
-            hidden = functional.interpolate(hidden, scale_factor=2.0, mode="nearest")
-            valid_frames = valid_frames * 2
-            valid = _valid_frames(valid_frames, hidden.shape[2])
-            hidden = _convolve(upsampler.conv, hidden, valid)
-    output: Tensor = decoder.conv_out(decoder.conv_act(_normalise(decoder.conv_norm_out, hidden, valid)))
-    return output
+    return walk(_MaskedLayers(), vae, Rows(latents, _valid_frames(valid_frames, latents.shape[2]))).hidden
+
+
+class _MaskedLayers:
+    """Implements `Layers` for `Rows`."""
+
+    def convolve(self, convolution: Any, rows: Rows) -> Rows:
+        return Rows(_convolve(convolution, rows.hidden, rows.valid), rows.valid)
+
+    def resnet(self, resnet: Any, rows: Rows) -> Rows:
+        return Rows(_resnet(resnet, rows.hidden, rows.valid), rows.valid)
+
+    def attend(self, attention: Any, rows: Rows) -> Rows:
+        return Rows(_attend(attention, rows.hidden, rows.valid), rows.valid)
+
+    def upsample(self, upsampler: Any, rows: Rows) -> Rows:
+        hidden = functional.interpolate(rows.hidden, scale_factor=2.0, mode="nearest")
+        valid = _valid_frames(rows.valid.frames * 2, hidden.shape[2])
+        return Rows(_convolve(upsampler.conv, hidden, valid), valid)
+
+    def finish(self, norm: Any, activation: Any, convolution: Any, rows: Rows) -> Rows:
+        return Rows(convolution(activation(_normalise(norm, rows.hidden, rows.valid))), rows.valid)
 
 
 def _valid_frames(valid_frames: Tensor, frames: int) -> ValidFrames:
     padding = torch.arange(frames, device=valid_frames.device) >= valid_frames[:, None]
-    return ValidFrames(padding[:, None, :, None], valid_frames.float().view(-1, 1, 1, 1, 1))
+    return ValidFrames(valid_frames, padding[:, None, :, None], valid_frames.float().view(-1, 1, 1, 1, 1))
 
 
 def _convolve(convolution: Any, hidden: Tensor, valid: ValidFrames) -> Tensor:
-    convolved: Tensor = convolution(hidden.masked_fill(valid.padding, 0))
+    if convolution.kernel_size[0] > 1:
+        hidden = hidden.masked_fill(valid.padding, 0)
+    convolved: Tensor = convolution(hidden)
     return convolved
 
 

@@ -23,9 +23,12 @@ class TritonPythonModel:
         device = resolve_device(settings, args["model_instance_kind"], int(args["model_instance_device_id"]))
         geometry = read_audio_geometry(Path(settings.checkpoint))
         self.decoder, self.scorer = load_decoder_stage(settings, geometry, device)
+        self.memory = adapter.MemoryGauge(STAGE, device)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        return adapter.respond_together(requests, _parse, partial(decode_parts, self.decoder, self.scorer), STAGE)
+        responses = adapter.respond_together(requests, _parse, partial(decode_parts, self.decoder, self.scorer), STAGE)
+        self.memory.update()
+        return responses
 
 
 def _parse(request: Any) -> tuple[str, dict[str, np.ndarray]]:

@@ -11,11 +11,16 @@ from torch import Tensor
 from transformers import SpeechT5HifiGan
 
 from audioldm2_triton.errors import InternalError
+from chunked_vae import decode_chunked
 from decoder_buckets import Buckets, map_in_buckets
+from vae_walk import check_followed
 from vocoder_chunks import VocoderChunk, VocoderReach, plan_chunks, vocoder_reach
 
 MAX_LATENT_FRAMES_PER_CALL: Final = 2048
 """Latent frames that the VAE decodes together, 80 s of audio: bounds the memory, whatever the number of requests."""
+
+MAX_WHOLE_FRAMES: Final = 1024
+"""Latent frames of the longest clip that the VAE decodes whole, 41 s of audio; longer ones go through it in chunks."""
 
 MAX_MEL_FRAMES_PER_CALL: Final = 8192
 """The same for the vocoder on a GPU."""
@@ -61,7 +66,9 @@ class WaveformDecoder:
 
 
 def load_waveform_decoder(checkpoint: Path, device: torch.device, dtype: torch.dtype) -> WaveformDecoder:
+    """Raises ValueError for a VAE with options that `check_followed` does not accept."""
     vae = AutoencoderKL.from_pretrained(str(checkpoint / "vae"), torch_dtype=dtype, local_files_only=True)
+    check_followed(vae)
     del vae.encoder, vae.quant_conv
     vocoder: Any = SpeechT5HifiGan.from_pretrained(str(checkpoint / "vocoder"), dtype=dtype, local_files_only=True)
     return WaveformDecoder(vae.to(device).eval(), vocoder.to(device).eval(), vocoder_reach(vocoder), device, dtype)
@@ -86,18 +93,25 @@ def decode_waveforms(decoder: WaveformDecoder, latents: Sequence[Tensor]) -> lis
 def decode_mels(decoder: WaveformDecoder, latents: Sequence[Tensor]) -> list[Tensor]:
     """The mel spectrograms [T, M] of as many latents [C, H, W], in the decoder's dtype and on its device.
 
-    Equal lengths share a call; where the VAE is compiled, all lengths of a bucket. Raises `InternalError` for
-    non-finite values.
+    Equal lengths share a call; where the VAE is compiled, all lengths of a bucket. Beyond `MAX_WHOLE_FRAMES`, each is
+    decoded alone, in chunks. Raises `InternalError` for non-finite values.
     """
 
     def decode(batch: Tensor) -> Tensor:
         scaled = batch.to(decoder.device, decoder.dtype) * (1 / decoder.vae.config.scaling_factor)
-        mel: Tensor = decoder.vae.decode(scaled, return_dict=False)[0].squeeze(1)
+        if batch.shape[2] > MAX_WHOLE_FRAMES:
+            mel: Tensor = decode_chunked(decoder.vae, scaled).squeeze(1)
+        else:
+            mel = decoder.vae.decode(scaled, return_dict=False)[0].squeeze(1)
         _check_finite(mel, "VAE")
         return mel
 
+    def per_call(latent: Tensor) -> int:
+        frames = latent.shape[1]
+        return 1 if frames > MAX_WHOLE_FRAMES else MAX_LATENT_FRAMES_PER_CALL // frames
+
     def decode_eagerly(items: Sequence[Tensor]) -> list[Tensor]:
-        return _map_equal_shapes(decode, items, lambda latent: MAX_LATENT_FRAMES_PER_CALL // latent.shape[1])
+        return _map_equal_shapes(decode, items, per_call)
 
     if decoder.compiled is None:
         return decode_eagerly(latents)

@@ -55,7 +55,7 @@ def load_engines(
     tables = load_schedule_tables(checkpoint, settings.timestep_spacing)
     devices = denoising_devices(settings)
     dtype = resolve_dtype(settings, devices[0])
-    limits = [engine_limits(settings, device) for device in devices]
+    limits = [engine_limits(settings, geometry, device) for device in devices]
     buckets = [
         compile_buckets(settings, geometry, device, limit) for device, limit in zip(devices, limits, strict=True)
     ]
@@ -112,7 +112,7 @@ def denoising_devices(settings: Settings) -> list[torch.device]:
     return [device]
 
 
-def engine_limits(settings: Settings, device: torch.device) -> EngineLimits:
+def engine_limits(settings: Settings, geometry: AudioGeometry, device: torch.device) -> EngineLimits:
     """Of one engine: what is set, else what the device suggests.
 
     On a GPU, rows of the native length in half of the free memory.
@@ -124,4 +124,6 @@ def engine_limits(settings: Settings, device: torch.device) -> EngineLimits:
         # One of a few numbers, so that the shapes to compile do not change with what else is loading at the moment.
         rows = max(size for size in COMPILED_ITEMS if size <= max(fitting, COMPILED_ITEMS[0]))
         waiting = 8 * rows
-    return EngineLimits(settings.max_active_rows or rows, settings.max_waiting or waiting)
+    return EngineLimits(
+        settings.max_active_rows or rows, settings.max_waiting or waiting, geometry.native_latent_frames
+    )

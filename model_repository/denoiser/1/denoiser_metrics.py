@@ -15,6 +15,7 @@ from audioldm2_triton.errors import (
     UnavailableError,
 )
 from audioldm2_triton.geometry import AudioGeometry
+from audioldm2_triton.triton_adapter import MemoryGauge
 from denoising_request import DenoisingRequest
 from engine_load import EngineLoad
 
@@ -52,14 +53,15 @@ class DenoiserMetrics:
         self.audio_duration = _family("audio_duration_s", "Seconds of audio denoised", counter)
 
     def observer(self, device: torch.device) -> "EngineMetrics":
-        return EngineMetrics(self, str(device))
+        return EngineMetrics(self, device)
 
 
 class EngineMetrics:
     """Implements the engine's `Observer`."""
 
-    def __init__(self, families: DenoiserMetrics, engine: str) -> None:
-        labels = {"model": "denoiser", "engine": engine}
+    def __init__(self, families: DenoiserMetrics, device: torch.device) -> None:
+        labels = {"model": "denoiser", "engine": str(device)}
+        self._memory = MemoryGauge("denoiser", device)
         self._lock = threading.Lock()
         self._seconds_per_frame = families.seconds_per_frame
         self._rows_in_flight = families.rows_in_flight.Metric(labels=labels)
@@ -86,6 +88,7 @@ class EngineMetrics:
         self._queue_duration.increment(waited_s * 1e6)
 
     def finished(self, request: DenoisingRequest, outcome: Tensor | Exception) -> None:
+        self._memory.update()
         if isinstance(outcome, Exception):
             kinds = [name for kind, name in OUTCOMES.items() if isinstance(outcome, kind)]
             self._request_count[kinds[0] if kinds else "failure"].increment(1)

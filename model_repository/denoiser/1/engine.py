@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Final
 
@@ -109,8 +109,7 @@ class Engine:
             if self._closed or self.broken:
                 raise UnavailableError(f"denoiser: the engine is {'broken' if self.broken else 'shutting down'}")
             load = self._load()
-            room = self.limits.max_active_rows - load.active_rows - load.pending_rows
-            job.must_wait = items > room
+            job.must_wait = bool(self._jobs) and self._frames(job.waveforms) > load.free_frames
             if job.must_wait and load.waiting_requests >= self.limits.max_waiting:
                 raise UnavailableError(
                     f"denoiser is full: {load.active_requests} requests in flight and {load.waiting_requests} waiting;"
@@ -217,7 +216,13 @@ class Engine:
             pending_rows=sum(waveform.unet_items for job in self._jobs for waveform in job.pending),
             active_requests=len(self._jobs) - waiting,
             waiting_requests=waiting,
+            free_frames=self.limits.max_active_frames
+            - self._frames(self._flight)
+            - sum(self._frames(job.pending) for job in self._jobs),
         )
+
+    def _frames(self, waveforms: Iterable[WaveformState]) -> int:
+        return sum(self.limits.frames(waveform.unet_items, waveform.row_frames) for waveform in waveforms)
 
     def _drop_cancelled(self) -> None:
         now = time.monotonic_ns()
@@ -235,14 +240,14 @@ class Engine:
         return job.is_cancelled()
 
     def _admit(self) -> None:
-        """Waveforms enter in order of arrival, as far as there is room."""
+        """Waveforms enter in order of arrival, as far as there is room; the first always has it."""
         admitted: list[Job] = []
         with self._changed:
-            room = self.limits.max_active_rows - self._load().active_rows
+            room = self.limits.max_active_frames - self._frames(self._flight)
             for job in self._jobs:
-                while job.pending and job.pending[0].unet_items <= room:
+                while job.pending and (not self._flight or self._frames([job.pending[0]]) <= room):
                     waveform = job.pending.popleft()
-                    room -= waveform.unet_items
+                    room -= self._frames([waveform])
                     self._owners[id(waveform)] = job
                     self._flight.append(waveform)
                     self._stale = True

@@ -10,8 +10,22 @@ from denoising_request import DenoisingRequest, DenoisingRow
 
 @dataclass(frozen=True)
 class EngineLimits:
+    """Memory goes with the frames, so `max_active_rows` counts a row that is longer than `row_frames` by its length.
+
+    What alone is more than the limit is in flight alone.
+    """
+
     max_active_rows: int  # UNet batch items in flight, which is also the largest forward
     max_waiting: int  # requests that may wait for room
+    row_frames: int = 256  # latent frames up to which a UNet batch item counts as one row; 10.24 s
+
+    @property
+    def max_active_frames(self) -> int:
+        return self.max_active_rows * self.row_frames
+
+    def frames(self, items: int, frames: int) -> int:
+        """What UNet batch items of so many latent frames take of `max_active_frames`."""
+        return items * max(frames, self.row_frames)
 
     def held_windows(self, request: DenoisingRequest, row: DenoisingRow) -> int:
         """How many windows of each waveform of a row share a forward; its others take turns with them.
@@ -38,6 +52,7 @@ class EngineLoad:
     pending_rows: int  # UNet batch items that wait for room
     active_requests: int
     waiting_requests: int
+    free_frames: int  # of `EngineLimits.max_active_frames`; below zero where more waits than there is room
 
 
 class Observer(Protocol):

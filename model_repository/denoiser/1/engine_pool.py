@@ -94,9 +94,4 @@ class EnginePool:
         working = [engine for engine in self.engines if engine.broken is None]
         if not working:
             raise UnavailableError("denoiser: every engine is broken; restart the server")
-        return max(working, key=_room)
-
-
-def _room(engine: Engine) -> int:
-    load = engine.load
-    return engine.limits.max_active_rows - load.active_rows - load.pending_rows
+        return max(working, key=lambda engine: engine.load.free_frames)

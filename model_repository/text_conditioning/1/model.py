@@ -23,10 +23,13 @@ class TritonPythonModel:
         device = resolve_device(self.settings, args["model_instance_kind"], int(args["model_instance_device_id"]))
         self.geometry = read_audio_geometry(Path(self.settings.checkpoint))
         self.encoders = load_text_stage(self.settings, device)
+        self.memory = adapter.MemoryGauge(STAGE, device)
         self.cache = EmbeddingCache[EncodedTexts](self.settings.embedding_cache_size)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        return adapter.respond_together(requests, self._parse, self._condition, STAGE)
+        responses = adapter.respond_together(requests, self._parse, self._condition, STAGE)
+        self.memory.update()
+        return responses
 
     def _parse(self, request: Any) -> tuple[tuple[GenerationRow, ...], int]:
         deadline = adapter.deadline_ns(request)
