@@ -55,6 +55,8 @@ def cache_conditioning(pipeline: Any, captions: list[str], path: Path) -> tuple[
     """
     if not path.exists():
         tokenizer = pipeline.tokenizer_2
+        # CLAP's padding changes nothing but the time, which grows with its square.
+        pipeline.tokenizer.model_max_length = max(len(pipeline.tokenizer(text).input_ids) for text in captions)
         lengths = np.array([min(TOKENS, len(tokenizer(caption).input_ids)) for caption in captions])
         count = len(captions)
         generated = np.zeros((count + TOKENS + 1, 8, parts.GPT2_WIDTH), np.float16)
