@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Final
 
 SPEECH_ENCODER: Final = "VitsModel"
+END_TOKEN: Final = 182
+"""What the reference ends a transcription with, in place of the first token 0; AudioLDM 2 counts phonemes so."""
 
 
 def speaks(checkpoint: Path) -> bool:

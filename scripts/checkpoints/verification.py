@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from audioldm2_triton.speech import END_TOKEN, SPEECH_ENCODER
+
 from .layout import CLASSES, CONFIG_FILES, MODEL_INDEX, WEIGHTS, is_pickle
 
 Shape = tuple[int, ...]
@@ -36,10 +38,9 @@ _REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """Keys whose default in the library would make another model, silently."""
 _REQUIRED_OF_CLASS: Final[Mapping[str, tuple[str, ...]]] = {
-    "VitsModel": ("ffn_dim", "hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"),
+    SPEECH_ENCODER: ("ffn_dim", "hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"),
 }
-_SECOND_TOKENIZERS: Final[Mapping[str, str]] = {"T5EncoderModel": "T5Tokenizer", "VitsModel": "VitsTokenizer"}
-_VITS_END: Final = 182  # the reference's end of a transcription
+_SECOND_TOKENIZERS: Final[Mapping[str, str]] = {"T5EncoderModel": "T5Tokenizer", SPEECH_ENCODER: "VitsTokenizer"}
 
 # In a file, but not in the model of this version of the library, or the other way round; and the head of GPT-2, which
 # is not used. Whole T5 models have a decoder too.
@@ -182,7 +183,7 @@ def _faults_of_weights(component: str, name: str, config: dict[str, Any], shapes
         return
     found = {_current_key(component, key): shape for key, shape in shapes.items()}
     expected = {_current_key(component, key): shape for key, shape in expected.items()}
-    if name == "VitsModel":
+    if name == SPEECH_ENCODER:
         found, expected = (
             {key: shape for key, shape in shapes.items() if key.startswith(_VITS_READ)} for shapes in (found, expected)
         )
@@ -289,11 +290,11 @@ def _faults_of_speech(index: Mapping[str, Any], configs: Mapping[str, dict[str, 
     expected = _SECOND_TOKENIZERS[encoder]
     if not tokenizer.startswith(expected):
         yield Fault("tokenizer_2", f"got the class {tokenizer!r} in {MODEL_INDEX} but expected {expected!r}")
-    if encoder != "VitsModel":
+    if encoder != SPEECH_ENCODER:
         return
-    vocabulary = configs["text_encoder_2"].get("vocab_size", _VITS_END + 1)
-    if vocabulary <= _VITS_END:
-        yield Fault("text_encoder_2", f"vocab_size: got {vocabulary} but expected more than {_VITS_END}")
+    vocabulary = configs["text_encoder_2"].get("vocab_size", END_TOKEN + 1)
+    if vocabulary <= END_TOKEN:
+        yield Fault("text_encoder_2", f"vocab_size: got {vocabulary} but expected more than {END_TOKEN}")
     projection, length = configs.get("projection_model", {}), configs["tokenizer_2"].get("model_max_length")
     positions = projection.get("max_seq_length")
     if projection.get("use_learned_position_embedding") is not None and positions != length:

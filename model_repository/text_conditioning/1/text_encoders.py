@@ -86,6 +86,7 @@ def load_text_encoders(checkpoint: Path, device: torch.device, dtype: torch.dtyp
     clap = load(ClapModel, "text_encoder", dtype=dtype)
     del clap.audio_model, clap.audio_projection  # the decoder's
     second: Any
+    second_tokenizer: Any
     if speaks(checkpoint):
         second, second_tokenizer = load_transcription_encoder(checkpoint, device, dtype)
     else:

@@ -7,12 +7,10 @@ from typing import Any, Final
 import torch
 from transformers import VitsModel, VitsTokenizer
 from transformers.models.vits.modeling_vits import VitsTextEncoder
-from transformers.utils import is_phonemizer_available
+from transformers.utils.import_utils import is_phonemizer_available
 
 from audioldm2_triton.settings import SettingsError
-
-END_TOKEN: Final = 182
-"""What the reference ends a transcription with, in place of the first token 0; AudioLDM 2 counts phonemes so."""
+from audioldm2_triton.speech import END_TOKEN
 
 _MAX_LENGTH: Final = 100_000  # a tokenizer that was saved without a length has 10 ** 30
 
