@@ -23,7 +23,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         settings = adapter.model_settings(args)
         self.geometry = read_audio_geometry(Path(settings.checkpoint))
-        self.metrics = DenoiserMetrics(self.geometry)
+        self.metrics = DenoiserMetrics(self.geometry, args["model_name"])
         self.engines = load_engines(settings, self.geometry, self.metrics.observer)
 
     def execute(self, requests: Sequence[Any]) -> None:
