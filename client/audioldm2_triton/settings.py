@@ -18,6 +18,7 @@ ENVIRONMENT_PREFIX: Final = "AUDIOLDM2_"
 DEVICES: Final = "auto, cpu, cuda or cuda:INDEX"
 DTYPES: Final = ("auto", "float32", "float16", "bfloat16")
 COMPILE: Final = ("auto", "on", "off")
+OFFLOAD: Final = ("off", "on")
 TIMESTEP_SPACINGS: Final = ("", "leading", "linspace", "trailing", "karras", "exponential", "lu_lambdas")
 
 
@@ -44,6 +45,7 @@ class Settings:
     embedding_cache_size: int = 1024  # texts whose encoding is kept; 0: none
     guidance_interval: str = "0,1"  # the share of the steps from which and to which there is guidance; 0,1: all
     timestep_spacing: str = ""  # instead of the checkpoint's, for schedulers that have it; empty: the checkpoint's
+    offload: str = "off"  # whether a stage's weights are on the device only while it works
 
     @property
     def limits(self) -> Limits:
@@ -98,6 +100,12 @@ def read_settings(parameters: Mapping[str, str], environ: Mapping[str, str] = os
         raise SettingsError(f"dtype: got {settings.dtype!r} but expected one of {', '.join(DTYPES)}")
     if settings.compile not in COMPILE:
         raise SettingsError(f"compile: got {settings.compile!r} but expected one of {', '.join(COMPILE)}")
+    if settings.offload not in OFFLOAD:
+        raise SettingsError(f"offload: got {settings.offload!r} but expected one of {', '.join(OFFLOAD)}")
+    if settings.offload == "on" and settings.compile == "on":
+        raise SettingsError(
+            "compile: got 'on' with offload but expected auto or off: CUDA graphs need weights that stay"
+        )
     if settings.timestep_spacing not in TIMESTEP_SPACINGS:
         expected = ", ".join(TIMESTEP_SPACINGS[1:])
         raise SettingsError(f"timestep_spacing: got {settings.timestep_spacing!r} but expected one of {expected}")
@@ -177,5 +185,7 @@ def resolve_dtype(settings: Settings, device: "torch.device") -> "torch.dtype":
 
 
 def resolve_compile(settings: Settings, device: "torch.device") -> bool:
-    """Whether a stage on this device compiles."""
+    """Whether a stage on this device compiles; weights that come and go cannot be replayed in CUDA graphs."""
+    if settings.offload == "on":
+        return False
     return settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")

@@ -34,6 +34,7 @@ _HELP: Final = {
     "guidance_interval": "lossy: guidance in a part of the steps only, as 0,0.7 (default: 0,1)",
     "timestep_spacing": "other timesteps than the checkpoint's: leading, linspace, trailing, karras, exponential or "
     "lu_lambdas",
+    "offload": "off or on: a stage's weights are on the device only while it works, one stage at a time (default: off)",
     "compile_max_rows": "UNet batch items of the largest compiled forward (default: derived from the device)",
 }
 

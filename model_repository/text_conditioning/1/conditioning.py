@@ -55,11 +55,12 @@ def _encode_rows(
 
 def _encode_keys(encoders: TextEncoders, keys: Sequence[TextKey]) -> list[EncodedTexts]:
     singles: list[EncodedTexts] = []
-    for first in range(0, len(keys), encoders.max_texts_per_call):
-        part = keys[first : first + encoders.max_texts_per_call]
-        lengths = [key.t5_length for key in part]
-        encoded = encode_texts(encoders, [key.text for key in part], [key.t5_tokens for key in part], lengths)
-        singles += _split(encoded, lengths)
+    with encoders.residency:
+        for first in range(0, len(keys), encoders.max_texts_per_call):
+            part = keys[first : first + encoders.max_texts_per_call]
+            lengths = [key.t5_length for key in part]
+            encoded = encode_texts(encoders, [key.text for key in part], [key.t5_tokens for key in part], lengths)
+            singles += _split(encoded, lengths)
     return singles
 
 

@@ -6,7 +6,7 @@ sequence's own start.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoTokenizer, ClapModel, GPT2Model, StaticCache, T5EncoderModel
 
+from audioldm2_triton.residency import Residency
 from state_generation import generate_states, state_cache
 from text_buckets import TextBuckets
 from text_networks import TextNetworks, text_networks
@@ -49,6 +50,7 @@ class TextEncoders:
     device: torch.device
     networks: TextNetworks
     compiled: CompiledNetworks | None = None
+    residency: Residency = field(default_factory=Residency)  # of the weights, which are on the device inside it
 
     @property
     def max_texts_per_call(self) -> int:

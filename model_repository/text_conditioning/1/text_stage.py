@@ -1,11 +1,13 @@
 """The stage as a server starts it: loaded, given its threads, compiled, and warm."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 import torch
 
+from audioldm2_triton.residency import stage_residency
 from audioldm2_triton.settings import Settings, resolve_compile, resolve_dtype
 from audioldm2_triton.threads import set_measured_threads
 from text_buckets import TextBuckets
@@ -18,14 +20,17 @@ _TYPICAL: Final = ("A dog barks twice in the distance while leaves rustle in the
 
 def load_text_stage(settings: Settings, device: torch.device) -> TextEncoders:
     """The encoders of the settings' checkpoint, ready for requests."""
-    encoders = load_text_encoders(Path(settings.checkpoint), device, resolve_dtype(settings, device))
-    if device.type == "cpu":
-        set_measured_threads(partial(_encode_typical, encoders))
-    if resolve_compile(settings, device):
-        encoders = compile_with_cache(encoders, TextBuckets(), settings, STAGE)
-    # The first request should not pay for what happens once.
-    _encode_typical(encoders)
-    return encoders
+    residency = stage_residency(settings, device)
+    with residency:
+        encoders = load_text_encoders(Path(settings.checkpoint), device, resolve_dtype(settings, device))
+        residency.adopt(encoders.clap, encoders.t5, encoders.projection, encoders.language_model)
+        if device.type == "cpu":
+            set_measured_threads(partial(_encode_typical, encoders))
+        if resolve_compile(settings, device):
+            encoders = compile_with_cache(encoders, TextBuckets(), settings, STAGE)
+        # The first request should not pay for what happens once.
+        _encode_typical(encoders)
+    return replace(encoders, residency=residency)
 
 
 def _encode_typical(encoders: TextEncoders) -> None:
