@@ -188,8 +188,9 @@ def test_a_pinned_home_puts_all_weights_on_the_device_and_takes_them_back() -> N
         return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
     assert storages() == {home._block.data_ptr()}
-    for _ in range(2):
-        home.move_in()
+    for in_inference in (True, False):
+        with torch.inference_mode(in_inference):  # as an engine does, and as loading does
+            home.move_in()
         assert len(storages()) == 1  # one transfer
         assert storages() != {home._block.data_ptr()}
         assert torch.equal(outputs(network), expected)
