@@ -1,14 +1,19 @@
 """Fetching from a stand-in for the hub: whole or not at all, resumed where it was cut, one line for each error."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
@@ -16,8 +21,10 @@ from huggingface_hub import constants
 from checkpoints import hub as fetching
 from checkpoints.__main__ import main
 from hub_stand_in import Hub, serve
+from namespaces import in_namespace
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "checkpoint"
+FULL_DISK = Path(__file__).resolve().parent / "full_disk.py"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -42,6 +49,7 @@ Fetch = Callable[..., Result]
 def fetch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fetch:
     """The command, in this process: the libraries take seconds to import."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
+    monkeypatch.setattr(fetching, "time", SimpleNamespace(sleep=lambda _: None))  # nobody waits between attempts
 
     def run(hub: Hub, out: Path, *arguments: str) -> Result:
         # What HF_ENDPOINT sets when the library is imported.
@@ -53,6 +61,12 @@ def fetch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
         return Result(code, *capsys.readouterr())
 
     return run
+
+
+def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    """Of a process that fetches from the stand-in."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    return inherited | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf_home")}
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -76,10 +90,9 @@ def test_fetches_all_but_pickles(hub: Hub, fetch: Fetch, tiny_checkpoint: Path, 
         (hub.directory / extra).write_bytes(b"x" * 1000)
     (hub.directory / "README.md").write_text("read me")
     out = tmp_path / "out"
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     result = subprocess.run(
         [SCRIPT, "fetch", hub.repo_id, "--out", out],
-        env=inherited | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf_home")},
+        env=environment(hub, tmp_path),
         capture_output=True,
         text=True,
         check=False,
@@ -125,6 +138,74 @@ def test_short_cuts_do_not_even_show(hub: Hub, fetch: Fetch, tmp_path: Path) -> 
     assert [start for name, start in hub.ranges if name == UNET] == [0, size // 3 + 1, 2 * (size // 3 + 1)]
 
 
+def test_server_without_ranges_sends_from_the_start(
+    hub: Hub, fetch: Fetch, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    hub.cut_after[UNET] = 1_000_000
+    out = tmp_path / "out"
+    assert_refused(fetch(hub, out), out, "fetch again")
+    hub.cut_after.clear()
+    hub.knows_ranges = False
+    assert fetch(hub, out).returncode == 0
+    assert contents(out)[UNET] == contents(tiny_checkpoint)[UNET]
+
+
+def test_stalled_connection_is_given_up_and_taken_up_again(
+    hub: Hub, fetch: Fetch, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "_TIMEOUT", 0.5)
+    hub.stall_once[UNET] = 1_000_000
+    out = tmp_path / "out"
+    result = fetch(hub, out)
+    assert result.returncode == 0, result.stderr
+    assert [start for name, start in hub.ranges if name == UNET] == [0, 1_000_000]
+    assert contents(out)[UNET] == contents(tiny_checkpoint)[UNET]
+
+
+def test_killed_process_leaves_no_checkpoint(hub: Hub, fetch: Fetch, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    size, sent = (hub.directory / UNET).stat().st_size, 1_000_000
+    hub.stall_once[UNET] = sent
+    out, unfinished = tmp_path / "out", tmp_path / "out.partial" / (UNET + ".unfinished")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "checkpoints", "fetch", hub.repo_id, "--out", out],
+        env=environment(hub, tmp_path) | {"PYTHONPATH": str(SCRIPT.parent)},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    # What is not yet written when a process is killed is fetched again.
+    while not (unfinished.exists() and unfinished.stat().st_size > sent // 2):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    present = unfinished.stat().st_size
+    assert 0 < present <= sent
+    hub.released.set()
+    hub.sent.clear()
+    result = fetch(hub, out)
+    assert result.returncode == 0, result.stderr
+    assert (UNET, present) in hub.ranges
+    assert hub.sent[UNET] >= size - present
+    assert contents(out)[UNET] == contents(tiny_checkpoint)[UNET]
+
+
+@pytest.mark.parametrize("left", [b"?" * 1_000_000, b"?" * 20_000_000])  # shorter and longer than the file
+def test_rubbish_in_the_unfinished_file_does_not_stay(
+    hub: Hub, fetch: Fetch, tiny_checkpoint: Path, tmp_path: Path, left: bytes
+) -> None:
+    hub.cut_after[UNET] = 1_000_000
+    out, unfinished = tmp_path / "out", tmp_path / "out.partial" / (UNET + ".unfinished")
+    assert fetch(hub, out).returncode == 1
+    hub.cut_after.clear()
+    unfinished.write_bytes(left)
+    result = fetch(hub, out)
+    if result.returncode:
+        assert_refused(result, out, UNET, "hash", "fetch again")
+        assert fetch(hub, out).returncode == 0
+    assert contents(out)[UNET] == contents(tiny_checkpoint)[UNET]
+
+
 def test_new_commit_is_not_mixed_with_the_old(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
     hub.cut_after[UNET] = 1_000_000
     out = tmp_path / "out"
@@ -168,6 +249,37 @@ def test_no_such_repository_or_revision(hub: Hub, fetch: Fetch, tmp_path: Path) 
     assert_refused(fetch(other, out), out, "nobody/nothing", "404")
 
 
+def test_renamed_repository_is_followed(hub: Hub, fetch: Fetch, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    hub.old_repo_id = "someone/audioldm-2"
+    renamed = Hub(hub.directory, repo_id=hub.old_repo_id, url=hub.url)
+    result = fetch(renamed, tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "out")[UNET] == contents(tiny_checkpoint)[UNET]
+
+
+def test_file_that_is_listed_but_not_there(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
+    hub.gone.add(UNET)
+    assert_refused(fetch(hub, tmp_path / "out"), tmp_path / "out", hub.repo_id, "404", UNET)
+
+
+@pytest.mark.parametrize("status", [403, 404, 503])
+def test_refusal_by_the_storage_is_not_blamed_on_the_repository(
+    hub: Hub, fetch: Fetch, tmp_path: Path, status: int
+) -> None:
+    hub.refused[UNET] = status
+    out = tmp_path / "out"
+    result = fetch(hub, out)
+    assert_refused(result, out, hub.repo_id, f"storage at localhost answered {status}", "fetch again")
+    assert "terms" not in result.stderr
+    hub.refused.clear()
+    assert fetch(hub, out).returncode == 0
+
+
+def test_empty_answers_end(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
+    hub.refused[UNET] = 206
+    assert_refused(fetch(hub, tmp_path / "out"), tmp_path / "out", UNET, "empty answer")
+
+
 def test_hub_that_is_down(fetch: Fetch, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (tmp_path / "out.partial").mkdir()
@@ -197,7 +309,7 @@ def test_directory_in_use_is_left_alone(hub: Hub, fetch: Fetch, tmp_path: Path) 
     assert contents(out) == {"mine": b"x"}
 
 
-def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_that_is_too_small_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free=999))
     file = fetching._File("unet/config.json", 1000, None, None)
@@ -208,6 +320,31 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json.unfinished").write_bytes(b"x")
     fetching._check_space(tmp_path, [file])  # what is there needs no room
+
+
+def test_disk_that_fills_up_under_way(hub: Hub, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """On a small file system of its own, which is made larger after the first attempt."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    total = sum(path.stat().st_size for path in tiny_checkpoint.rglob("*") if path.is_file())
+    command = [*in_namespace("--mount"), sys.executable, FULL_DISK, disk, str(total - 1_000_000), hub.repo_id]
+    pythonpath = {"PYTHONPATH": str(SCRIPT.parent)}
+    result = subprocess.run(
+        command, env=environment(hub, tmp_path) | pythonpath, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["codes"] == [1, 0], result.stderr
+    assert not report["whole_after_first"]
+    lines = [line for line in result.stderr.splitlines() if line.startswith("checkpoint: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("checkpoint: disk full: ")
+    assert "Traceback" not in result.stderr
+    # Resumed in the middle of the file that did not fit, and whole.
+    assert any(start not in (0, 1_000_000) for _, start in hub.ranges)
+    assert report["hashes"] == {
+        name: hashlib.sha256(content).hexdigest() for name, content in contents(tiny_checkpoint).items()
+    }
 
 
 def test_two_at_once(tmp_path: Path) -> None:

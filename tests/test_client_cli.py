@@ -204,6 +204,6 @@ def test_a_terminal_shows_a_bar_and_ctrl_c_cancels_on_the_server(
 def test_a_server_without_the_stream_serves_all_the_same(
     url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contract, "STREAM", "another")
+    monkeypatch.setattr(contract, "stream_of", lambda _: "another")
     assert main([PROMPT, url, "--seed=7"]) == 0
     assert report(capsys.readouterr().out.rstrip("\n"))["seed"] == "7"

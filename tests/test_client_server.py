@@ -216,9 +216,11 @@ def test_a_server_that_is_not_there_is_unavailable_by_its_url(kind: str, protoco
         client.generate("rain")
 
 
-def test_a_server_without_the_model_is_unavailable(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contract, "ENSEMBLE", "another")
-    with pytest.raises(errors.UnavailableError, match="'another' is not found"):
+def test_a_server_without_the_model_is_unavailable(kind: str, url: str) -> None:
+    with (
+        open_client(kind, url, model="another") as client,
+        pytest.raises(errors.UnavailableError, match="'another' is not found"),
+    ):
         client.server_info()
 
 

@@ -175,7 +175,7 @@ def test_a_server_that_is_not_there_is_unavailable_by_its_url(
 def test_without_the_stream_generate_does_and_the_rest_says_what_is_missing(
     client: Client, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contract, "STREAM", "another")
+    monkeypatch.setattr(contract, "stream_of", lambda _: "another")
     assert not client.server_info().serves_stream
     assert client.generate("rain", seed=9).seed == 9
     with pytest.raises(errors.UnavailableError, match=rf"^{url}: .*'another' is not found"):

@@ -22,8 +22,15 @@ if TYPE_CHECKING:
 class AsyncAudioLDM2Client:
     """`AudioLDM2Client` for asyncio: the same arguments, results and errors. It belongs to one event loop."""
 
-    def __init__(self, url: str = DEFAULT_URL, *, root_certificates: str | PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        model: str = contract.ENSEMBLE,
+        root_certificates: str | PathLike[str] | None = None,
+    ) -> None:
         self._endpoint = parse_url(url)
+        self._model = model
         self._root_certificates = None if root_certificates is None else fspath(root_certificates)
         self._connection: AsyncGrpcConnection | AsyncHttpConnection | None = None
         self._info: ServerInfo | None = None
@@ -49,7 +56,7 @@ class AsyncAudioLDM2Client:
         wire.check_timeout(timeout)
         with known_failures(self._endpoint, timeout):
             config = await self._open().model_config(timeout)
-            serves_stream = await self._open().is_model_ready(contract.STREAM, timeout)
+            serves_stream = await self._open().is_stream_ready(timeout)
         self._info = read_server_info(config, serves_stream)
         return self._info
 
@@ -147,5 +154,5 @@ class AsyncAudioLDM2Client:
             raise RuntimeError("the client is closed")
         if self._connection is None:
             open_connection = AsyncGrpcConnection if self._endpoint.protocol == "grpc" else AsyncHttpConnection
-            self._connection = open_connection(self._endpoint, self._root_certificates)
+            self._connection = open_connection(self._endpoint, self._model, self._root_certificates)
         return self._connection

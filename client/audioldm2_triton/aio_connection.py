@@ -17,9 +17,10 @@ T = TypeVar("T")
 
 
 class AsyncGrpcConnection:
-    def __init__(self, endpoint: Endpoint, root_certificates: str | None) -> None:
+    def __init__(self, endpoint: Endpoint, model: str, root_certificates: str | None) -> None:
         from tritonclient.grpc import aio
 
+        self._model = model
         self._input_class = aio.InferInput
         self._client = aio.InferenceServerClient(
             endpoint.address, ssl=endpoint.tls, root_certificates=root_certificates
@@ -27,27 +28,31 @@ class AsyncGrpcConnection:
 
     async def model_config(self, timeout: float | None) -> Mapping[str, Any]:
         answer = await self._client.get_model_config(
-            contract.ENSEMBLE, as_json=True, client_timeout=wire.client_timeout(timeout)
+            self._model, as_json=True, client_timeout=wire.client_timeout(timeout)
         )
         config: Mapping[str, Any] = answer["config"]
         return config
 
     async def infer(self, request: InferRequest) -> Any:
         return await self._client.infer(
-            contract.ENSEMBLE,
+            self._model,
             wire.infer_inputs(request, self._input_class),
             request_id=request.request_id,
             timeout=request.timeout_us,
             client_timeout=wire.client_timeout(request.timeout),
         )
 
-    async def is_model_ready(self, name: str, timeout: float | None) -> bool:
-        return bool(await self._client.is_model_ready(name, client_timeout=wire.client_timeout(timeout)))
+    async def is_stream_ready(self, timeout: float | None) -> bool:
+        return bool(
+            await self._client.is_model_ready(
+                contract.stream_of(self._model), client_timeout=wire.client_timeout(timeout)
+            )
+        )
 
     async def stream(self, request: InferRequest) -> AsyncGenerator[Tensors, None]:
         async def requests() -> AsyncIterator[dict[str, Any]]:
             yield {
-                "model_name": contract.STREAM,
+                "model_name": contract.stream_of(self._model),
                 "inputs": wire.infer_inputs(request, self._input_class),
                 "request_id": request.request_id,
                 "timeout": request.timeout_us,
@@ -67,9 +72,10 @@ class AsyncGrpcConnection:
 
 
 class AsyncHttpConnection:
-    def __init__(self, endpoint: Endpoint, root_certificates: str | None) -> None:
+    def __init__(self, endpoint: Endpoint, model: str, root_certificates: str | None) -> None:
         from tritonclient.http import aio
 
+        self._model = model
         self._scheme = "https" if endpoint.tls else "http"
         self._address = endpoint.address
         self._ssl = ssl.create_default_context(cafile=root_certificates) if endpoint.tls else True
@@ -85,19 +91,19 @@ class AsyncHttpConnection:
         )
 
     async def model_config(self, timeout: float | None) -> Mapping[str, Any]:
-        return await _within(timeout, self._client.get_model_config(contract.ENSEMBLE))
+        return await _within(timeout, self._client.get_model_config(self._model))
 
     async def infer(self, request: InferRequest) -> Any:
         answer = self._client.infer(
-            contract.ENSEMBLE,
+            self._model,
             wire.infer_inputs(request, self._input_class),
             request_id=request.request_id,
             timeout=request.timeout_us,
         )
         return await _within(request.timeout, answer)
 
-    async def is_model_ready(self, name: str, timeout: float | None) -> bool:
-        return bool(await _within(timeout, self._client.is_model_ready(name)))
+    async def is_stream_ready(self, timeout: float | None) -> bool:
+        return bool(await _within(timeout, self._client.is_model_ready(contract.stream_of(self._model))))
 
     async def stream(self, request: InferRequest) -> AsyncGenerator[Tensors, None]:
         from aiohttp import ClientSession, ClientTimeout, TCPConnector
@@ -105,7 +111,7 @@ class AsyncHttpConnection:
         if self._session is None:
             self._session = ClientSession(connector=TCPConnector(ssl=self._ssl, limit=0))
         response = await self._session.post(
-            f"{self._scheme}://{self._address}{event_stream.path()}",
+            f"{self._scheme}://{self._address}{event_stream.path(self._model)}",
             data=event_stream.request_body(request),
             headers=event_stream.HEADERS,
             timeout=ClientTimeout(total=wire.client_timeout(request.timeout)),

@@ -96,6 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
     server = parser.add_argument_group("server")
     server.add_argument("--url", default=DEFAULT_URL, help="default: %(default)s; also grpcs://, http://, https://")
     server.add_argument(
+        "--model",
+        default=contract.ENSEMBLE,
+        help="default: %(default)s; another one where the server has several checkpoints",
+    )
+    server.add_argument(
         "--concurrency", metavar="N", type=int, default=8, help="requests of a batch in flight; default: %(default)s"
     )
     return parser
@@ -121,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _run(arguments: argparse.Namespace) -> int:
-    async with AsyncAudioLDM2Client(arguments.url) as client:
+    async with AsyncAudioLDM2Client(arguments.url, model=arguments.model) as client:
         if arguments.info:
             _print_info(await client.server_info(arguments.timeout))
             return 0

@@ -24,14 +24,21 @@ class AudioLDM2Client:
 
     Args:
         url: grpc://HOST[:8001], grpcs://HOST[:8001], http://HOST[:8000] or https://HOST[:443].
+        model: the ensemble to ask, for a server with several checkpoints; its stream's name is derived from it.
         root_certificates: a PEM file with the authorities to trust over TLS; by default the system's.
     """
 
-    def __init__(self, url: str = DEFAULT_URL, *, root_certificates: str | PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        model: str = contract.ENSEMBLE,
+        root_certificates: str | PathLike[str] | None = None,
+    ) -> None:
         self._endpoint = parse_url(url)
         certificates = None if root_certificates is None else fspath(root_certificates)
         open_connection = GrpcConnection if self._endpoint.protocol == "grpc" else HttpConnection
-        self._connection: GrpcConnection | HttpConnection = open_connection(self._endpoint, certificates)
+        self._connection: GrpcConnection | HttpConnection = open_connection(self._endpoint, model, certificates)
         self._info: ServerInfo | None = None
         self._closed = False
 
@@ -57,7 +64,7 @@ class AudioLDM2Client:
         wire.check_timeout(timeout)
         with known_failures(self._endpoint, timeout):
             config = self._connection.model_config(timeout)
-            serves_stream = self._connection.is_model_ready(contract.STREAM, timeout)
+            serves_stream = self._connection.is_stream_ready(timeout)
         self._info = read_server_info(config, serves_stream)
         return self._info
 

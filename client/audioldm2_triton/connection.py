@@ -25,10 +25,11 @@ class GrpcConnection:
     The streams are not `tritonclient`'s: it has one per client, and each that is cancelled leaves a thread behind.
     """
 
-    def __init__(self, endpoint: Endpoint, root_certificates: str | None) -> None:
+    def __init__(self, endpoint: Endpoint, model: str, root_certificates: str | None) -> None:
         import grpc
         from tritonclient import grpc as triton
 
+        self._model = model
         self._input_class = triton.InferInput
         self._result_class = triton.InferResult
         self._client = triton.InferenceServerClient(
@@ -44,27 +45,27 @@ class GrpcConnection:
         self._stub = triton.service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def model_config(self, timeout: float | None) -> Mapping[str, Any]:
-        answer = self._client.get_model_config(
-            contract.ENSEMBLE, as_json=True, client_timeout=wire.client_timeout(timeout)
-        )
+        answer = self._client.get_model_config(self._model, as_json=True, client_timeout=wire.client_timeout(timeout))
         config: Mapping[str, Any] = answer["config"]
         return config
 
     def infer(self, request: InferRequest) -> Any:
         return self._client.infer(
-            contract.ENSEMBLE,
+            self._model,
             wire.infer_inputs(request, self._input_class),
             request_id=request.request_id,
             timeout=request.timeout_us,
             client_timeout=wire.client_timeout(request.timeout),
         )
 
-    def is_model_ready(self, name: str, timeout: float | None) -> bool:
-        return bool(self._client.is_model_ready(name, client_timeout=wire.client_timeout(timeout)))
+    def is_stream_ready(self, timeout: float | None) -> bool:
+        return bool(
+            self._client.is_model_ready(contract.stream_of(self._model), client_timeout=wire.client_timeout(timeout))
+        )
 
     def stream(self, request: InferRequest) -> Generator[Tensors, None, None]:
         call = self._stub.ModelStreamInfer(
-            iter([wire.stream_message(request)]),
+            iter([wire.stream_message(request, self._model)]),
             timeout=wire.client_timeout(request.timeout),
         )
         try:
@@ -83,27 +84,28 @@ class GrpcConnection:
 class HttpConnection:
     """One `tritonclient.http` per thread, because it is not thread-safe."""
 
-    def __init__(self, endpoint: Endpoint, root_certificates: str | None) -> None:
+    def __init__(self, endpoint: Endpoint, model: str, root_certificates: str | None) -> None:
+        self._model = model
         self._endpoint = endpoint
         self._root_certificates = root_certificates
         self._local = threading.local()
 
     def model_config(self, timeout: float | None) -> Mapping[str, Any]:
-        config: Mapping[str, Any] = self._client(timeout).get_model_config(contract.ENSEMBLE)
+        config: Mapping[str, Any] = self._client(timeout).get_model_config(self._model)
         return config
 
     def infer(self, request: InferRequest) -> Any:
         from tritonclient import http
 
         return self._client(request.timeout).infer(
-            contract.ENSEMBLE,
+            self._model,
             wire.infer_inputs(request, http.InferInput),
             request_id=request.request_id,
             timeout=request.timeout_us,
         )
 
-    def is_model_ready(self, name: str, timeout: float | None) -> bool:
-        return bool(self._client(timeout).is_model_ready(name))
+    def is_stream_ready(self, timeout: float | None) -> bool:
+        return bool(self._client(timeout).is_model_ready(contract.stream_of(self._model)))
 
     def stream(self, request: InferRequest) -> Generator[Tensors, None, None]:
         # `tritonclient.http` has no streams. Each gets a connection of its own, whose end is the cancellation.
@@ -111,7 +113,7 @@ class HttpConnection:
         host, slash, base = self._endpoint.address.partition("/")
         with contextlib.closing(self._open_connection(host, next(remaining))) as connection:
             body = event_stream.request_body(request)
-            connection.request("POST", f"{slash}{base}{event_stream.path()}", body, event_stream.HEADERS)
+            connection.request("POST", f"{slash}{base}{event_stream.path(self._model)}", body, event_stream.HEADERS)
             socket = connection.sock  # which the connection forgets
             with connection.getresponse() as response:
                 if response.status != 200:

@@ -12,6 +12,7 @@ import numpy as np
 
 ENSEMBLE: Final = "audioldm2"
 STREAM: Final = "audioldm2_stream"
+"""The models of a server's own checkpoint; those of another beside it have a common prefix, as `music_audioldm2`."""
 
 SCHEDULERS: Final = (
     "DPMSolverMultistepScheduler",
@@ -93,6 +94,11 @@ class GenerationRow:
     def do_classifier_free_guidance(self) -> bool:
         """As in the reference: a scale of up to 1 means no guidance."""
         return self.guidance_scale > 1.0
+
+
+def stream_of(model: str) -> str:
+    """The name of the streaming twin of an ensemble: `music_audioldm2_stream` of `music_audioldm2`."""
+    return model + STREAM.removeprefix(ENSEMBLE)
 
 
 def shortest_decimal(value: np.float32 | float) -> float:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from typing import Any, Final
+from urllib.parse import quote
 
 import numpy as np
 from tritonclient.utils import InferenceServerException
@@ -18,8 +19,9 @@ HEADERS: Final = {"Content-Type": "application/json", "Accept": "text/event-stre
 _DATA: Final = b"data:"
 
 
-def path() -> str:
-    return f"/v2/models/{contract.STREAM}/generate_stream"
+def path(model: str) -> str:
+    """The endpoint of the streaming twin of the ensemble `model`."""
+    return f"/v2/models/{quote(contract.stream_of(model), safe='')}/generate_stream"
 
 
 def request_body(request: InferRequest) -> bytes:

@@ -19,6 +19,7 @@ DEVICES: Final = "auto, cpu, cuda or cuda:INDEX"
 DTYPES: Final = ("auto", "float32", "float16", "bfloat16")
 COMPILE: Final = ("auto", "on", "off")
 SWITCH: Final = ("on", "off")
+OFFLOAD: Final = ("off", "on")
 TIMESTEP_SPACINGS: Final = ("", "leading", "linspace", "trailing", "karras", "exponential", "lu_lambdas")
 
 
@@ -46,6 +47,7 @@ class Settings:
     guidance_interval: str = "0,1"  # the share of the steps from which and to which there is guidance; 0,1: all
     timestep_spacing: str = ""  # instead of the checkpoint's, for schedulers that have it; empty: the checkpoint's
     full_negative_prompt: str = "off"  # off: cut to the prompt's number of T5 tokens, as the reference does; on: whole
+    offload: str = "off"  # whether a stage's weights are on the device only while it works
 
     @property
     def limits(self) -> Limits:
@@ -103,6 +105,12 @@ def read_settings(parameters: Mapping[str, str], environ: Mapping[str, str] = os
     if settings.full_negative_prompt not in SWITCH:
         given = settings.full_negative_prompt
         raise SettingsError(f"full_negative_prompt: got {given!r} but expected one of {', '.join(SWITCH)}")
+    if settings.offload not in OFFLOAD:
+        raise SettingsError(f"offload: got {settings.offload!r} but expected one of {', '.join(OFFLOAD)}")
+    if settings.offload == "on" and settings.compile == "on":
+        raise SettingsError(
+            "compile: got 'on' with offload but expected auto or off: CUDA graphs need weights that stay"
+        )
     if settings.timestep_spacing not in TIMESTEP_SPACINGS:
         expected = ", ".join(TIMESTEP_SPACINGS[1:])
         raise SettingsError(f"timestep_spacing: got {settings.timestep_spacing!r} but expected one of {expected}")
@@ -182,5 +190,7 @@ def resolve_dtype(settings: Settings, device: "torch.device") -> "torch.dtype":
 
 
 def resolve_compile(settings: Settings, device: "torch.device") -> bool:
-    """Whether a stage on this device compiles."""
+    """Whether a stage on this device compiles; weights that come and go cannot be replayed in CUDA graphs."""
+    if settings.offload == "on":
+        return False
     return settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")

@@ -96,8 +96,8 @@ def _requests_family() -> Any:
 class RequestsGauge:
     """Of the requests that a stage works on, by which a server is drained before it stops."""
 
-    def __init__(self, stage: str) -> None:
-        self._metric = _requests_family().Metric(labels={"model": stage})
+    def __init__(self, model: str) -> None:
+        self._metric = _requests_family().Metric(labels={"model": model})
         self._lock = threading.Lock()
 
     def add(self, requests: int) -> None:

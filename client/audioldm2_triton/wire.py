@@ -165,11 +165,11 @@ def infer_inputs(request: InferRequest, input_class: Any) -> list[Any]:
     return inputs
 
 
-def stream_message(request: InferRequest) -> Any:
-    """The request to `audioldm2_stream` as a `ModelInferRequest` of gRPC."""
+def stream_message(request: InferRequest, model: str) -> Any:
+    """The request to the streaming twin of the ensemble `model`, as a `ModelInferRequest` of gRPC."""
     from tritonclient.grpc import service_pb2
 
-    message = service_pb2.ModelInferRequest(model_name=contract.STREAM, id=request.request_id)
+    message = service_pb2.ModelInferRequest(model_name=contract.stream_of(model), id=request.request_id)
     if request.timeout_us is not None:
         message.parameters["timeout"].int64_param = request.timeout_us
     for name, tensor in request.tensors.items():

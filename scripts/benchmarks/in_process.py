@@ -122,7 +122,8 @@ class Stages:
         return [future.result() for future in futures]
 
     def decode(self, requests: Sequence[Tensors]) -> list[np.ndarray]:
-        return [answer["audio"] for answer in decode(self._decoder, self._scorer, requests)]
+        with self._decoder.residency:
+            return [answer["audio"] for answer in decode(self._decoder, self._scorer, requests)]
 
 
 def _settle(future: "Future[Tensor]") -> Any:

@@ -172,6 +172,8 @@ def _download(file: _File, resolved: Revision, partial: Path, progress: "tqdm[No
     path.parent.mkdir(parents=True, exist_ok=True)
     attempts = 0
     with unfinished.open("ab") as stream:
+        if stream.tell() > file.size:
+            _start_over(stream)  # no beginning of this file
         while stream.tell() != file.size:
             before = stream.tell()
             try:
@@ -201,12 +203,22 @@ def _append(file: _File, resolved: Revision, stream: BinaryIO, progress: "tqdm[N
         hf_raise_for_status(response)
         if response.status_code != 206:  # the server does not know ranges
             progress.update(-stream.tell())
-            stream.truncate(0)
+            _start_over(stream)
+        before = stream.tell()
         for block in response.iter_raw():
             if stream.tell() + len(block) > file.size:
                 raise FetchError(f"{resolved.repo_id}: {file.path}: got more than the expected {file.size} bytes")
             stream.write(block)
             progress.update(len(block))
+    if stream.tell() == before:
+        raise FetchError(
+            f"{resolved.repo_id}: {file.path}: got {before} of {file.size} bytes, and then an empty answer"
+        )
+
+
+def _start_over(stream: BinaryIO) -> None:
+    stream.truncate(0)
+    stream.seek(0)  # a file that is appended to keeps its position
 
 
 def _intact(path: Path, file: _File) -> bool:
@@ -235,22 +247,29 @@ def _check(partial: Path, repo_id: str) -> None:
 def _explain(error: Exception, repo_id: str, revision: str) -> str:
     """One line for what went wrong between here and the hub."""
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RemoteEntryNotFoundError, RevisionNotFoundError
 
     line = " ".join(str(error).split())
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id}: has no revision {revision!r}"
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         status = error.response.status_code
+        if not str(error.response.url).startswith(constants.ENDPOINT):
+            # A signed address, whose refusals are not about the repository; the next attempt asks for a new one.
+            return f"{repo_id}: the hub's storage at {error.response.url.host} answered {status}; fetch again to go on"
         if isinstance(error, GatedRepoError) or status == 403:
             return f"{repo_id}: access denied ({status}): accept its terms on the hub and set HF_TOKEN"
         if status == 401:
             return f"{repo_id}: access denied (401): it is private or does not exist; set HF_TOKEN if it is private"
+        if isinstance(error, RemoteEntryNotFoundError):
+            return f"{repo_id}: a file that it lists is not there (404): {error.response.url.path}; fetch again later"
         if status == 404:
             return f"{repo_id}: not found on {constants.ENDPOINT} (404)"
         return f"{repo_id}: the hub answered {status}: {line}"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"disk full: {error.filename or repo_id}: {error.strerror}; what is there is kept, fetch again to go on"
-    if isinstance(error, OSError) and error.filename is not None:
-        return line
+    # A file of ours, whose errors in writing have no name. What goes wrong with a connection has no number, or is one
+    # of these two.
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
+        return line if error.filename is not None else f"{repo_id}: could not be written: {line}"
     return f"{repo_id}: no connection to {constants.ENDPOINT}: {line or type(error).__name__}; fetch again to go on"

@@ -2,9 +2,11 @@
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Final
@@ -17,6 +19,7 @@ from serving.supervision import EXIT_TIMEOUT_IN_S, ServerError, check_ports_free
 SCRIPTS: Final = Path(__file__).resolve().parent.parent
 MODEL_REPOSITORY: Final = SCRIPTS.parent / "model_repository"
 DEFAULT_CACHE: Final = "~/.cache/audioldm2-triton"
+_NAME: Final = re.compile(r"[A-Za-z]\w*", re.ASCII)
 
 _HELP: Final = {
     "checkpoint": "a directory, or a hub id such as cvssp/audioldm2, which is fetched first",
@@ -32,6 +35,7 @@ _HELP: Final = {
     "timestep_spacing": "other timesteps than the checkpoint's: leading, linspace, trailing, karras, exponential or "
     "lu_lambdas",
     "full_negative_prompt": "on or off: whether a negative prompt longer than the prompt is read whole (default: off)",
+    "offload": "off or on: a stage's weights are on the device only while it works, one stage at a time (default: off)",
     "compile_max_rows": "UNet batch items of the largest compiled forward (default: derived from the device)",
 }
 
@@ -45,6 +49,14 @@ def parse_arguments() -> argparse.Namespace:
     for field in fields(Settings):
         option = f"--{field.name.replace('_', '-')}"
         parser.add_argument(option, default="", help=_HELP.get(field.name, f"default: {field.default}"))
+    parser.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="NAME=CHECKPOINT",
+        help="a further checkpoint, with the same settings, whose models are NAME_audioldm2, NAME_audioldm2_stream and "
+        "so on; may be repeated",
+    )
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
     parser.add_argument("--metrics-port", type=int, default=8002)
@@ -65,7 +77,11 @@ def main() -> int:
     try:
         check_ports_free(ports)
         given = {field.name: getattr(arguments, field.name) for field in fields(Settings)}
-        settings = read_settings(_with_local_checkpoint(given, Path(arguments.cache_dir).expanduser()), {})
+        cache = Path(arguments.cache_dir).expanduser()
+        settings = {"": read_settings(_with_local_checkpoint(given, cache, "--checkpoint"), {})}
+        for prefix, checkpoint in _further_checkpoints(arguments.also).items():
+            further = _with_local_checkpoint({**given, "checkpoint": checkpoint}, cache, "--also")
+            settings[prefix] = read_settings(further, {})
         with tempfile.TemporaryDirectory(prefix="audioldm2-triton-") as directory:
             _serve(settings, Path(directory), ports, arguments.triton_arguments)
     except (SettingsError, ServerError, InstallationError, OSError) as error:
@@ -74,36 +90,52 @@ def main() -> int:
     return 0
 
 
-def _with_local_checkpoint(given: dict[str, str], cache: Path) -> dict[str, str]:
+def _further_checkpoints(given: Sequence[str]) -> dict[str, str]:
+    """Each checkpoint by the prefix of its models' names. Raises `SettingsError`."""
+    checkpoints: dict[str, str] = {}
+    for text in given:
+        name, _, checkpoint = text.partition("=")
+        if not _NAME.fullmatch(name) or not checkpoint or f"{name}_" in checkpoints:
+            expected = "NAME=CHECKPOINT, with a name of letters, digits and _ that no other checkpoint has"
+            raise SettingsError(f"--also: got {text!r} but expected {expected}")
+        checkpoints[f"{name}_"] = checkpoint
+    return checkpoints
+
+
+def _with_local_checkpoint(given: dict[str, str], cache: Path, option: str) -> dict[str, str]:
     """The settings as text, of the command line before the environment, with a verified local checkpoint."""
     resolved = {name: value or os.environ.get(f"AUDIOLDM2_{name.upper()}", "") for name, value in given.items()}
     checkpoint = resolved["checkpoint"]
     if not checkpoint:
-        raise SettingsError("--checkpoint: got nothing but expected a directory or a hub id")
+        raise SettingsError(f"{option}: got nothing but expected a directory or a hub id")
     path = Path(checkpoint).expanduser()
     if not path.exists() and checkpoint.count("/") == 1 and not checkpoint.startswith((".", "~", "/")):
         path = cache / checkpoint
         if not path.exists():
-            _run_checkpoint_command("fetch", checkpoint, "--out", str(path))
+            _run_checkpoint_command(option, "fetch", checkpoint, "--out", str(path))
     if not path.is_dir():
-        raise SettingsError(f"--checkpoint: got {checkpoint!r} but expected a directory or a hub id")
-    _run_checkpoint_command("verify", str(path))
+        raise SettingsError(f"{option}: got {checkpoint!r} but expected a directory or a hub id")
+    _run_checkpoint_command(option, "verify", str(path))
     return {**resolved, "checkpoint": str(path.resolve())}
 
 
-def _run_checkpoint_command(*arguments: str) -> None:
+def _run_checkpoint_command(option: str, *arguments: str) -> None:
     """In a process of its own, so that the memory of what it imports is free again when the server runs."""
     environment = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
     command = [sys.executable, "-m", "checkpoints", *arguments]
     # Standard output is this command's; progress bars and faults go to standard error.
     if subprocess.run(command, env=environment, stdout=sys.stderr).returncode:
-        raise ServerError(f"--checkpoint: {' '.join(arguments[:2])} failed, see above")
+        raise ServerError(f"{option}: {' '.join(arguments[:2])} failed, see above")
 
 
-def _serve(settings: Settings, run_directory: Path, ports: dict[str, int], triton_arguments: list[str]) -> None:
+def _serve(
+    settings: Mapping[str, Settings], run_directory: Path, ports: dict[str, int], triton_arguments: list[str]
+) -> None:
+    """Runs a server with the models of each of `settings`, by the prefix of their names."""
     triton = find_triton(run_directory)
     repository = run_directory / "models"
-    write_repository(MODEL_REPOSITORY, repository, settings)
+    for prefix, of_checkpoint in settings.items():
+        write_repository(MODEL_REPOSITORY, repository, of_checkpoint, prefix)
     # The settings are in the configurations now; the environment would override them.
     environment = {name: value for name, value in triton.environment.items() if not name.startswith("AUDIOLDM2_")}
     # Idle OpenMP threads must not spin: the stages are processes that share the cores (ten times slower otherwise).

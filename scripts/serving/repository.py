@@ -20,10 +20,14 @@ from audioldm2_triton.speech import speaks
 FRONTS = (ENSEMBLE, STREAM)
 
 
-def write_repository(source: Path, target: Path, settings: Settings) -> None:
-    """Makes `target` a model repository that runs the models of `source` with `settings`."""
+def write_repository(source: Path, target: Path, settings: Settings, prefix: str = "") -> None:
+    """Makes `target` a model repository that runs the models of `source` with `settings`.
+
+    With a prefix all of them, and what they call each other, are named with it: so several checkpoints lie side by side
+    in one repository.
+    """
     parameters = {name: _text(value) for name, value in asdict(settings).items()}
-    public = {**parameters, **_public_parameters(settings)}
+    public = {**parameters, **_public_parameters(settings), "stage_prefix": prefix}
     for config_path in sorted(source.glob("*/config.pbtxt")):
         model = config_path.parent
         config = text_format.Parse(config_path.read_text(), model_config_pb2.ModelConfig())
@@ -32,8 +36,10 @@ def write_repository(source: Path, target: Path, settings: Settings) -> None:
             config.parameters[name].string_value = (public if model.name in FRONTS else parameters).get(
                 name, config.parameters[name].string_value
             )
+        for step in config.ensemble_scheduling.step:
+            step.model_name = prefix + step.model_name
         _place(config, settings.device)
-        copy = target / model.name
+        copy = target / (prefix + model.name)
         copy.mkdir(parents=True)
         (copy / "config.pbtxt").write_text(text_format.MessageToString(config))
         for version in model.iterdir():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from audioldm2_triton import AsyncAudioLDM2Client, AudioLDM2Client, ServerInfo
+from audioldm2_triton.contract import ENSEMBLE
 from audioldm2_triton.stream import StreamEvent
 
 
@@ -30,8 +31,8 @@ class Ordinary:
 class Awaited:
     """The asyncio client as if it were the other one."""
 
-    def __init__(self, url: str, root_certificates: Path | None, loop: asyncio.AbstractEventLoop) -> None:
-        self._client, self._loop = AsyncAudioLDM2Client(url, root_certificates=root_certificates), loop
+    def __init__(self, client: AsyncAudioLDM2Client, loop: asyncio.AbstractEventLoop) -> None:
+        self._client, self._loop = client, loop
 
     def generate(self, prompt: Any, **options: Any) -> Any:
         return self._loop.run_until_complete(self._client.generate(prompt, **options))
@@ -50,11 +51,12 @@ class Awaited:
 
 
 @contextlib.contextmanager
-def open_client(kind: str, url: str, root_certificates: Path | None = None) -> Iterator[Client]:
+def open_client(kind: str, url: str, root_certificates: Path | None = None, model: str = ENSEMBLE) -> Iterator[Client]:
     if kind == "sync":
-        with AudioLDM2Client(url, root_certificates=root_certificates) as client:
+        with AudioLDM2Client(url, model=model, root_certificates=root_certificates) as client:
             yield Ordinary(client)
         return
     loop = asyncio.new_event_loop()
-    with contextlib.closing(loop), contextlib.closing(Awaited(url, root_certificates, loop)) as awaited:
+    asynchronous = AsyncAudioLDM2Client(url, model=model, root_certificates=root_certificates)
+    with contextlib.closing(loop), contextlib.closing(Awaited(asynchronous, loop)) as awaited:
         yield awaited

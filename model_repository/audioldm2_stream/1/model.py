@@ -1,5 +1,6 @@
 """Triton adapter of the stream: a thread for each request, calls to the stages, errors to codes."""
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -25,9 +26,9 @@ KINDS = (InvalidArgumentError, UnavailableError, RequestCancelledError)
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        del args  # there is nothing to set: the stages have the settings
+        self.stage_prefix = json.loads(args["model_config"])["parameters"]["stage_prefix"]["string_value"]
         self.streams = RunningStreams()
-        self.gauge = adapter.requests_gauge(STAGE)
+        self.gauge = adapter.requests_gauge(args["model_name"])
 
     def execute(self, requests: Sequence[Any]) -> None:
         # Never blocks: a thread answers.
@@ -36,9 +37,8 @@ class TritonPythonModel:
             inputs = {name: array.copy() for name, array in adapter.input_arrays(request).items()}
             parsed = StreamRequest(inputs, adapter.timeout_us(request))
             self.gauge.add(1)
-            self.streams.start(
-                partial(self._serve, parsed, request.get_response_sender(), partial(_call_stage, request.request_id()))
-            )
+            call = partial(_call_stage, self.stage_prefix, request.request_id())
+            self.streams.start(partial(self._serve, parsed, request.get_response_sender(), call))
 
     def finalize(self) -> None:
         self.streams.close()
@@ -63,10 +63,10 @@ class TritonPythonModel:
         return None
 
 
-def _call_stage(request_id: str, call: StageCall) -> Tensors:
+def _call_stage(prefix: str, request_id: str, call: StageCall) -> Tensors:
     response = pb_utils.InferenceRequest(
         request_id=request_id,
-        model_name=call.model,
+        model_name=prefix + call.model,
         inputs=[pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in call.inputs.items()],
         requested_output_names=list(call.outputs),
         parameters=dict(call.parameters),

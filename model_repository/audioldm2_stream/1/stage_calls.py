@@ -13,9 +13,9 @@ Tensors: TypeAlias = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class StageCall:
-    """One request to a model of this server."""
+    """One request to a stage of the same checkpoint."""
 
-    model: str
+    model: str  # without the prefix that tells several checkpoints of one server apart
     inputs: Tensors
     outputs: Sequence[str]
     parameters: Mapping[str, str | int] = field(default_factory=dict)

@@ -1,11 +1,13 @@
 """The stage as a server starts it: loaded, given its threads, compiled, and warm."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from audioldm2_triton.geometry import AudioGeometry
+from audioldm2_triton.residency import stage_residency
 from audioldm2_triton.settings import Settings, resolve_compile, resolve_dtype
 from audioldm2_triton.threads import set_measured_threads
 from clap_scores import ClapScorer, load_clap_scorer
@@ -19,11 +21,14 @@ def load_decoder_stage(
 ) -> tuple[WaveformDecoder, ClapScorer]:
     """The decoding parts of the settings' checkpoint, ready for requests."""
     checkpoint, dtype = Path(settings.checkpoint), resolve_dtype(settings, device)
-    decoder = load_waveform_decoder(checkpoint, device, dtype)
-    scorer = load_clap_scorer(checkpoint, device, dtype)
-    if device.type == "cpu":
-        set_measured_threads(partial(warm_up, decoder, scorer, geometry))
-    if resolve_compile(settings, device):
-        decoder = compile_with_cache(decoder, settings, geometry)
-    warm_up(decoder, scorer, geometry)
-    return decoder, scorer
+    residency = stage_residency(settings, device)
+    with residency:
+        decoder = load_waveform_decoder(checkpoint, device, dtype)
+        scorer = load_clap_scorer(checkpoint, device, dtype)
+        residency.adopt(decoder.vae, decoder.vocoder, scorer.clap)
+        if device.type == "cpu":
+            set_measured_threads(partial(warm_up, decoder, scorer, geometry))
+        if resolve_compile(settings, device):
+            decoder = compile_with_cache(decoder, settings, geometry)
+        warm_up(decoder, scorer, geometry)
+    return replace(decoder, residency=residency), scorer

@@ -60,10 +60,11 @@ def decode_parts(
         "score": partial(_score, decoder, scorer),
     }
     results: list[dict[str, np.ndarray]] = [{} for _ in requests]
-    for kind in dict.fromkeys(kind for kind, _ in requests):
-        indices = [index for index, (other, _) in enumerate(requests) if other == kind]
-        for index, result in zip(indices, compute[kind]([requests[index][1] for index in indices]), strict=True):
-            results[index] = result
+    with decoder.residency:
+        for kind in dict.fromkeys(kind for kind, _ in requests):
+            indices = [index for index, (other, _) in enumerate(requests) if other == kind]
+            for index, result in zip(indices, compute[kind]([requests[index][1] for index in indices]), strict=True):
+                results[index] = result
     return results
 
 

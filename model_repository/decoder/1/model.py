@@ -14,19 +14,20 @@ from audioldm2_triton.settings import resolve_device
 from decoder_stage import load_decoder_stage
 from decoding_parts import check_decodable, decode_parts
 
-STAGE = "decoder"
-
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
+        self.name = args["model_name"]
         settings = adapter.model_settings(args)
         device = resolve_device(settings, args["model_instance_kind"], int(args["model_instance_device_id"]))
         geometry = read_audio_geometry(Path(settings.checkpoint))
         self.decoder, self.scorer = load_decoder_stage(settings, geometry, device)
-        self.memory = adapter.MemoryGauge(STAGE, device)
+        self.memory = adapter.MemoryGauge(self.name, device)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        responses = adapter.respond_together(requests, _parse, partial(decode_parts, self.decoder, self.scorer), STAGE)
+        responses = adapter.respond_together(
+            requests, _parse, partial(decode_parts, self.decoder, self.scorer), self.name
+        )
         self.memory.update()
         return responses
 

@@ -1,7 +1,7 @@
 """Latents to waveforms: the VAE's decoder, and the vocoder chunk by chunk."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +12,7 @@ from transformers import SpeechT5HifiGan
 
 from audioldm2_triton.errors import InternalError
 from chunked_vae import decode_chunked
+from audioldm2_triton.residency import Residency
 from decoder_buckets import Buckets, map_in_buckets
 from vae_walk import check_followed
 from vocoder_chunks import VocoderChunk, VocoderReach, plan_chunks, vocoder_reach
@@ -55,6 +56,7 @@ class WaveformDecoder:
     device: torch.device
     dtype: torch.dtype
     compiled: CompiledParts | None = None  # what runs instead, where something fits its buckets
+    residency: Residency = field(default_factory=Residency)  # of all the stage's weights, CLAP's too
 
     @property
     def sampling_rate(self) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from audioldm2_triton.compilation import compile_cache
 from audioldm2_triton.geometry import AudioGeometry
+from audioldm2_triton.residency import stage_residency
 from audioldm2_triton.settings import Settings, resolve_compile, resolve_device, resolve_dtype
 from denoising_unet import load_unet
 from engine import Engine
@@ -66,8 +67,12 @@ def load_engines(
     engines: list[Engine] = []
     try:
         for device, limit, shapes in zip(devices, limits, buckets, strict=True):
-            unet = load_unet(checkpoint, geometry.latent_width, device, dtype, shapes)
-            engine = Engine(unet, tables, limit, unet.warm_up, device, dtype, observe(device), settings.guided_steps)
+            residency = stage_residency(settings, device)
+            with residency:
+                unet = load_unet(checkpoint, geometry.latent_width, device, dtype, shapes)
+                residency.adopt(unet.module)
+            observer, interval = observe(device), settings.guided_steps
+            engine = Engine(unet, tables, limit, unet.warm_up, device, dtype, observer, interval, residency)
             engines.append(engine)
             # One after the other: what is timed should not compete with another engine's compiler.
             engine.wait_until_warm()

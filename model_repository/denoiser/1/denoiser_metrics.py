@@ -31,9 +31,14 @@ OUTCOMES: Mapping[type[Exception], str] = {
 
 
 class DenoiserMetrics:
-    """The metric families, which exist once per process, and their observers, one per engine."""
+    """The metric families, which exist once per process, and their observers, one per engine.
 
-    def __init__(self, geometry: AudioGeometry) -> None:
+    Args:
+        model: the name that the metrics are labelled with.
+    """
+
+    def __init__(self, geometry: AudioGeometry, model: str) -> None:
+        self.model = model
         self.seconds_per_frame = geometry.vae_scale_factor * geometry.frame_length_in_s
         gauge, counter, histogram = (
             pb_utils.MetricFamily.GAUGE,
@@ -60,8 +65,8 @@ class EngineMetrics:
     """Implements the engine's `Observer`."""
 
     def __init__(self, families: DenoiserMetrics, device: torch.device) -> None:
-        labels = {"model": "denoiser", "engine": str(device)}
-        self._memory = MemoryGauge("denoiser", device)
+        labels = {"model": families.model, "engine": str(device)}
+        self._memory = MemoryGauge(families.model, device)
         self._lock = threading.Lock()
         self._seconds_per_frame = families.seconds_per_frame
         self._rows_in_flight = families.rows_in_flight.Metric(labels=labels)

@@ -50,6 +50,11 @@ class DenoisingUNet:
         self._compiled = _compile(self._eager, self.device, len(buckets)) if buckets else self._eager
         self._time_biases: OrderedDict[int, tuple[ScheduleTable, Tensor]] = OrderedDict()
 
+    @property
+    def module(self) -> LeanUNet:
+        """What has the weights."""
+        return self._unet
+
     def masks(self, valid_frames: Sequence[int], frames: int) -> LengthMasks:
         return self._unet.masks(valid_frames, frames, self._width)
 

@@ -25,6 +25,7 @@ from audioldm2_triton.errors import (
     UnavailableError,
     invalid,
 )
+from audioldm2_triton.residency import Residency
 from denoising_request import DenoisingRequest, OnDone
 from engine_load import EngineLimits, EngineLoad, Observer
 from forward_plan import Bucket, Flight, ForwardCosts, plan_forwards
@@ -49,6 +50,8 @@ class Engine:
         measure_costs: warms the UNet up and tells what its forwards cost, by which the engine chooses which waveforms
             share one; called in the engine's thread.
         guidance_interval: from and to which share of its steps a waveform has guidance.
+        residency: of the UNet's weights; the engine is inside it while waveforms are in flight, and gives way between
+            steps.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Engine:
         dtype: torch.dtype,
         observer: Observer | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        residency: Residency | None = None,
     ) -> None:
         self.limits = limits
         self.broken: Exception | None = None
@@ -72,6 +76,7 @@ class Engine:
         self._dtype = dtype
         self._observer = observer
         self._guidance_interval = guidance_interval
+        self._residency = residency or Residency()
         self._changed = threading.Condition()
         self._jobs: list[Job] = []  # in order of arrival
         self._owners: dict[int, Job] = {}  # by id() of a waveform in flight
@@ -186,13 +191,15 @@ class Engine:
                 self._drop_cancelled()
                 self._admit()
                 self._step()
+        self._residency.leave()
         reason = "broken" if self.broken else "shutting down"
         for job in list(self._jobs):
             self._finish(job, UnavailableError(f"denoiser: the engine is {reason}; try again"))
 
     def _warm_up(self) -> None:
         try:
-            costs = self._measure_costs()
+            with self._residency:
+                costs = self._measure_costs()
         except Exception as error:
             with self._changed:
                 self.broken = error
@@ -203,6 +210,8 @@ class Engine:
                 self._changed.notify_all()
 
     def _wait_for_work(self) -> bool:
+        if not self._jobs:
+            self._residency.leave()
         with self._changed:
             if not self._jobs:
                 self._changed.wait_for(lambda: self._jobs or self._closed)
@@ -264,8 +273,10 @@ class Engine:
 
     def _step(self) -> None:
         """One forward of the group whose turn it is."""
-        waveforms: Sequence[WaveformState] = ()
+        waveforms: Sequence[WaveformState] = self._flight
         try:
+            self._residency.give_way()
+            self._residency.enter()
             if self._stale:
                 waveforms = self._flight
                 self._regroup()

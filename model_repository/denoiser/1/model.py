@@ -23,7 +23,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         settings = adapter.model_settings(args)
         self.shapes = read_tensor_shapes(Path(settings.checkpoint))
-        self.metrics = DenoiserMetrics(self.shapes.geometry)
+        self.metrics = DenoiserMetrics(self.shapes.geometry, args["model_name"])
         self.engines = load_engines(settings, self.shapes.geometry, self.metrics.observer)
 
     def execute(self, requests: Sequence[Any]) -> None:

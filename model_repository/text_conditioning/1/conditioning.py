@@ -57,11 +57,12 @@ def _encode_rows(
 
 def _encode_keys(encoders: TextEncoders, keys: Sequence[TextKey]) -> list[EncodedTexts]:
     singles: list[EncodedTexts] = []
-    for first in range(0, len(keys), encoders.max_texts_per_call):
-        part = keys[first : first + encoders.max_texts_per_call]
-        tokens = [key.tokens for key in part]
-        encoded = encode_texts(encoders, [key.text for key in part], tokens, [key.length for key in part])
-        singles += _split(encoded, [len(row) for row in tokens])
+    with encoders.residency:
+        for first in range(0, len(keys), encoders.max_texts_per_call):
+            part = keys[first : first + encoders.max_texts_per_call]
+            tokens = [key.tokens for key in part]
+            encoded = encode_texts(encoders, [key.text for key in part], tokens, [key.length for key in part])
+            singles += _split(encoded, [len(row) for row in tokens])
     return singles
 
 

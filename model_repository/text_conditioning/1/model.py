@@ -14,20 +14,21 @@ from conditioning import condition
 from embedding_cache import EmbeddingCache
 from request_rows import parse_rows
 from text_encoders import EncodedTexts
-from text_stage import STAGE, load_text_stage
+from text_stage import load_text_stage
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
+        self.name = args["model_name"]
         self.settings = adapter.model_settings(args)
         device = resolve_device(self.settings, args["model_instance_kind"], int(args["model_instance_device_id"]))
         self.geometry = read_audio_geometry(Path(self.settings.checkpoint))
         self.encoders = load_text_stage(self.settings, device)
-        self.memory = adapter.MemoryGauge(STAGE, device)
+        self.memory = adapter.MemoryGauge(self.name, device)
         self.cache = EmbeddingCache[EncodedTexts](self.settings.embedding_cache_size)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        responses = adapter.respond_together(requests, self._parse, self._condition, STAGE)
+        responses = adapter.respond_together(requests, self._parse, self._condition, self.name)
         self.memory.update()
         return responses
 

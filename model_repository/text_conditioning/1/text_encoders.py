@@ -7,7 +7,7 @@ behind it count it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from transformers import AutoTokenizer, ClapModel, GPT2Model, StaticCache, T5EncoderModel
 from transformers.models.vits.modeling_vits import VitsTextEncoder
 
+from audioldm2_triton.residency import Residency
 from audioldm2_triton.speech import speaks
 from state_generation import generate_states, state_cache
 from text_buckets import TextBuckets
@@ -53,6 +54,7 @@ class TextEncoders:
     device: torch.device
     networks: TextNetworks
     compiled: CompiledNetworks | None = None
+    residency: Residency = field(default_factory=Residency)  # of the weights, which are on the device inside it
 
     @property
     def speaks(self) -> bool:

@@ -1,6 +1,7 @@
 """The stage as a server starts it: loaded, given its threads, compiled, and warm."""
 
 import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -9,6 +10,7 @@ import torch
 
 from audioldm2_triton import contract
 from audioldm2_triton.contract import GenerationRow
+from audioldm2_triton.residency import stage_residency
 from audioldm2_triton.settings import Settings, resolve_compile, resolve_dtype
 from audioldm2_triton.threads import set_measured_threads
 from row_texts import row_texts
@@ -35,16 +37,19 @@ logger = logging.getLogger(__name__)
 
 def load_text_stage(settings: Settings, device: torch.device) -> TextEncoders:
     """The encoders of the settings' checkpoint, ready for requests."""
-    encoders = load_text_encoders(Path(settings.checkpoint), device, resolve_dtype(settings, device))
-    if device.type == "cpu":
-        set_measured_threads(partial(_encode_typical, encoders))
-    if encoders.speaks:
-        logger.info("not compiled: the checkpoint speaks")
-    elif resolve_compile(settings, device):
-        encoders = compile_with_cache(encoders, TextBuckets(), settings, STAGE)
-    # The first request should not pay for what happens once.
-    _encode_typical(encoders)
-    return encoders
+    residency = stage_residency(settings, device)
+    with residency:
+        encoders = load_text_encoders(Path(settings.checkpoint), device, resolve_dtype(settings, device))
+        residency.adopt(encoders.clap, encoders.second, encoders.projection, encoders.language_model)
+        if device.type == "cpu":
+            set_measured_threads(partial(_encode_typical, encoders))
+        if encoders.speaks:
+            logger.info("not compiled: the checkpoint speaks")
+        elif resolve_compile(settings, device):
+            encoders = compile_with_cache(encoders, TextBuckets(), settings, STAGE)
+        # The first request should not pay for what happens once.
+        _encode_typical(encoders)
+    return replace(encoders, residency=residency)
 
 
 def _encode_typical(encoders: TextEncoders) -> None:
