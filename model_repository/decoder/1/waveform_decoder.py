@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import SpeechT5HifiGan
 
 from audioldm2_triton.errors import InternalError
-from chunked_vae import decode_chunked
 from audioldm2_triton.residency import Residency
+from chunked_vae import decode_chunked
 from decoder_buckets import Buckets, map_in_buckets
 from vae_walk import check_followed
 from vocoder_chunks import VocoderChunk, VocoderReach, plan_chunks, vocoder_reach
