@@ -53,6 +53,11 @@ class Setting:
             if value != "" and name != "checkpoint"
         )
 
+    def in_dtype(self, name: str) -> "Setting":
+        """The same in another dtype, one of `DTYPES`."""
+        settings = replace(self.settings, dtype=name)
+        return replace(self, settings=settings, dtype=resolve_dtype(settings, self.device))
+
     def keep(self, row: Row) -> Row:
         """Writes a measurement down at once: what is interrupted later does not lose it."""
         append_row(self.csv, row)

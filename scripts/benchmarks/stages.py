@@ -15,6 +15,7 @@ import torch
 
 from audioldm2_triton.contract import GenerationRow
 from audioldm2_triton.geometry import read_audio_geometry
+from audioldm2_triton.settings import DTYPES
 from benchmarks.flops import count_gflop, decoder_gflop, peak_gflop_per_s, unet_gflop
 from benchmarks.in_process import Stages, running_stages
 from benchmarks.latency import has_triton, served
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--audio-length-in-s", type=float, help="default: the checkpoint's native length")
     parser.add_argument("--num-inference-steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--reference-dtype", choices=DTYPES, help="of the pipeline (default: as --dtype)")
     parser.add_argument("--without-server", action="store_true", help="leave out what Triton adds")
 
 
@@ -45,6 +47,11 @@ def measure(arguments: argparse.Namespace) -> None:
     setting = read_setting(arguments, "stages")
     geometry = read_audio_geometry(setting.checkpoint)
     length_s = arguments.audio_length_in_s or geometry.native_audio_length_in_s
+    # What is compiled is compiled for what is measured.
+    setting = replace(setting, settings=replace(setting.settings, compile_lengths_in_s=f"{length_s:g}"))
+    reference = setting
+    if arguments.reference_dtype:
+        reference = setting.in_dtype(arguments.reference_dtype)
     (request,) = make_rows(1, length_s, arguments.num_inference_steps)
     base = replace(
         setting.row,
@@ -63,12 +70,13 @@ def measure(arguments: argparse.Namespace) -> None:
         "decoder": decoder_gflop(setting.checkpoint, frames, width),
     }
     rows = []
-    for whose, measure_parts in (("stages", stage_times), ("pipeline", pipeline_times)):
+    for whose, own, measure_parts in (("stages", setting, stage_times), ("pipeline", reference, pipeline_times)):
         free_memory(setting.device)
-        times, text_gflop = measure_parts(setting, request, arguments.repeats)
+        times, text_gflop = measure_parts(own, request, arguments.repeats)
         memory = peak_memory_mib(setting.device)
         for part, seconds in times.items():
-            row = with_times(replace(base, path=f"{whose}: {part}", note=NOTES.get((whose, part), "")), seconds)
+            note = NOTES.get((whose, part), "")
+            row = with_times(replace(base, path=f"{whose}: {part}", note=note, dtype=own.dtype_name), seconds)
             row = with_roofline(row, {**gflops, "text": text_gflop}.get(part), peak)
             rows.append(setting.keep(replace(row, peak_memory_mib=memory if part == "all" else None)))
     if not arguments.without_server:
