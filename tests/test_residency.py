@@ -100,7 +100,7 @@ def test_who_gives_way_is_not_the_first_to_come_back(lease: DeviceLease, tmp_pat
 
 
 class Network(nn.Module):
-    """All that a home has to keep: dtypes, memory formats, tied weights, buffers, and an empty one."""
+    """All that a home has to keep: dtypes, memory formats, places in a cache line, tied weights, buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,6 +111,7 @@ class Network(nn.Module):
         self.tied.weight = self.embedding.weight
         self.register_buffer("empty", torch.zeros(0))
         self.register_buffer("transposed", torch.randn(4, 6).t())
+        self.register_buffer("off_a_cache_line", torch.randn(9)[1:])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.norm(self.convolution(images)).mean((2, 3)) @ self.tied.weight.float().t()
@@ -123,15 +124,15 @@ def outputs(network: Network) -> torch.Tensor:
 
 def described(network: Network) -> dict[str, tuple[Any, ...]]:
     return {
-        name: (tensor.shape, tensor.dtype, tensor.stride(), tensor.clone())
+        name: (tensor.shape, tensor.dtype, tensor.stride(), tensor.data_ptr() % 64, tensor.clone())
         for name, tensor in network.state_dict().items()
     }
 
 
 def assert_same(network: Network, before: dict[str, tuple[Any, ...]]) -> None:
-    for name, (shape, dtype, stride, values) in described(network).items():
-        assert (shape, dtype, stride) == before[name][:3]
-        assert torch.equal(values, before[name][3])
+    for name, (*layout, values) in described(network).items():
+        assert (name, *layout) == (name, *before[name][:-1])
+        assert torch.equal(values, before[name][-1])
     assert network.tied.weight is network.embedding.weight
 
 

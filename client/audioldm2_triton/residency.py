@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 TURN_IN_S: Final = 1.0
 """How long a stage that never rests keeps its weights on the device although another waits."""
 DEFAULT_DIRECTORY: Final = "/var/tmp"  # on a disk, where /tmp is often memory
-_ALIGNMENT: Final = 256  # bytes, what a GPU's allocator gives
+_ALIGNMENT: Final = 256  # bytes, what a GPU's kernels want
+_CACHE_LINE: Final = 64  # bytes
 
 
 class Residency:
@@ -135,13 +136,15 @@ def _slots(tensors: list["torch.Tensor"]) -> list[_Slot]:
     import torch
 
     slots: list[_Slot] = []
-    first = 0
+    end = 0
     for tensor in tensors:
+        # Where in a cache line a tensor begins decides the last bits of a product on a CPU. Those that were read from a
+        # file begin anywhere.
+        first = -(-end // _ALIGNMENT) * _ALIGNMENT + tensor.data_ptr() % _CACHE_LINE
+        end = first + tensor.numel() * tensor.element_size()
         # As dense as a copy is, in the same order of dimensions: convolutions have their channels last.
         stride = torch.empty_like(tensor, device="meta").stride()
-        end = first + tensor.numel() * tensor.element_size()
         slots.append(_Slot(first, end, tensor.dtype, tensor.shape, stride))
-        first = -(-end // _ALIGNMENT) * _ALIGNMENT
     return slots
 
 
