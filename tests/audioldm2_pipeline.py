@@ -31,7 +31,7 @@ class Call:
 
 class Reference:
     def __init__(self, checkpoint: Path) -> None:
-        self.pipeline: Any = diffusers.AudioLDM2Pipeline.from_pretrained(checkpoint, torch_dtype=torch.float32)
+        self.pipeline: Any = diffusers.AudioLDM2Pipeline.from_pretrained(checkpoint)
         self.pipeline.set_progress_bar_config(disable=True)
         self.scheduler_config = self.pipeline.scheduler.config
 

@@ -16,6 +16,8 @@ from . import parts
 
 MAX_SIZE_IN_BYTES: Final = 15_000_000
 _CARD: Final = "README.md"
+# transformers would otherwise load in the precision of the file, diffusers in single precision, and the two do not mix.
+_TRANSFORMERS: Final = ("text_encoder", "text_encoder_2", "language_model", "vocoder")
 
 
 def pipeline(
@@ -49,16 +51,15 @@ def save(pipe: Any, scaling_factor: float, vocabulary: int, out: Path) -> int:
     The configs are those of `parts`, without what this version of the libraries adds. A model card in `out` stays.
     Raises `ValueError` for more than `MAX_SIZE_IN_BYTES`.
     """
-    changes: dict[str, dict[str, Any]] = {
-        "vae": {"scaling_factor": scaling_factor},
-        "text_encoder_2": {"vocab_size": vocabulary},
-    }
+    changes: dict[str, dict[str, Any]] = {component: {"dtype": "float32"} for component in _TRANSFORMERS}
+    changes["vae"] = {"scaling_factor": scaling_factor}
+    changes["text_encoder_2"] |= {"vocab_size": vocabulary}
     for component in CONFIG_FILES:
         shutil.rmtree(out / component, ignore_errors=True)
         # Contiguous, since safetensors refuses weights in channels-last.
         module = getattr(pipe, component)
         if isinstance(module, torch.nn.Module):
-            module = module.to(torch.float16).to(memory_format=torch.contiguous_format)
+            module.to(dtype=torch.float16, memory_format=torch.contiguous_format)
         module.save_pretrained(out / component)
         if component.startswith("tokenizer"):
             continue

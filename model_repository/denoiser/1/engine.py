@@ -19,7 +19,6 @@ from torch import Tensor
 from audioldm2_triton.errors import (
     DEADLINE_EXCEEDED,
     DeadlineExceededError,
-    InternalError,
     InvalidArgumentError,
     RequestCancelledError,
     UnavailableError,
@@ -27,9 +26,10 @@ from audioldm2_triton.errors import (
 )
 from audioldm2_triton.residency import Residency
 from denoising_request import DenoisingRequest, OnDone
+from device_queue import RunAhead, device_works
 from engine_load import EngineLimits, EngineLoad, Observer
 from forward_plan import Bucket, Flight, ForwardCosts, plan_forwards
-from job import Job, OnProgress
+from job import Job, OnProgress, call_all
 from schedule_table import ScheduleError, ScheduleTables
 from step_batch import StepBatch, UNet, WaveformState, stack_waveforms, start_waveform
 from step_group import StepGroup
@@ -84,7 +84,7 @@ class Engine:
         self._groups: deque[StepGroup] = deque()  # the first is next to take a forward
         self._stale = False  # the waveforms in flight are not those of the groups
         self._failed_steps = 0
-        self._steps_under_way: deque[torch.cuda.Event] = deque()
+        self._run_ahead = RunAhead(device)
         self._last_step = time.perf_counter()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"engine-{device}", daemon=True)
@@ -141,7 +141,7 @@ class Engine:
                 calls = job.progressed()
             else:
                 calls = [lambda: on_progress(0, 0)]
-        _call_all(calls)
+        call_all(calls)
 
     @property
     def load(self) -> EngineLoad:
@@ -285,7 +285,7 @@ class Engine:
             group = self._groups[0]
             waveforms = group.waveforms
             items = group.advance(self._unet)
-            self._limit_run_ahead()
+            self._run_ahead.limit()
         except Exception as error:
             self._fail_step(waveforms, error)
             return
@@ -332,16 +332,6 @@ class Engine:
         items = sum(row.step_items for row in rows)
         return self._stack(rows, self._costs.cheapest(items, max(lengths), len(lengths) > 1)[1])
 
-    def _limit_run_ahead(self) -> None:
-        """The host is at most one step ahead, so that a cancellation or an admission waits for one step at most."""
-        if self._device.type != "cuda":
-            return
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        self._steps_under_way.append(event)
-        if len(self._steps_under_way) > 1:
-            self._steps_under_way.popleft().synchronize()
-
     def _account(self, group: StepGroup, items: int) -> None:
         now = time.perf_counter()
         if self._observer is not None:
@@ -358,32 +348,25 @@ class Engine:
                 self._stale |= waveform.guidance is not guidance  # it takes more or fewer items from now on
             jobs = self._owners_of(group.waveforms)
             calls = [call for job in jobs for call in job.progressed()]
-        _call_all(calls)
+        call_all(calls)
         finished = [waveform for waveform in group.waveforms if waveform.finished]
         if finished:
             group.unstack()
             self._leave(finished)
             for job in jobs:
                 if all(waveform.finished for waveform in job.waveforms):
-                    self._finish(job, _collect(job))
+                    self._finish(job, job.collect())
 
     def _fail_step(self, waveforms: Sequence[WaveformState], error: Exception) -> None:
         """The requests of a failed step fail; the others start over from their last good state."""
         for job in self._owners_of(waveforms):
             self._finish(job, error)
         self._failed_steps += 1
-        if self._failed_steps >= MAX_FAILED_STEPS or not self._device_works():
+        if self._failed_steps >= MAX_FAILED_STEPS or not device_works(self._device):
             self.broken = error
             logger.error("the engine on %s is broken and takes no more requests: %s", self._device, error)
             if self._observer is not None:
                 self._observer.broke(error)
-
-    def _device_works(self) -> bool:
-        """A failed kernel leaves a CUDA context unusable for good."""
-        try:
-            return float(torch.ones(1, device=self._device).sum()) == 1.0
-        except Exception:
-            return False  # whatever the device says instead of an answer; why the step failed is logged by the caller
 
     def _owners_of(self, waveforms: Sequence[WaveformState]) -> list[Job]:
         jobs = {id(job): job for job in (self._owners.get(id(waveform)) for waveform in waveforms) if job is not None}
@@ -410,28 +393,8 @@ class Engine:
                 for _, listener in job.listeners
             ]
             load = self._load()
-        _call_all(calls)
+        call_all(calls)
         if self._observer is not None:
             self._observer.finished(job.request, outcome)
             self._observer.changed(load)
-        _call_all([lambda: job.on_done(outcome)])
-
-
-def _collect(job: Job) -> Tensor | Exception:
-    """The latents [B, N, C, H, W] of a finished job on the host."""
-    try:
-        latents = torch.stack([waveform.latents for waveform in job.waveforms]).to("cpu")
-    except Exception as error:
-        return error
-    if not bool(torch.isfinite(latents).all()):
-        return InternalError("denoiser: the latents are not finite")
-    return latents.unflatten(0, (len(job.request.rows), -1))
-
-
-def _call_all(calls: Sequence[Callable[[], None]]) -> None:
-    for call in calls:
-        try:
-            call()
-        except Exception:
-            # One client that cannot be answered must not end the thread that all others depend on.
-            logger.exception("denoiser: an answer could not be sent")
+        call_all([lambda: job.on_done(outcome)])

@@ -1,11 +1,18 @@
 """A request while it is in the engine."""
 
+import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
+from torch import Tensor
+
+from audioldm2_triton.errors import InternalError
 from denoising_request import DenoisingRequest, OnDone
 from step_batch import WaveformState
+
+logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int], None]
 """Called with the UNet evaluations done and in all; with zeros where the request is not in flight any more."""
@@ -49,3 +56,23 @@ class Job:
         due = [listener for after, listener in self.listeners if done > after]
         self.listeners = [(after, listener) for after, listener in self.listeners if done <= after]
         return [lambda listener=listener: listener(done, total) for listener in due]  # type: ignore[misc]
+
+    def collect(self) -> Tensor | Exception:
+        """The latents [B, N, C, H, W] on the host, once all waveforms are finished, or why they cannot be had."""
+        try:
+            latents = torch.stack([waveform.latents for waveform in self.waveforms]).to("cpu")
+        except Exception as error:
+            return error
+        if not bool(torch.isfinite(latents).all()):
+            return InternalError("denoiser: the latents are not finite")
+        return latents.unflatten(0, (len(self.request.rows), -1))
+
+
+def call_all(calls: Sequence[Callable[[], None]]) -> None:
+    """Makes each call, whatever others raise."""
+    for call in calls:
+        try:
+            call()
+        except Exception:
+            # One client that cannot be answered must not end the thread that all others depend on.
+            logger.exception("denoiser: an answer could not be sent")

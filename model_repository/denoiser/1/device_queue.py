@@ -1,0 +1,31 @@
+"""What the host and a device owe each other: a bounded run-ahead, and a sign of life."""
+
+from collections import deque
+
+import torch
+
+
+class RunAhead:
+    """Keeps the host at most one step ahead, so that a cancellation or an admission waits for one step at most."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._steps_under_way: deque[torch.cuda.Event] = deque()
+
+    def limit(self) -> None:
+        """Called after a step was launched; waits for the one before it. Nothing to do on a CPU."""
+        if self._device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        self._steps_under_way.append(event)
+        if len(self._steps_under_way) > 1:
+            self._steps_under_way.popleft().synchronize()
+
+
+def device_works(device: torch.device) -> bool:
+    """Whether the device still computes: a failed kernel leaves a CUDA context unusable for good."""
+    try:
+        return float(torch.ones(1, device=device).sum()) == 1.0
+    except Exception:
+        return False  # whatever the device says instead of an answer; the caller logs why the step failed
