@@ -59,7 +59,8 @@ def save(pipe: Any, scaling_factor: float, vocabulary: int, out: Path) -> int:
         # Contiguous, since safetensors refuses weights in channels-last.
         module = getattr(pipe, component)
         if isinstance(module, torch.nn.Module):
-            module.to(dtype=torch.float16, memory_format=torch.contiguous_format)
+            module = module.to(torch.float16)
+            module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         module.save_pretrained(out / component)
         if component.startswith("tokenizer"):
             continue

@@ -19,6 +19,8 @@ from .judge import CLIP_LENGTH_IN_S, Judge
 from .library import TEXTURES, draw_attributes
 from .sounds import KINDS
 
+Answers = Sequence[bool] | NDArray[Any]
+
 _PROMPT_SEED: Final = 103
 _RESAMPLES: Final = 10_000
 _IN_FLIGHT: Final = 8  # requests
@@ -111,7 +113,7 @@ def first_features(clips: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
     return np.stack([features(clip[0]) for clip in clips])
 
 
-def share(right: Sequence[Any]) -> Share:
+def share(right: Answers) -> Share:
     """The mean of numbers between -1 and 1, with the percentiles of its bootstrap."""
     values = np.asarray(right, np.float64)
     picks = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
@@ -119,7 +121,7 @@ def share(right: Sequence[Any]) -> Share:
     return Share(float(values.mean()), float(low), float(high), len(values))
 
 
-def compare(first: Sequence[Any], second: Sequence[Any]) -> Comparison:
+def compare(first: Answers, second: Answers) -> Comparison:
     pairs = np.asarray(second, np.float64) - np.asarray(first, np.float64)
     return Comparison(share(first), share(second), share(pairs))
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ def train(
     average = copy.deepcopy(model).eval().requires_grad_(False)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, plan.learning_rate, (0.9, 0.98), weight_decay=plan.weight_decay)
     step = 0
     if path.exists():
@@ -110,10 +110,10 @@ def _rate(step: int, plan: Plan) -> float:
 
 @torch.no_grad()
 def _update(average: nn.Module, model: nn.Module, decay: float) -> None:
-    for kept, new in zip(average.parameters(), model.parameters(), strict=True):
-        kept.lerp_(new, 1 - decay)
-    for kept, new in zip(average.buffers(), model.buffers(), strict=True):
-        kept.copy_(new)
+    for weight, new_weight in zip(average.parameters(), model.parameters(), strict=True):
+        weight.lerp_(new_weight, 1 - decay)
+    for buffer, new_buffer in zip(average.buffers(), model.buffers(), strict=True):
+        buffer.copy_(new_buffer)
 
 
 def _save(path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
