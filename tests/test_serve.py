@@ -60,8 +60,8 @@ def test_a_broken_checkpoint_is_refused_before_the_server_starts(tiny_checkpoint
         (("--device=tpu",), "device: got 'tpu' but expected auto, cpu, cuda or cuda:INDEX"),
         (("--max-active-rows=-1",), "max_active_rows: got '-1' but expected a whole number from 0 to 4096"),
         (("--max-num-inference-steps=1001",), "expected a whole number from 1 to 1000"),
-        (("--also=checkpoints/music",), "--also: got 'checkpoints/music' but expected NAME=CHECKPOINT"),
-        (("--also=a-b=checkpoints/music",), "--also: got 'a-b=checkpoints/music' but expected NAME=CHECKPOINT"),
+        (("--also=./music",), "--also: got './music' but expected NAME=CHECKPOINT"),
+        (("--also=a-b=./music",), "--also: got 'a-b=./music' but expected NAME=CHECKPOINT"),
         (("--also=music=./nowhere",), "--also: got './nowhere' but expected a directory or a hub id"),
     ],
 )

@@ -77,11 +77,12 @@ def main() -> int:
     try:
         check_ports_free(ports)
         given = {field.name: getattr(arguments, field.name) for field in fields(Settings)}
+        further = _further_checkpoints(arguments.also)
         cache = Path(arguments.cache_dir).expanduser()
         settings = {"": read_settings(_with_local_checkpoint(given, cache, "--checkpoint"), {})}
-        for prefix, checkpoint in _further_checkpoints(arguments.also).items():
-            further = _with_local_checkpoint({**given, "checkpoint": checkpoint}, cache, "--also")
-            settings[prefix] = read_settings(further, {})
+        for prefix, checkpoint in further.items():
+            of_checkpoint = _with_local_checkpoint({**given, "checkpoint": checkpoint}, cache, "--also")
+            settings[prefix] = read_settings(of_checkpoint, {})
         with tempfile.TemporaryDirectory(prefix="audioldm2-triton-") as directory:
             _serve(settings, Path(directory), ports, arguments.triton_arguments)
     except (SettingsError, ServerError, InstallationError, OSError) as error:
