@@ -15,7 +15,7 @@ from . import parts
 from .corpus import Corpus, tensor
 from .training import Draw, Plan, train
 
-UNET_PLAN: Final = Plan(steps=4_000, learning_rate=1e-3)
+UNET_PLAN: Final = Plan(steps=4_700, learning_rate=1e-3)
 TOKENS: Final = 40  # of T5, the longest caption
 _BATCH: Final = 16
 _EMPTY: Final = 0.1
