@@ -31,6 +31,7 @@ class Call:
 
 class Reference:
     def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
         self.pipeline: Any = diffusers.AudioLDM2Pipeline.from_pretrained(checkpoint)
         self.pipeline.set_progress_bar_config(disable=True)
         self.scheduler_config = self.pipeline.scheduler.config
@@ -54,6 +55,27 @@ class Reference:
         finally:
             self.pipeline.score_waveforms = score_waveforms
         return audio
+
+    def rounding(self, call: Call, audio: np.ndarray) -> float:
+        """How far `audio`, what `generate` gives, is from the same in double precision: what rounding comes to here."""
+        pipeline: Any = diffusers.AudioLDM2Pipeline.from_pretrained(self.checkpoint)
+        pipeline.to(torch.float64)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.scheduler = getattr(diffusers, call.scheduler).from_config(self.scheduler_config)
+        pipeline.score_waveforms = lambda audio, **_: audio
+        frame_in_s = np.prod(pipeline.vocoder.config.upsample_rates) / pipeline.vocoder.config.sampling_rate
+        frames = -(-int(call.audio_length_in_s / frame_in_s) // pipeline.vae_scale_factor)
+        shape = (call.num_waveforms_per_prompt, pipeline.unet.config.in_channels, frames, 16)
+        exact = pipeline(
+            call.prompt,
+            negative_prompt=call.negative_prompt,
+            audio_length_in_s=call.audio_length_in_s,
+            num_inference_steps=call.num_inference_steps,
+            guidance_scale=call.guidance_scale,
+            num_waveforms_per_prompt=call.num_waveforms_per_prompt,
+            latents=torch.randn(shape, generator=torch.Generator("cpu").manual_seed(call.seed)).double(),
+        ).audios
+        return difference(audio, exact)
 
     @torch.no_grad()
     def embed_audio(self, audio: np.ndarray) -> np.ndarray:

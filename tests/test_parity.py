@@ -15,6 +15,9 @@ from audioldm2_triton.contract import SCHEDULERS
 from serving.local_server import LocalServer
 
 TOLERANCE = 1e-4  # of the peak
+# Many steps of some schedulers amplify the last bits, by how much depends on the processor: there the bound is that
+# many times what the reference itself is off its result in double precision.
+ROUNDINGS = 5
 LONG = "low quality, distorted, clipped, muffled, with hum and hiss, and voices of people talking in the back"
 
 FACTORS = {
@@ -117,7 +120,8 @@ def test_audio_equals_the_reference(case: Case, server: LocalServer, reference: 
         expected = reference.generate(call)
         made = expected.shape[1]
         assert audio.shape[1] == int(call.audio_length_in_s * 16000)
-        assert difference(matched(audio[:, :made], expected), expected) < TOLERANCE
+        apart = difference(matched(audio[:, :made], expected), expected)
+        assert apart < TOLERANCE or apart < ROUNDINGS * reference.rounding(call, expected)
         # Off the 10 ms grid the reference itself can be a few samples short.
         assert audio.shape[1] - made < 160
         assert not audio[:, made:].any()
