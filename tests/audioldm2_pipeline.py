@@ -38,44 +38,39 @@ class Reference:
 
     def generate(self, call: Call) -> np.ndarray:
         """The audio [N, S], in generation order: the reference's own ranking is checked by itself."""
-        self.pipeline.scheduler = getattr(diffusers, call.scheduler).from_config(self.scheduler_config)
         score_waveforms = self.pipeline.score_waveforms
-        self.pipeline.score_waveforms = lambda audio, **_: audio
         try:
-            audio: np.ndarray = self.pipeline(
-                call.prompt,
-                transcription=call.transcription,
-                negative_prompt=call.negative_prompt,
-                audio_length_in_s=call.audio_length_in_s,
-                num_inference_steps=call.num_inference_steps,
-                guidance_scale=call.guidance_scale,
-                num_waveforms_per_prompt=call.num_waveforms_per_prompt,
-                generator=torch.Generator("cpu").manual_seed(call.seed),
-            ).audios
+            return self._run(self.pipeline, call, generator=torch.Generator("cpu").manual_seed(call.seed))
         finally:
             self.pipeline.score_waveforms = score_waveforms
-        return audio
 
     def rounding(self, call: Call, audio: np.ndarray) -> float:
         """How far `audio`, what `generate` gives, is from the same in double precision: what rounding comes to here."""
         pipeline: Any = diffusers.AudioLDM2Pipeline.from_pretrained(self.checkpoint)
         pipeline.to(torch.float64)
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.scheduler = getattr(diffusers, call.scheduler).from_config(self.scheduler_config)
-        pipeline.score_waveforms = lambda audio, **_: audio
         frame_in_s = np.prod(pipeline.vocoder.config.upsample_rates) / pipeline.vocoder.config.sampling_rate
         frames = -(-int(call.audio_length_in_s / frame_in_s) // pipeline.vae_scale_factor)
         shape = (call.num_waveforms_per_prompt, pipeline.unet.config.in_channels, frames, 16)
-        exact = pipeline(
+        # Drawn in single precision, as the numbers of a generator depend on it.
+        noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(call.seed))
+        return difference(audio, self._run(pipeline, call, latents=noise.double()))
+
+    def _run(self, pipeline: Any, call: Call, **noise: Any) -> np.ndarray:
+        """The audio [N, S] of a call by a pipeline, which does not rank from here on."""
+        pipeline.scheduler = getattr(diffusers, call.scheduler).from_config(self.scheduler_config)
+        pipeline.score_waveforms = lambda audio, **_: audio
+        audio: np.ndarray = pipeline(
             call.prompt,
+            transcription=call.transcription,
             negative_prompt=call.negative_prompt,
             audio_length_in_s=call.audio_length_in_s,
             num_inference_steps=call.num_inference_steps,
             guidance_scale=call.guidance_scale,
             num_waveforms_per_prompt=call.num_waveforms_per_prompt,
-            latents=torch.randn(shape, generator=torch.Generator("cpu").manual_seed(call.seed)).double(),
+            **noise,
         ).audios
-        return difference(audio, exact)
+        return audio
 
     @torch.no_grad()
     def embed_audio(self, audio: np.ndarray) -> np.ndarray:
