@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-from . import assembly, contact_sheet, corpus, diffusion_training, judgement, sound_training, text_training
+from . import assembly, contact_sheet, corpus, diffusion_training, judgement, parts, sound_training, text_training
 from .training import Plan
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
@@ -28,6 +28,9 @@ def main() -> int:
     train.add_argument("--folder", type=Path, default=FOLDER, help="states and caches (several GB)")
     train.add_argument("--out", type=Path, default=OUT)
     train.add_argument("--steps", type=int, help="of the part, instead of its plan's")
+    train.add_argument(
+        "--start-from", type=Path, help="a checkpoint of these parts: its UNet is trained on, all else stays as it is"
+    )
     judge = commands.add_parser("judge", help="what it makes, through a real server, by a judge that knows only sounds")
     judgement.add_arguments(judge, OUT, FOLDER / "judgement.json")
     sheet = commands.add_parser("sheet", help="spectrograms of generated sounds beside the library's, as a PNG")
@@ -37,6 +40,12 @@ def main() -> int:
         judgement.judge_checkpoint(options)
     elif options.command == "sheet":
         contact_sheet.draw_sheet(options)
+    elif options.start_from:
+        if options.part not in (None, "unet", "save"):
+            parser.error(f"--part: got {options.part} but expected unet or save with --start-from")
+        training = _Training(options.folder, options.out, options.steps, options.start_from)
+        for part in [options.part] if options.part else ["unet", "save"]:
+            training.run(part)
     elif options.part:
         _Training(options.folder, options.out, options.steps).run(options.part)
     else:
@@ -62,10 +71,11 @@ def _train_all(folder: Path, out: Path) -> None:
 class _Training:
     """The parts by name; what a part needs of the others is read from their finished states."""
 
-    def __init__(self, folder: Path, out: Path, steps: int | None) -> None:
+    def __init__(self, folder: Path, out: Path, steps: int | None, start_from: Path | None = None) -> None:
         self._folder = folder
         self._out = out
         self._steps = steps
+        self._start_from = start_from
         self._corpus = corpus.make(folder / "corpus")
 
     def run(self, part: str) -> None:
@@ -75,6 +85,8 @@ class _Training:
         return replace(plan, steps=steps) if steps else plan
 
     def _vae(self, steps: int | None = None) -> Any:
+        if self._start_from:
+            return assembly.load(self._start_from).vae
         return sound_training.train_vae(self._corpus, self._folder, self._plan(sound_training.VAE_PLAN, steps))
 
     def _vocoder(self, steps: int | None = None) -> Any:
@@ -102,17 +114,24 @@ class _Training:
         plan = self._plan(diffusion_training.UNET_PLAN, steps)
         latents, factor = self._latents()
         held_out = self._corpus.held_out
-        return diffusion_training.train_unet(latents, factor, self._conditioning(), held_out, self._folder, plan)
+        start = assembly.load(self._start_from).unet if self._start_from else parts.unet()
+        return diffusion_training.train_unet(start, latents, factor, self._conditioning(), held_out, self._folder, plan)
 
     def _save(self, _: int | None = None) -> None:
         _, factor = self._latents()
-        pipe = self._pipeline(vae=self._vae(), unet=self._unet(), vocoder=self._vocoder())
+        if self._start_from:
+            pipe = assembly.load(self._start_from)
+            pipe.register_modules(unet=self._unet(self._steps))
+        else:
+            pipe = self._pipeline(vae=self._vae(), unet=self._unet(), vocoder=self._vocoder())
         size = assembly.save(pipe, factor, len(pipe.tokenizer_2), self._out)
         print(f"{self._out}: {size / 1e6:.1f} MB")
 
-    def _pipeline(self, **parts: Any) -> Any:
+    def _pipeline(self, **trained: Any) -> Any:
+        if self._start_from:
+            return assembly.load(self._start_from)
         tokenizers = text_training.tokenizers(self._folder)
-        return assembly.pipeline(tokenizers, self._clap(), self._t5(), self._language_model(), **parts)
+        return assembly.pipeline(tokenizers, self._clap(), self._t5(), self._language_model(), **trained)
 
 
 if __name__ == "__main__":

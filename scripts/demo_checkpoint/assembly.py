@@ -45,6 +45,11 @@ def pipeline(
     )
 
 
+def load(checkpoint: Path) -> Any:
+    """The reference pipeline of a saved checkpoint, in single precision; always a new one."""
+    return AudioLDM2Pipeline.from_pretrained(checkpoint, torch_dtype=torch.float32)
+
+
 def save(pipe: Any, scaling_factor: float, vocabulary: int, out: Path) -> int:
     """Writes the checkpoint in half precision into `out`, in place of what is there; returns its size in bytes.
 

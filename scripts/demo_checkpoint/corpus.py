@@ -55,7 +55,7 @@ def tensor(array: np.ndarray, index: Sequence[int] | np.ndarray) -> torch.Tensor
     return torch.from_numpy(np.stack([array[int(i)] for i in index]).astype(np.float32))
 
 
-def make(folder: Path, size: int = 12_000, held_out: int = 400) -> Corpus:
+def make(folder: Path, size: int = 30_000, held_out: int = 400) -> Corpus:
     """The corpus in `folder`, made now unless it is there."""
     corpus = Corpus(folder, size, held_out)
     if (folder / "labels.json").exists():

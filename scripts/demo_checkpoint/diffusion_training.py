@@ -15,7 +15,7 @@ from . import parts
 from .corpus import Corpus, tensor
 from .training import Draw, Plan, train
 
-UNET_PLAN: Final = Plan(steps=4_700, learning_rate=1e-3)
+UNET_PLAN: Final = Plan(steps=30_000, learning_rate=1e-3)
 TOKENS: Final = 40  # of T5, the longest caption
 _BATCH: Final = 16
 _EMPTY: Final = 0.1
@@ -89,6 +89,7 @@ def cache_conditioning(pipeline: Any, captions: list[str], path: Path) -> tuple[
 
 
 def train_unet(
+    start: Any,
     latents: np.ndarray,
     scaling_factor: float,
     conditioning: tuple[Conditioning, Conditioning],
@@ -96,7 +97,7 @@ def train_unet(
     folder: Path,
     plan: Plan = UNET_PLAN,
 ) -> Any:
-    """Predicts the noise at a random timestep, one prompt in ten empty.
+    """Trains the UNet `start` to predict the noise at a random timestep, one prompt in ten empty.
 
     The error is the mean square, with the weights min(SNR, 5) / SNR (Hang et al., 2023, "Min-SNR"): what little noise
     there is in the cleanest samples says nothing about the prompt, and its steps would be lost for the rest.
@@ -141,5 +142,5 @@ def train_unet(
         return float(error(model, rows, np.zeros(32, bool), timesteps, torch.Generator().manual_seed(0)))
 
     torch.manual_seed(0)
-    model = parts.unet().to(memory_format=torch.channels_last)
+    model = start.to(memory_format=torch.channels_last)
     return train("unet", model, loss, held_out, plan, folder)
