@@ -20,8 +20,10 @@ import torch
 from audioldm2_triton import AudioChunk, AudioLDM2Client
 from audioldm2_triton.contract import GenerationRow
 from audioldm2_triton.memory import peak_resident_bytes
+from audioldm2_triton.settings import OFFLOAD
 from benchmarks.measurement import Row, print_table
 from benchmarks.reference import load_pipeline, run_pipeline, use_dpm_solver
+from benchmarks.server_memory import reset_peak, server_processes, watching
 from benchmarks.setting import Setting, add_common_arguments, read_setting
 from benchmarks.timing import free_memory, peak_memory_mib, time_once
 from benchmarks.workload import make_rows
@@ -29,8 +31,6 @@ from serving.local_server import LocalServer, local_server
 from serving.metrics import read_metrics
 
 MIB: Final = 2**20
-SERVER: Final = "tritonserver"
-STUB: Final = "triton_python_backend_stub"
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, default=3.5, help="up to 1: none (default: %(default)s)")
     parser.add_argument("--stream", action="store_true", help="by `audioldm2_stream`, with the times of the chunks")
     parser.add_argument("--reference", action="store_true", help="the pipeline too")
+    parser.add_argument("--offload", choices=OFFLOAD, default="off", help="of the server (default: %(default)s)")
 
 
 def measure(arguments: argparse.Namespace) -> None:
     setting = read_setting(arguments, "memory")
+    setting = replace(setting, settings=replace(setting.settings, offload=arguments.offload))
     requests = [
         replace(
             row,
@@ -83,8 +85,9 @@ def measure_served(
 ) -> list[Row]:
     """A row for each process of the server, and for each time that the client saw."""
     processes = server_processes(server.process.pid)
-    before = {name: _reset_peak(process) for name, process in processes.items()}
-    timeline = _send(client, request, streamed)
+    before = {name: reset_peak(process) for name, process in processes.items()}
+    with watching(processes.values()) as together:
+        timeline = _send(client, request, streamed)
     peaks = {name: peak_resident_bytes(process) for name, process in processes.items()}
     base = base_row(setting, request)
     rows = [
@@ -92,6 +95,7 @@ def measure_served(
         for name in processes
     ]
     rows.append(replace(base, path="all", peak_memory_mib=sum(peaks.values()) / MIB, note="the sum of these peaks"))
+    rows.append(replace(base, path="all at once", peak_memory_mib=together.value / MIB, note="the most at one time"))
     rows += [
         replace(base, path=f"{stage} on {device}", peak_memory_mib=value / MIB, note="since the start of the server")
         for (stage, device), value in device_peaks(read_metrics(server.metrics_port)).items()
@@ -99,6 +103,8 @@ def measure_served(
     ]
     times = {"first chunk": timeline.first_chunk, "last chunk": timeline.last_chunk, "answer": timeline.answer}
     rows += [replace(base, path=name, median_ms=1000 * value) for name, value in times.items() if value is not None]
+    if setting.settings.offload == "on":
+        rows = [replace(row, path=f"{row.path}, offload") for row in rows]
     return [setting.keep(row) for row in rows]
 
 
@@ -115,50 +121,6 @@ def base_row(setting: Setting, request: GenerationRow) -> Row:
     )
 
 
-def server_processes(root: int) -> dict[str, int]:
-    """The ids of `tritonserver` and of its stubs, by the model that a stub runs, below the process `root`."""
-    parents: dict[int, int] = {}
-    commands: dict[int, list[str]] = {}
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            status = (directory / "status").read_text()
-            command = (directory / "cmdline").read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue  # it has ended
-        process = int(directory.name)
-        parents[process] = int(status.partition("\nPPid:")[2].split()[0])
-        commands[process] = command
-
-    def is_below(process: int) -> bool:
-        while process in parents and process != root:
-            process = parents[process]
-        return process == root
-
-    found: dict[str, int] = {}
-    for process, command in commands.items():
-        name = Path(command[0]).name
-        if name in (SERVER, STUB) and is_below(process):
-            found[name if name == SERVER else _unused(_model_of(command), found)] = process
-    return dict(sorted(found.items()))
-
-
-def _model_of(command: list[str]) -> str:
-    """A stub's arguments begin with `.../<model>/<version>/model.py`."""
-    return Path(command[1]).parent.parent.name
-
-
-def _unused(name: str, taken: Mapping[str, int]) -> str:
-    """A model has a stub for each of its instances."""
-    number = sum(other.partition(" ")[0] == name for other in taken)
-    return f"{name} {number + 1}" if number else name
-
-
-def _reset_peak(process: int) -> int:
-    """Returns the bytes from which the peak grows."""
-    Path(f"/proc/{process}/clear_refs").write_text("5")
-    return peak_resident_bytes(process)
-
-
 def device_peaks(metrics: Mapping[str, float]) -> dict[tuple[str, str], float]:
     """Bytes by stage and device, from the server's own gauge."""
     peaks = {}
@@ -171,7 +133,8 @@ def device_peaks(metrics: Mapping[str, float]) -> dict[tuple[str, str], float]:
 
 
 def _send(client: AudioLDM2Client, request: GenerationRow, streamed: bool) -> Timeline:
-    given = asdict(request)
+    # An empty text is as none; a transcription, even an empty one, is refused by checkpoints that do not speak.
+    given = {name: value for name, value in asdict(request).items() if value != ""}
     prompt = given.pop("prompt")
     start = time.perf_counter()
     if not streamed:

@@ -47,6 +47,7 @@ def cache_latents(corpus: Corpus, vae: Any, folder: Path) -> tuple[np.ndarray, f
     return latents, float(1 / latents[:1000].astype(np.float32).std())
 
 
+@torch.no_grad()
 def cache_conditioning(pipeline: Any, captions: list[str], path: Path) -> tuple[Conditioning, Conditioning]:
     """What the pipeline's own `encode_prompt` makes of the captions one length at a time, and of the empty prompt.
 
