@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import SpeechT5HifiGan
 
 from audioldm2_triton import residency as module
 from audioldm2_triton.device_lease import DeviceLease
@@ -176,6 +177,25 @@ def test_a_mapped_home_that_does_not_fit_on_the_disk_is_an_error(
     monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         MappedHome([torch.zeros(3)])
+
+
+def test_nothing_keeps_the_file_that_the_weights_were_read_from(lease: DeviceLease, tiny_checkpoint: Path) -> None:
+    """transformers leaves buffers that are views, and the base of a view is the whole mapped file."""
+    path = tiny_checkpoint / "vocoder"
+    vocoder = SpeechT5HifiGan.from_pretrained(path).eval()
+    expected = {name: tensor.clone() for name, tensor in vocoder.state_dict().items()}
+
+    def mapped() -> bool:
+        return str(path) in Path("/proc/self/maps").read_text()
+
+    assert mapped()
+    residency = Residency(CPU, lease)
+    with residency:
+        residency.adopt(vocoder)
+        assert not mapped()
+        assert {name: tensor.tolist() for name, tensor in vocoder.state_dict().items()} == {
+            name: tensor.tolist() for name, tensor in expected.items()
+        }
 
 
 def test_a_pinned_home_puts_all_weights_on_the_device_and_takes_them_back() -> None:

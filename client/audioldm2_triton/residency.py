@@ -59,6 +59,7 @@ class Residency:
         """Gives the weights of modules that are on the device their home; called once, inside."""
         if self._lease is None or self._device is None:
             return
+        _part_from_their_files(modules)
         tensors = _weights(modules)
         self._home = MappedHome(tensors) if self._device.type == "cpu" else PinnedHome(tensors, self._device)
         self._home.move_in()
@@ -110,6 +111,15 @@ def _device_name(device: "torch.device") -> str:
     if device.type != "cuda":
         return device.type
     return f"gpu-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def _part_from_their_files(modules: tuple[Any, ...]) -> None:
+    """Copies buffers that are views, which transformers makes of them: a view keeps its base, the whole mapped file."""
+    copies: dict[torch.Tensor, torch.Tensor] = {}  # tensors are told apart by identity
+    for part in (part for module in modules for part in module.modules()):
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer._is_view():
+                part._buffers[name] = copies.setdefault(buffer, buffer.clone())
 
 
 def _weights(modules: tuple[Any, ...]) -> list["torch.Tensor"]:
