@@ -114,12 +114,12 @@ def _device_name(device: "torch.device") -> str:
 
 
 def _part_from_their_files(modules: tuple[Any, ...]) -> None:
-    """Copies buffers that are views, which transformers makes of them: a view keeps its base, the whole mapped file."""
-    copies: dict[torch.Tensor, torch.Tensor] = {}  # tensors are told apart by identity
+    """Replaces buffers that are views, as transformers reads them: a view keeps its base, which is the mapped file."""
+    others: dict[torch.Tensor, torch.Tensor] = {}  # tensors are told apart by identity
     for part in (part for module in modules for part in module.modules()):
         for name, buffer in part.named_buffers(recurse=False):
             if buffer._is_view():
-                part._buffers[name] = copies.setdefault(buffer, buffer.clone())
+                part._buffers[name] = others.setdefault(buffer, buffer.data)
 
 
 def _weights(modules: tuple[Any, ...]) -> list["torch.Tensor"]:
