@@ -183,17 +183,35 @@ LONG = {
     "negative_prompt": [b"low quality"],
     "audio_length_in_s": [60.0],
     "num_waveforms_per_prompt": [3],
-    "num_inference_steps": [2],
+    "num_inference_steps": [4],
     "seed": [6],
 }
 
 
 def test_a_minute_streams_as_the_ensemble_gives_it(server: LocalServer) -> None:
     expected = whole(server, LONG)
-    result = check_responses(streamed(server, LONG, wait_in_s=300), num_steps=2, num_chunks=24)
+    result = check_responses(streamed(server, LONG, wait_in_s=300), num_steps=4, num_chunks=24)
     assert result["audio"].shape == (1, 3, 60 * 16000)
     np.testing.assert_array_equal(result["audio"][0][result["order"][0]], expected["audio"][0])
     np.testing.assert_array_equal(result["score"], expected["score"])
+    assert np.abs(expected["audio"]).max() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_five_minutes_stream_as_the_ensemble_gives_them(server: LocalServer) -> None:
+    seconds = 300
+    request = {
+        "prompt": [b"rain"],
+        "audio_length_in_s": [float(seconds)],
+        "num_inference_steps": [1],
+        "guidance_scale": [1.0],
+        "seed": [6],
+    }
+    expected = whole(server, request)
+    result = check_responses(streamed(server, request, wait_in_s=900), num_steps=1, num_chunks=seconds * 2 // 5)
+    assert result["audio"].shape == (1, 1, seconds * 16000)
+    np.testing.assert_array_equal(result["audio"], expected["audio"])
     assert np.abs(expected["audio"]).max() > 0.01
 
 

@@ -89,6 +89,8 @@ def test_every_part_trains(tmp_path: Path) -> None:
     latents, factor = diffusion_training.cache_latents(sounds, vae, tmp_path)
     assert float(latents.astype(np.float32).std()) * factor == pytest.approx(1, abs=0.1)
     conditioning = diffusion_training.cache_conditioning(pipe, sounds.captions, tmp_path / "conditioning.npz")
-    unet = diffusion_training.train_unet(parts.unet(), latents, factor, conditioning, sounds.held_out, tmp_path, plan)
+    shares = diffusion_training.draw_shares([label["kinds"][0] for label in sounds.labels[: sounds.trained]])
+    assert float(shares.sum()) == pytest.approx(1)
+    unet = diffusion_training.train_unet(parts.unet(), latents, factor, conditioning, shares, tmp_path, plan)
     assert all(bool(torch.isfinite(parameter).all()) for parameter in unet.parameters())
     assert assembly.save(pipe, factor, len(pipe.tokenizer_2), tmp_path / "checkpoint") < assembly.MAX_SIZE_IN_BYTES

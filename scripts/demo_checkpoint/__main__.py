@@ -113,9 +113,10 @@ class _Training:
     def _unet(self, steps: int | None = None) -> Any:
         plan = self._plan(diffusion_training.UNET_PLAN, steps)
         latents, factor = self._latents()
-        held_out = self._corpus.held_out
+        trained = self._corpus.labels[: self._corpus.trained]
+        shares = diffusion_training.draw_shares([label["kinds"][0] for label in trained])
         start = assembly.load(self._start_from).unet if self._start_from else parts.unet()
-        return diffusion_training.train_unet(start, latents, factor, self._conditioning(), held_out, self._folder, plan)
+        return diffusion_training.train_unet(start, latents, factor, self._conditioning(), shares, self._folder, plan)
 
     def _save(self, _: int | None = None) -> None:
         _, factor = self._latents()
