@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import denoising_unet
-from audioldm2_triton.compilation import compile_cache
 from audioldm2_triton.errors import UnavailableError
 from audioldm2_triton.geometry import read_audio_geometry
 from audioldm2_triton.settings import Settings
@@ -212,31 +211,3 @@ def test_buckets_by_device(tiny_checkpoint: Path) -> None:
     on_gpu = buckets(torch.device("cuda"), compile="auto")
     assert [bucket.items for bucket in on_gpu if bucket.masked] == [2, 4, 8, 12, 16, 24]
     assert [bucket.items for bucket in on_gpu if not bucket.masked] == [2, 4, 8, 12, 16, 24]
-
-
-@pytest.mark.parametrize("damage", ["none", "cut", "garbage", "missing"])
-def test_compiled_code_outlives_the_process(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    settings = Settings("checkpoint", compile_cache=str(tmp_path))
-    cache = compile_cache(settings, "stage", CPU, torch.float32, ("shape",))
-    assert cache.path is not None
-    assert cache.path != compile_cache(settings, "stage", CPU, torch.float32, ("other",)).path
-    assert cache.path != compile_cache(settings, "stage", CPU, torch.bfloat16, ("shape",)).path
-    compiled = torch.compile(lambda values: torch.sin(values) * 3 + values.flip(0))
-    compiled(torch.ones(7))
-    cache.save()
-    if damage == "cut":
-        cache.path.write_bytes(cache.path.read_bytes()[:-10])
-    elif damage == "garbage":
-        cache.path.write_bytes(b"garbage" * 100)
-    elif damage == "missing":
-        cache.path.unlink()
-    with caplog.at_level("INFO"):
-        assert cache.restore() == (damage == "none")
-    said = {"none": "restored from", "cut": "not whole", "garbage": "not whole", "missing": "nothing yet"}[damage]
-    assert said in caplog.text
-
-
-def test_without_a_directory_there_is_no_cache() -> None:
-    cache = compile_cache(Settings("checkpoint"), "stage", CPU, torch.float32, ())
-    assert not cache.restore()
-    cache.save()

@@ -3,14 +3,17 @@
 `torch.compiler.save_cache_artifacts` gives what `torch.compile` has made in this process as bytes. They are kept in a
 file named by what they depend on, so that another PyTorch, device or shape never finds them, behind a digest, so that
 a file cut short is noticed. PyTorch checks the entries themselves once more when it looks them up: what does not fit is
-compiled anew.
+compiled anew. On a CPU its artifacts lack the libraries that the C++ compiler has made, which is where most of the time
+goes: they are kept in the file too.
 """
 
 import hashlib
+import io
 import logging
 import os
 import platform
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _DIGEST_BYTES: Final = hashlib.sha256().digest_size
+_ARTIFACTS: Final = "artifacts"  # in the file, beside the libraries by their paths in PyTorch's directory
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,12 @@ class CompileCache:
         except OSError as error:
             logger.warning("compile cache: %s is ignored: %s", self.path, error)
             return False
-        digest, artifacts = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-        if hashlib.sha256(artifacts).digest() != digest:
+        digest, archive = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+        if hashlib.sha256(archive).digest() != digest:
             logger.warning("compile cache: %s is ignored: it is not whole", self.path)
             return False
         try:
-            restored = torch.compiler.load_cache_artifacts(artifacts) is not None
+            restored = torch.compiler.load_cache_artifacts(_unpacked(archive)) is not None
         except Exception as error:
             logger.warning("compile cache: %s is ignored: %s", self.path, error)
             return False
@@ -71,20 +75,71 @@ class CompileCache:
         if saved is None:
             logger.info("compile cache: nothing to save in %s", self.path)
             return
-        artifacts, _ = saved
+        archive = _packed(saved[0])
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Renamed into place: another server never reads half a file.
-            handle, name = tempfile.mkstemp(dir=self.path.parent)
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(hashlib.sha256(artifacts).digest() + artifacts)
-                os.replace(name, self.path)
-            except OSError:
-                os.unlink(name)  # a full disk should not stay full of halves
-                raise
+            _write_whole(self.path, hashlib.sha256(archive).digest() + archive)
         except OSError as error:
             logger.warning("compile cache: %s could not be written: %s", self.path, error)
+
+
+def _packed(artifacts: bytes) -> bytes:
+    """PyTorch's artifacts and the libraries that this process has loaded from PyTorch's directory."""
+    directory = _compiler_directory()
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(_ARTIFACTS, artifacts)
+        for library in _loaded_libraries(directory):
+            archive.write(library, str(library.relative_to(directory)))
+    return buffer.getvalue()
+
+
+def _unpacked(content: bytes) -> bytes:
+    """The artifacts; the libraries are put where PyTorch looks for them, unless they are there."""
+    directory = _compiler_directory()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for name in archive.namelist():
+            if name != _ARTIFACTS and not (directory / name).exists():
+                _write_whole(directory / name, archive.read(name))
+        return archive.read(_ARTIFACTS)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Renamed into place: another process never reads half a file. Raises `OSError`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(name, path)
+    except OSError:
+        os.unlink(name)  # a full disk should not stay full of halves
+        raise
+
+
+def _compiler_directory() -> Path:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
+
+
+def _loaded_libraries(directory: Path) -> list[Path]:
+    """Those of this process that lie below `directory`; none on systems that do not tell."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    paths = {line.split(maxsplit=5)[-1] for line in lines if line.endswith(".so")}
+    return sorted(path for path in map(Path, paths) if path.is_relative_to(directory) and path.exists())
+
+
+def _processor() -> str:
+    """What decides which machine code a CPU runs: compilers are told to make it for this very one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    told = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
+    return " ".join(dict.fromkeys(told))
 
 
 def compile_cache(
@@ -102,7 +157,7 @@ def compile_cache(
     if device.type == "cuda":
         hardware = f"{torch.cuda.get_device_name(device)} {torch.version.cuda}"
     else:
-        hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
+        hardware = f"{_processor()} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
     key = repr((torch.__version__, hardware, str(dtype), *shapes))
     name = f"{stage}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin"
     return CompileCache(Path(settings.compile_cache).expanduser() / name)
