@@ -60,6 +60,17 @@ def test_served_sounds_are_the_right_ones(judge: Judge, demo_server: LocalServer
     assert np.mean(named) >= 0.8
 
 
+def test_a_negative_prompt_lowers_the_share_of_the_sound_that_it_names(judge: Judge, demo_server: LocalServer) -> None:
+    comparison = experiments.compare_negative(judge, demo_server.grpc_url, len(KINDS))
+    assert comparison.difference.value < -0.1, comparison
+
+
+def test_guidance_makes_the_right_sound_likelier(judge: Judge, demo_server: LocalServer) -> None:
+    requests = experiments.make_requests(len(KINDS))
+    comparison = experiments.compare_arms(judge, demo_server.grpc_url, requests, guidance_scale=1.0)
+    assert comparison.difference.value < 0, comparison
+
+
 def test_served_sound_is_the_reference_pipelines(demo_server: LocalServer) -> None:
     call = Call("A high-pitched beep", negative_prompt="wind", audio_length_in_s=2.56, num_inference_steps=10, seed=3)
     with AudioLDM2Client(demo_server.grpc_url) as client:

@@ -34,7 +34,7 @@ def main() -> int:
     judge = commands.add_parser("judge", help="what it makes, through a real server, by a judge that knows only sounds")
     judgement.add_arguments(judge, OUT, FOLDER / "judgement.json")
     sheet = commands.add_parser("sheet", help="spectrograms of generated sounds beside the library's, as a PNG")
-    contact_sheet.add_arguments(sheet, OUT, OUT / "contact_sheet.png")
+    contact_sheet.add_arguments(sheet, OUT, OUT.parent / "contact_sheet.png")
     options = parser.parse_args()
     if options.command == "judge":
         judgement.judge_checkpoint(options)
