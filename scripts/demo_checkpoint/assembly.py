@@ -68,6 +68,7 @@ def save(pipe: Any, scaling_factor: float, vocabulary: int, out: Path) -> int:
             module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         module.save_pretrained(out / component)
         if component.startswith("tokenizer"):
+            _forget_origin(out / component / CONFIG_FILES[component])
             continue
         (out / component / "generation_config.json").unlink(missing_ok=True)
         _write(out / component / CONFIG_FILES[component], parts.config(component, **changes.get(component, {})))
@@ -76,6 +77,12 @@ def save(pipe: Any, scaling_factor: float, vocabulary: int, out: Path) -> int:
     if size > MAX_SIZE_IN_BYTES:
         raise ValueError(f"size of the checkpoint: got {size} bytes but expected at most {MAX_SIZE_IN_BYTES}")
     return size
+
+
+def _forget_origin(path: Path) -> None:
+    """A tokenizer that was read from a directory notes how, which is not for those who read it next."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    _write(path, {key: value for key, value in content.items() if key not in ("is_local", "local_files_only")})
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
