@@ -5,7 +5,7 @@ import pytest
 
 from audioldm2_triton.geometry import AudioGeometry
 from benchmarks.seams import make_layout
-from benchmarks.spectral_flux import SeamFlux, seam_flux, spectral_flux
+from benchmarks.spectral_flux import SeamFlux, flux_difference, seam_flux, spectral_flux
 from windows import Windowing
 
 RATE = 16000
@@ -53,6 +53,20 @@ def test_seams_are_found(faded: bool, scale: float) -> None:
     assert flux.pairs == 4 * 3 * 2
     assert flux.ratio > 1.3
     assert flux.share > 0.95
+
+
+def test_seams_show_against_the_same_clips_without_them() -> None:
+    without, other = (
+        measured([noise(seed, LAYOUT.length) for seed in range(start, start + 8)], 0.3) for start in (0, 8)
+    )
+    cut = measured([joined(10 * seed, False) for seed in range(8)], 0.3)
+    assert len(without.by_clip) == 8
+    assert np.mean(without.by_clip) == pytest.approx(without.at_seams)
+    more, low, high = flux_difference(cut, without)
+    assert 0 < low < more < high
+    more, low, high = flux_difference(other, without)
+    assert low < 0 < high
+    assert low < more < high
 
 
 @pytest.mark.parametrize("scale", [0.02, 0.3])

@@ -17,13 +17,14 @@ from .captions import caption, mixture_caption
 from .features import features
 from .judge import CLIP_LENGTH_IN_S, Judge
 from .library import TEXTURES, draw_attributes
-from .sounds import KINDS
+from .sounds import KINDS, SAMPLING_RATE
 
 Answers = Sequence[bool] | NDArray[Any]
 
 _PROMPT_SEED: Final = 103
 _RESAMPLES: Final = 10_000
 _IN_FLIGHT: Final = 8  # requests
+_WINDOWS: Final = 3  # of long audio
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Request:
     scheduler: str = "DPMSolverMultistepScheduler"
     guidance_scale: float = 3.5
     num_waveforms_per_prompt: int = 1
+    audio_length_in_s: float = CLIP_LENGTH_IN_S
+    window_length_in_s: float = 0.0  # 0: as a whole
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ def generate(url: str, requests: Sequence[Request]) -> list[NDArray[np.float32]]
         return client.generate(
             request.prompt,
             negative_prompt=request.negative_prompt,
-            audio_length_in_s=CLIP_LENGTH_IN_S,
+            audio_length_in_s=request.audio_length_in_s,
+            window_length_in_s=request.window_length_in_s,
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
             num_waveforms_per_prompt=request.num_waveforms_per_prompt,
@@ -156,3 +160,27 @@ def compare_candidates(judge: Judge, url: str, requests: Sequence[Request], cand
         [kinds_right(judge, arm, np.stack([features(clip[place]) for clip in clips])) for place in range(candidates)]
     )
     return compare(right.mean(0), right[0])
+
+
+def compare_seams(judge: Judge, url: str, requests: Sequence[Request]) -> Comparison:
+    """Long audio in windows: the kinds heard in single windows against those heard across the seams of two.
+
+    Excerpts are as long as a window. Those across a seam have it in their middle.
+    """
+    overlap = CLIP_LENGTH_IN_S / 4  # as the server's
+    step = CLIP_LENGTH_IN_S - overlap
+    length = CLIP_LENGTH_IN_S + (_WINDOWS - 1) * step
+    arm = [replace(request, audio_length_in_s=length, window_length_in_s=CLIP_LENGTH_IN_S) for request in requests]
+    clips = generate(url, arm)
+
+    def right_at(starts: Sequence[float]) -> NDArray[np.float64]:
+        """The share of right excerpts by clip."""
+        heard = []
+        for start in starts:
+            excerpt = slice(round(start * SAMPLING_RATE), round((start + CLIP_LENGTH_IN_S) * SAMPLING_RATE))
+            heard.append(kinds_right(judge, arm, first_features([clip[:, excerpt] for clip in clips])))
+        return np.mean(heard, axis=0)
+
+    windows = [index * step for index in range(_WINDOWS)]
+    seams = [start + step / 2 for start in windows[:-1]]
+    return compare(right_at(windows), right_at(seams))

@@ -19,7 +19,7 @@ from . import experiments
 from .experiments import Comparison, Request
 from .judge import Judge, attributes_right, own_accuracy, train_judge
 
-EXPERIMENTS: Final = ("kinds", "steps", "guidance", "negative", "candidates")
+EXPERIMENTS: Final = ("kinds", "steps", "guidance", "negative", "candidates", "seams")
 
 
 def add_arguments(parser: argparse.ArgumentParser, checkpoint: Path, out: Path) -> None:
@@ -60,6 +60,8 @@ def _run(name: str, judge: Judge, url: str, arguments: argparse.Namespace) -> di
     if name == "negative":
         comparison = experiments.compare_negative(judge, url, arguments.pairs)
         return _report("background heard without, with a negative prompt that names it", comparison)
+    if name == "seams":
+        return _report("heard in single windows, across their seams", experiments.compare_seams(judge, url, requests))
     return _report("any of 4, the best of 4 by CLAP score", experiments.compare_candidates(judge, url, requests))
 
 
