@@ -135,11 +135,16 @@ def kinds_right(judge: Judge, requests: Sequence[Request], sounds: NDArray[np.fl
     return [name == request.kind for name, request in zip(judge.name_kinds(sounds), requests, strict=True)]
 
 
+def kinds_heard(judge: Judge, url: str, requests: Sequence[Request]) -> list[bool]:
+    """Whether what a server makes of each request is of the kind that was asked for."""
+    return kinds_right(judge, requests, first_features(generate(url, requests)))
+
+
 def compare_arms(judge: Judge, url: str, requests: Sequence[Request], **changes: Any) -> Comparison:
     """The kinds as asked for against those of the same requests with `changes`."""
     arms = [requests, [replace(request, **changes) for request in requests]]
-    right = [kinds_right(judge, arm, first_features(generate(url, arm))) for arm in arms]
-    return compare(right[0], right[1])
+    first, second = (kinds_heard(judge, url, arm) for arm in arms)
+    return compare(first, second)
 
 
 def compare_negative(judge: Judge, url: str, count: int) -> Comparison:

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +19,17 @@ from . import experiments
 from .experiments import Comparison, Request
 from .judge import Judge, attributes_right, own_accuracy, train_judge
 
-EXPERIMENTS: Final = ("kinds", "steps", "guidance", "negative", "candidates", "seams")
+EXPERIMENTS: Final = ("kinds", "steps", "guidance", "negative", "candidates", "seams", "lossy")
+# Lossy options: steps, and arguments of scripts/serve.
+LOSSY: Final = {
+    "8 steps": (8, ()),
+    "8 steps, trailing": (8, ("--timestep-spacing=trailing",)),
+    "8 steps, karras": (8, ("--timestep-spacing=karras",)),
+    "12 steps": (12, ()),
+    "12 steps, trailing": (12, ("--timestep-spacing=trailing",)),
+    "guidance in the first 60 %": (20, ("--guidance-interval=0,0.6",)),
+    "guidance from 20 to 80 %": (20, ("--guidance-interval=0.2,0.8",)),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser, checkpoint: Path, out: Path) -> None:
@@ -60,6 +70,8 @@ def _run(name: str, judge: Judge, url: str, arguments: argparse.Namespace) -> di
     if name == "negative":
         comparison = experiments.compare_negative(judge, url, arguments.pairs)
         return _report("background heard without, with a negative prompt that names it", comparison)
+    if name == "lossy":
+        return _judge_lossy(judge, url, requests, arguments.checkpoint)
     if name == "seams":
         return _report("heard in single windows, across their seams", experiments.compare_seams(judge, url, requests))
     return _report("any of 4, the best of 4 by CLAP score", experiments.compare_candidates(judge, url, requests))
@@ -76,6 +88,21 @@ def _judge_kinds(judge: Judge, url: str, requests: Sequence[Request]) -> dict[st
     for kind, row in by_kind.items():
         print(f"  {kind:12s} {100 * row['right']:5.1f} %  taken for {row['taken_for'] or 'nothing else'}")
     return {"kinds": asdict(kinds), "attributes": asdict(attributes), "by_kind": by_kind}
+
+
+def _judge_lossy(judge: Judge, url: str, requests: Sequence[Request], checkpoint: Path) -> dict[str, Any]:
+    """The same requests by 20 exact steps and with each option, whose server is one of its own."""
+    exact = experiments.kinds_heard(judge, url, requests)
+    figures = {}
+    for option, (steps, serve_arguments) in LOSSY.items():
+        arm = [replace(request, num_inference_steps=steps) for request in requests]
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            local_server(checkpoint, Path(folder) / "log", *serve_arguments) as server,
+        ):
+            heard = experiments.kinds_heard(judge, server.grpc_url, arm)
+        figures[option] = _report(f"20 steps, {option}", experiments.compare(exact, heard))
+    return figures
 
 
 def _by_kind(
