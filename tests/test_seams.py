@@ -21,9 +21,9 @@ def noise(seed: int, seconds: float, colour: float = 0.0) -> np.ndarray:
 
 
 def joined(seed: int, faded: bool) -> np.ndarray:
-    """Noise of another colour in each window, cut in the middle of the overlap or faded over it."""
+    """Noise of another colour in each window, cut in the middle of the overlap or faded over its middle half."""
     audio = np.zeros(round(LAYOUT.length * RATE))
-    overlap = round(LAYOUT.overlap * RATE) if faded else 2
+    overlap = round(LAYOUT.overlap * RATE / 2) if faded else 2
     for index in range(LAYOUT.count):
         part = noise(seed + index, LAYOUT.window, 6.0 * ((seed + index) % 2))
         ramp = np.clip((np.arange(len(part)) - (LAYOUT.overlap * RATE - overlap) / 2 + 0.5) / overlap, 0, 1)
@@ -41,10 +41,12 @@ def measured(clips: list[np.ndarray], scale: float) -> SeamFlux:
 
 
 def test_the_layout_is_that_of_the_windows() -> None:
-    assert (LAYOUT.window, LAYOUT.overlap) == (2.56, 0.64)
+    assert (LAYOUT.window, LAYOUT.overlap) == (2.56, 1.28)
     frames, overlap = GEOMETRY.window_frames(2.56)
     starts = Windowing(frames, overlap).starts(GEOMETRY.latent_frames(LAYOUT.length))
-    assert [start * 0.04 for start in starts[1:]] == pytest.approx([first for first, _ in LAYOUT.seams])
+    assert [start * 0.04 + 1.28 / 2 for start in starts[1:]] == pytest.approx(np.mean(LAYOUT.seams, axis=1))
+    assert [start * 0.04 + 2.56 / 2 for start in starts] == pytest.approx(np.mean(LAYOUT.between, axis=1))
+    assert LAYOUT.seams[0] == pytest.approx((1.6, 2.24))
 
 
 @pytest.mark.parametrize(("faded", "scale"), [(False, 0.02), (False, 0.3), (True, 0.3)])

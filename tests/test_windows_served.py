@@ -15,7 +15,7 @@ from serving.local_server import LocalServer
 
 TOLERANCE = 1e-4  # of the peak
 PROMPT, LENGTH_IN_S, STEPS = "A hammer hits a wooden surface", 3.2, 5
-FRAMES, WINDOW, OVERLAP = 80, 32, 8  # latent frames: three windows of 1.28 s
+FRAMES, WINDOW, OVERLAP = 80, 32, 16  # latent frames: four windows of 1.28 s
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def by_hand(reference: Reference) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("front", ["ensemble", "stream"])
-def test_a_clip_in_three_windows(front: str, server: LocalServer, by_hand: torch.Tensor) -> None:
+def test_a_clip_in_four_windows(front: str, server: LocalServer, by_hand: torch.Tensor) -> None:
     told: list[int] = []
     options = {
         "negative_prompt": "hiss",
@@ -64,6 +64,6 @@ def test_a_clip_in_three_windows(front: str, server: LocalServer, by_hand: torch
         read_metrics(server)[name] - before[name]
         for name in ("audioldm2_rows_per_forward_count", "audioldm2_rows_per_forward_sum")
     )
-    # Three windows of two waveforms with guidance, and two whole waveforms: all together, or in two forwards a step.
-    assert rows == STEPS * (12 + 4)
+    # Four windows of two waveforms with guidance, and two whole waveforms: all together, or in two forwards a step.
+    assert rows == STEPS * (16 + 4)
     assert forwards <= 2 * STEPS

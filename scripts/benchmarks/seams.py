@@ -3,10 +3,11 @@
 Three kinds of clips from the same prompts: generated in windows, generated as a whole, and joined from separate clips
 with a hard cut in the middle of each overlap, which shows that the measure finds a seam where there is one. The flux
 is the mean change of the spectrum's level in dB between the stretches before and after a moment, of two lengths: short
-ones find clicks, long ones changes of character. `at seams` is the largest in an overlap, `beside` the largest in a
-stretch as long in the middle of a window, both averaged; `share` says in how many pairs of an overlap and a stretch
-beside it the overlap has more. What has a rhythm, a beginning and an end has other values than 1 and a half without any
-seam: so `than the whole` compares the same moments of the same prompts and seeds, with a 95 % confidence interval.
+ones find clicks, long ones changes of character. `at seams` is the largest in the middle half of an overlap, `beside`
+the largest in a stretch as long in the middle of a window, both averaged; `share` says in how many pairs of an overlap
+and a stretch beside it the overlap has more. What has a rhythm, a beginning and an end has other values than 1 and a
+half without any seam: so `than the whole` compares the same moments of the same prompts and seeds, with a 95 %
+confidence interval.
 """
 
 import argparse
@@ -46,15 +47,16 @@ class Layout:
 
     @property
     def seams(self) -> list[Stretch]:
-        """The overlaps."""
-        starts = [index * self.step for index in range(1, self.count)]
-        return [(start, start + self.overlap) for start in starts]
+        """The middle halves of the overlaps, where neither window has the say."""
+        return [self._around(index * self.step + self.overlap / 2) for index in range(1, self.count)]
 
     @property
     def between(self) -> list[Stretch]:
         """As long stretches in the middle of the windows."""
-        starts = [index * self.step + (self.window - self.overlap) / 2 for index in range(self.count)]
-        return [(start, start + self.overlap) for start in starts]
+        return [self._around(index * self.step + self.window / 2) for index in range(self.count)]
+
+    def _around(self, second: float) -> Stretch:
+        return second - self.overlap / 4, second + self.overlap / 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

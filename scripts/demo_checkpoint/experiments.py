@@ -172,7 +172,7 @@ def compare_seams(judge: Judge, url: str, requests: Sequence[Request]) -> Compar
 
     Excerpts are as long as a window. Those across a seam have it in their middle.
     """
-    overlap = CLIP_LENGTH_IN_S / 4  # as the server's
+    overlap = CLIP_LENGTH_IN_S / 2  # as the server's
     step = CLIP_LENGTH_IN_S - overlap
     length = CLIP_LENGTH_IN_S + (_WINDOWS - 1) * step
     arm = [replace(request, audio_length_in_s=length, window_length_in_s=CLIP_LENGTH_IN_S) for request in requests]
