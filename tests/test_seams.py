@@ -1,11 +1,17 @@
 """The measure of seams finds those that are there, and none that are not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from audioldm2_triton.geometry import AudioGeometry
-from benchmarks.seams import make_layout
+from audioldm2_triton.settings import Settings
+from benchmarks.in_process import running_stages
+from benchmarks.seams import SCALES_IN_S, make_layout
 from benchmarks.spectral_flux import SeamFlux, flux_difference, seam_flux, spectral_flux
+from benchmarks.workload import make_rows
+from demo_checkpoint.__main__ import OUT
 from windows import Windowing
 
 RATE = 16000
@@ -93,3 +99,18 @@ def test_stretches_that_do_not_fit_are_refused() -> None:
         seam_flux([noise(0, 4.0)], RATE, 0.02, [(2.0, 2.1)], [(1.0, 1.1)])
     with pytest.raises(ValueError, match="expected a stretch of the clip"):
         seam_flux([noise(0, 4.0)], RATE, 0.02, [(2.0, 2.1)], [(1.0, 1.1), (5.0, 5.1)])
+
+
+@pytest.mark.slow
+def test_no_seam_is_found_in_windows_of_the_demonstration_checkpoint() -> None:
+    """More in the overlaps than in the middle of the windows, that is; `scripts/benchmark seams` has more clips."""
+    prompts = ("a steady hiss", "rain comes down", "a clock ticks", "a low engine hums", "birds sing", "ocean waves")
+    with running_stages(Settings(str(OUT), device="cpu")) as stages:
+        layout = make_layout(stages.geometry, None, 4)
+        rows = [
+            replace(row, prompt=prompt, window_length_in_s=layout.window)
+            for row, prompt in zip(make_rows(len(prompts), layout.length, 20), prompts, strict=True)
+        ]
+        clips = [stages.generate(row)[0, 0] for row in rows]
+    for scale in SCALES_IN_S:
+        assert seam_flux(clips, RATE, scale, layout.seams, layout.between).ratio < 1.15
