@@ -8,8 +8,9 @@ import pytest
 from audioldm2_triton.geometry import AudioGeometry
 from audioldm2_triton.settings import Settings
 from benchmarks.in_process import running_stages
-from benchmarks.seams import SCALES_IN_S, make_layout
+from benchmarks.seams import SCALES_IN_S
 from benchmarks.spectral_flux import SeamFlux, flux_difference, seam_flux, spectral_flux
+from benchmarks.window_layout import make_layout
 from benchmarks.workload import make_rows
 from demo_checkpoint.__main__ import OUT
 from windows import Windowing

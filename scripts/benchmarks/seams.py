@@ -12,51 +12,21 @@ confidence interval.
 
 import argparse
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
 
 from audioldm2_triton.contract import GenerationRow
-from audioldm2_triton.geometry import AudioGeometry
 from benchmarks.in_process import Stages, running_stages
 from benchmarks.measurement import Row, print_table
 from benchmarks.setting import add_common_arguments, read_setting
-from benchmarks.spectral_flux import SeamFlux, Stretch, flux_difference, seam_flux
+from benchmarks.spectral_flux import SeamFlux, flux_difference, seam_flux
+from benchmarks.window_layout import Layout, make_layout
 from benchmarks.workload import PROMPTS, make_rows
 
 WHOLE: Final = "as a whole"
 SCALES_IN_S: Final = (0.02, 0.3)  # clicks; changes of character
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Windows at equal distances, in seconds."""
-
-    window: float
-    overlap: float
-    count: int
-
-    @property
-    def step(self) -> float:
-        return self.window - self.overlap
-
-    @property
-    def length(self) -> float:
-        return self.window + (self.count - 1) * self.step
-
-    @property
-    def seams(self) -> list[Stretch]:
-        """The middle halves of the overlaps, where neither window has the say."""
-        return [self._around(index * self.step + self.overlap / 2) for index in range(1, self.count)]
-
-    @property
-    def between(self) -> list[Stretch]:
-        """As long stretches in the middle of the windows."""
-        return [self._around(index * self.step + self.window / 2) for index in range(self.count)]
-
-    def _around(self, second: float) -> Stretch:
-        return second - self.overlap / 4, second + self.overlap / 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,13 +69,6 @@ def measure(arguments: argparse.Namespace) -> None:
         [setting.keep(_row(shared, kind, scale, flux, fluxes[WHOLE, scale])) for (kind, scale), flux in fluxes.items()],
         sys.stdout,
     )
-
-
-def make_layout(geometry: AudioGeometry, window_length_in_s: float | None, count: int) -> Layout:
-    """The windows that the server makes of clips of the layout's length; all overlaps are equal then."""
-    frames, overlap = geometry.window_frames(window_length_in_s or geometry.native_audio_length_in_s)
-    seconds = geometry.vae_scale_factor * geometry.frame_length_in_s
-    return Layout(round(frames * seconds, 6), round(overlap * seconds, 6), count)
 
 
 def _row(shared: Row, kind: str, scale_in_s: float, flux: SeamFlux, whole: SeamFlux) -> Row:

@@ -13,7 +13,6 @@ from checkpoints.shapes import component_config
 
 from . import parts
 from .corpus import Corpus, tensor
-from .sounds import KINDS
 from .training import Draw, Plan, train
 
 UNET_PLAN: Final = Plan(steps=16_000, learning_rate=1e-3)
@@ -56,9 +55,8 @@ def cache_latents(corpus: Corpus, vae: Any, folder: Path) -> tuple[np.ndarray, f
 
 
 def draw_shares(kinds: list[str]) -> np.ndarray:
-    """How likely each sound, of one of `KINDS`, is to be drawn for a place in a batch."""
-    weights = {kind: _EMPHASIS.get(kind, 1.0) for kind in KINDS}
-    shares = np.array([weights[kind] for kind in kinds])
+    """How likely each sound, by its kind, is to be drawn for a place in a batch."""
+    shares = np.array([_EMPHASIS.get(kind, 1.0) for kind in kinds])
     return shares / shares.sum()
 
 

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from audioldm2_triton import AudioLDM2Client
+from benchmarks.bootstrap import mean_with_interval
+from benchmarks.window_layout import Layout
 
 from .captions import caption, mixture_caption
 from .features import features
@@ -22,9 +24,7 @@ from .sounds import KINDS, SAMPLING_RATE
 Answers = Sequence[bool] | NDArray[Any]
 
 _PROMPT_SEED: Final = 103
-_RESAMPLES: Final = 10_000
 _IN_FLIGHT: Final = 8  # requests
-_WINDOWS: Final = 3  # of long audio
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,8 @@ def first_features(clips: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
 
 
 def share(right: Answers) -> Share:
-    """The mean of numbers between -1 and 1, with the percentiles of its bootstrap."""
-    values = np.asarray(right, np.float64)
-    picks = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
-    low, high = np.percentile(values[picks].mean(1), (2.5, 97.5))
-    return Share(float(values.mean()), float(low), float(high), len(values))
+    """The mean of numbers between -1 and 1, with its confidence interval."""
+    return Share(*mean_with_interval(right), len(right))
 
 
 def compare(first: Answers, second: Answers) -> Comparison:
@@ -167,25 +164,22 @@ def compare_candidates(judge: Judge, url: str, requests: Sequence[Request], cand
     return compare(right.mean(0), right[0])
 
 
-def compare_seams(judge: Judge, url: str, requests: Sequence[Request]) -> Comparison:
+def compare_seams(judge: Judge, url: str, requests: Sequence[Request], layout: Layout) -> Comparison:
     """Long audio in windows: the kinds heard in single windows against those heard across the seams of two.
 
     Excerpts are as long as a window. Those across a seam have it in their middle.
     """
-    overlap = CLIP_LENGTH_IN_S / 2  # as the server's
-    step = CLIP_LENGTH_IN_S - overlap
-    length = CLIP_LENGTH_IN_S + (_WINDOWS - 1) * step
-    arm = [replace(request, audio_length_in_s=length, window_length_in_s=CLIP_LENGTH_IN_S) for request in requests]
+    arm = [replace(request, audio_length_in_s=layout.length, window_length_in_s=layout.window) for request in requests]
     clips = generate(url, arm)
 
     def right_at(starts: Sequence[float]) -> NDArray[np.float64]:
         """The share of right excerpts by clip."""
         heard = []
         for start in starts:
-            excerpt = slice(round(start * SAMPLING_RATE), round((start + CLIP_LENGTH_IN_S) * SAMPLING_RATE))
+            excerpt = slice(round(start * SAMPLING_RATE), round((start + layout.window) * SAMPLING_RATE))
             heard.append(kinds_right(judge, arm, first_features([clip[:, excerpt] for clip in clips])))
         return np.mean(heard, axis=0)
 
-    windows = [index * step for index in range(_WINDOWS)]
-    seams = [start + step / 2 for start in windows[:-1]]
+    windows = [index * layout.step for index in range(layout.count)]
+    seams = [start + layout.step / 2 for start in windows[:-1]]
     return compare(right_at(windows), right_at(seams))

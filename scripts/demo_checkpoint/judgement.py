@@ -13,6 +13,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from audioldm2_triton.geometry import read_audio_geometry
+from benchmarks.window_layout import make_layout
 from serving.local_server import local_server
 
 from . import experiments
@@ -20,6 +22,7 @@ from .experiments import Comparison, Request
 from .judge import Judge, attributes_right, own_accuracy, train_judge
 
 EXPERIMENTS: Final = ("kinds", "steps", "guidance", "negative", "candidates", "seams", "lossy")
+_WINDOWS: Final = 3  # of long audio
 # Lossy options: steps, and arguments of scripts/serve.
 LOSSY: Final = {
     "8 steps": (8, ()),
@@ -73,7 +76,9 @@ def _run(name: str, judge: Judge, url: str, arguments: argparse.Namespace) -> di
     if name == "lossy":
         return _judge_lossy(judge, url, requests, arguments.checkpoint)
     if name == "seams":
-        return _report("heard in single windows, across their seams", experiments.compare_seams(judge, url, requests))
+        layout = make_layout(read_audio_geometry(arguments.checkpoint), None, _WINDOWS)
+        comparison = experiments.compare_seams(judge, url, requests, layout)
+        return _report("heard in single windows, across their seams", comparison)
     return _report("any of 4, the best of 4 by CLAP score", experiments.compare_candidates(judge, url, requests))
 
 
