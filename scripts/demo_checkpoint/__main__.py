@@ -43,7 +43,7 @@ def main() -> int:
     elif options.start_from:
         if options.part not in (None, "unet", "save"):
             parser.error(f"--part: got {options.part} but expected unet or save with --start-from")
-        training = _Training(options.folder, options.out, options.steps, options.start_from)
+        training = _FurtherTraining(options.folder, options.out, options.steps, options.start_from)
         for part in [options.part] if options.part else ["unet", "save"]:
             training.run(part)
     elif options.part:
@@ -71,11 +71,10 @@ def _train_all(folder: Path, out: Path) -> None:
 class _Training:
     """The parts by name; what a part needs of the others is read from their finished states."""
 
-    def __init__(self, folder: Path, out: Path, steps: int | None, start_from: Path | None = None) -> None:
+    def __init__(self, folder: Path, out: Path, steps: int | None) -> None:
         self._folder = folder
         self._out = out
         self._steps = steps
-        self._start_from = start_from
         self._corpus = corpus.make(folder / "corpus")
 
     def run(self, part: str) -> None:
@@ -85,8 +84,6 @@ class _Training:
         return replace(plan, steps=steps) if steps else plan
 
     def _vae(self, steps: int | None = None) -> Any:
-        if self._start_from:
-            return assembly.load(self._start_from).vae
         return sound_training.train_vae(self._corpus, self._folder, self._plan(sound_training.VAE_PLAN, steps))
 
     def _vocoder(self, steps: int | None = None) -> Any:
@@ -115,24 +112,47 @@ class _Training:
         latents, factor = self._latents()
         trained = self._corpus.labels[: self._corpus.trained]
         shares = diffusion_training.draw_shares([label["kinds"][0] for label in trained])
-        start = assembly.load(self._start_from).unet if self._start_from else parts.unet()
-        return diffusion_training.train_unet(start, latents, factor, self._conditioning(), shares, self._folder, plan)
+        return diffusion_training.train_unet(
+            self._untrained_unet(), latents, factor, self._conditioning(), shares, self._folder, plan
+        )
+
+    def _untrained_unet(self) -> Any:
+        return parts.unet()
 
     def _save(self, _: int | None = None) -> None:
         _, factor = self._latents()
-        if self._start_from:
-            pipe = assembly.load(self._start_from)
-            pipe.register_modules(unet=self._unet(self._steps))
-        else:
-            pipe = self._pipeline(vae=self._vae(), unet=self._unet(), vocoder=self._vocoder())
+        pipe = self._finished()
         size = assembly.save(pipe, factor, len(pipe.tokenizer_2), self._out)
         print(f"{self._out}: {size / 1e6:.1f} MB")
 
+    def _finished(self) -> Any:
+        return self._pipeline(vae=self._vae(), unet=self._unet(), vocoder=self._vocoder())
+
     def _pipeline(self, **trained: Any) -> Any:
-        if self._start_from:
-            return assembly.load(self._start_from)
         tokenizers = text_training.tokenizers(self._folder)
         return assembly.pipeline(tokenizers, self._clap(), self._t5(), self._language_model(), **trained)
+
+
+class _FurtherTraining(_Training):
+    """The UNet of a saved checkpoint, trained on; all other parts are the checkpoint's."""
+
+    def __init__(self, folder: Path, out: Path, steps: int | None, checkpoint: Path) -> None:
+        super().__init__(folder, out, steps)
+        self._checkpoint = checkpoint
+
+    def _vae(self, _: int | None = None) -> Any:
+        return self._pipeline().vae
+
+    def _untrained_unet(self) -> Any:
+        return self._pipeline().unet
+
+    def _finished(self) -> Any:
+        return self._pipeline(unet=self._unet(self._steps))
+
+    def _pipeline(self, **trained: Any) -> Any:
+        pipe = assembly.load(self._checkpoint)
+        pipe.register_modules(**trained)
+        return pipe
 
 
 if __name__ == "__main__":
