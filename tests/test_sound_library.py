@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from demo_checkpoint import corpus, diffusion_training, library, parts, sound_training, text_training, training
-from demo_checkpoint.sounds import ATTRIBUTES, KINDS, SAMPLING_RATE, synthesise
+from demo_checkpoint.signals import SAMPLING_RATE
+from demo_checkpoint.sounds import ATTRIBUTES, KINDS, synthesise
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,7 +12,8 @@ from audioldm2_triton.plot import log_mel_spectrogram
 from serving.local_server import local_server
 
 from . import experiments, library
-from .sounds import KINDS, SAMPLING_RATE
+from .signals import SAMPLING_RATE
+from .sounds import KINDS
 
 _LIBRARY_SEED: Final = 104
 _PAIRS_PER_ROW: Final = 3

@@ -12,7 +12,7 @@ import torch
 
 from . import library
 from .mels import log_mel
-from .sounds import SAMPLING_RATE
+from .signals import SAMPLING_RATE
 
 CLIP_LENGTH_IN_S: Final = 2.56
 _SEED: Final = 2

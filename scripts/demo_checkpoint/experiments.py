@@ -19,7 +19,8 @@ from .captions import caption, mixture_caption
 from .features import features
 from .judge import CLIP_LENGTH_IN_S, Judge
 from .library import TEXTURES, draw_attributes
-from .sounds import KINDS, SAMPLING_RATE
+from .signals import SAMPLING_RATE
+from .sounds import KINDS
 
 Answers = Sequence[bool] | NDArray[Any]
 

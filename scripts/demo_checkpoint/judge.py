@@ -16,7 +16,8 @@ from sklearn.ensemble import ExtraTreesClassifier
 
 from .features import HOP, features
 from .library import TEXTURES, mix
-from .sounds import ATTRIBUTES, KINDS, SAMPLING_RATE, synthesise, white
+from .signals import SAMPLING_RATE, white
+from .sounds import ATTRIBUTES, KINDS, synthesise
 
 Axis = tuple[str, ...]
 Key = TypeVar("Key")

@@ -6,7 +6,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from .sounds import SAMPLING_RATE
+from .signals import SAMPLING_RATE
 
 BINS: Final = 64
 HOP: Final = 160  # samples: 10 ms

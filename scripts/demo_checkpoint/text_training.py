@@ -16,7 +16,8 @@ from checkpoints.vocabularies import roberta_tokenizer, t5_tokenizer
 
 from . import library, parts
 from .corpus import Corpus, tensor
-from .sounds import KINDS, SAMPLING_RATE
+from .signals import SAMPLING_RATE
+from .sounds import KINDS
 from .training import Draw, Plan, train
 
 T5_PLAN: Final = Plan(steps=2_500, learning_rate=2e-3)
