@@ -1,8 +1,9 @@
 """How much arithmetic the stages do, and how much the device can do."""
 
 import json
+import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
+from audioldm2_triton.linear import PRODUCT, linear
 from benchmarks.timing import time_repeatedly
 
 T5_TOKENS: Final = 16
@@ -51,16 +53,22 @@ def decoder_gflop(checkpoint: Path, latent_frames: int, latent_width: int) -> fl
 
 def count_gflop(work: Callable[[], object]) -> float:
     """Of uncompiled work on this thread."""
-    counter = FlopCounterMode(display=False)
+    products = {} if PRODUCT is None else {PRODUCT: _product_flop}
+    counter = FlopCounterMode(display=False, custom_mapping=products)
     # The fused kernels of attention are not all known to the counter; the plain one is made of products.
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:
         work()
     return counter.get_total_flops() / 1e9
 
 
+def _product_flop(hidden_shape: Sequence[int], weight_shape: Sequence[int], *_: object, **__: object) -> int:
+    return 2 * math.prod(hidden_shape) * weight_shape[0]
+
+
+@torch.inference_mode()
 def peak_gflop_per_s(device: torch.device, dtype: torch.dtype) -> float:
     """Of a large product of two matrices: what the device does at best, in practice."""
     size = MATRIX_SIZES[device.type]
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    times = time_repeatedly(lambda: left @ right, MATRIX_REPEATS, device, warm_up=2)
+    times = time_repeatedly(lambda: linear(left, right), MATRIX_REPEATS, device, warm_up=2)
     return 2 * size**3 / statistics.median(times) / 1e9

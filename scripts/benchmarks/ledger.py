@@ -12,12 +12,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import patch
 
 import torch
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional
 
+import audioldm2_triton.linear
+from audioldm2_triton.linear import linear
 from benchmarks.measurement import Row, print_table, with_times
 from benchmarks.setting import Setting, add_common_arguments, read_setting
 from benchmarks.timing import time_once
@@ -100,10 +103,13 @@ def make_ways(setting: Setting, rows: int, frames: int, compiled: bool) -> dict[
         ),
         "time projections at every step": lambda: lean(sample, lean.time_biases(timesteps), text, None),
         "queries, keys and values apart": lambda: _patched(
-            unet_layers.SelfAttention, _apart, lambda: lean(sample, biases, text, None)
+            unet_layers.SelfAttention, "forward", _apart, lambda: lean(sample, biases, text, None)
         ),
         "1x1 convolutions of the shortcuts as convolutions": lambda: _patched(
-            unet_layers.Pointwise, _as_convolution, lambda: lean(sample, biases, text, None)
+            unet_layers.Pointwise, "forward", _as_convolution, lambda: lean(sample, biases, text, None)
+        ),
+        "linear layers by PyTorch": lambda: _patched(
+            audioldm2_triton.linear, "PRODUCT", None, lambda: lean(sample, biases, text, None)
         ),
         "contiguous instead of channels-last": lambda: contiguous(sample, biases, text, None),
     }
@@ -123,24 +129,20 @@ def make_ways(setting: Setting, rows: int, frames: int, compiled: bool) -> dict[
     return ways
 
 
-def _patched(kind: Any, forward: Any, run: Forward) -> Tensor:
-    original = kind.forward
-    kind.forward = forward
-    try:
+def _patched(owner: Any, name: str, value: Any, run: Forward) -> Tensor:
+    with patch.object(owner, name, value):
         return run()
-    finally:
-        kind.forward = original
 
 
 def _apart(self: Any, hidden: Tensor, step: Any, level: int) -> Tensor:
     masks = step.level(level)
-    query, key, value = (functional.linear(hidden, weight) for weight in self.to_qkv.chunk(3))
+    query, key, value = (linear(hidden, weight) for weight in self.to_qkv.chunk(3))
     return unet_layers.attend(self, query, key, value, None if masks is None else masks.keys)
 
 
 def _as_convolution(self: Any, hidden: Tensor) -> Tensor:
     if hidden.dim() != 4:
-        return functional.linear(hidden, self.weight, self.bias)
+        return linear(hidden, self.weight, self.bias)
     weight = self.weight[:, :, None, None].contiguous(memory_format=torch.channels_last)
     return functional.conv2d(hidden.permute(0, 3, 1, 2), weight, self.bias).permute(0, 2, 3, 1)
 

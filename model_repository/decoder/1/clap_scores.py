@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import ClapFeatureExtractor, ClapModel
 
+from audioldm2_triton.linear import replace_linear_layers
 from clap_features import ClapFrontEnd, audio_windows, clap_front_end, log_mel
 from resampling import resample
 
@@ -35,6 +36,7 @@ def load_clap_scorer(checkpoint: Path, device: torch.device, dtype: torch.dtype)
     """Raises ValueError for a feature extractor with options that `clap_front_end` does not follow."""
     clap: Any = ClapModel.from_pretrained(str(checkpoint / "text_encoder"), dtype=dtype, local_files_only=True)
     del clap.text_model, clap.text_projection  # the text stage's
+    replace_linear_layers(clap)
     extractor = ClapFeatureExtractor.from_pretrained(str(checkpoint / "feature_extractor"), local_files_only=True)
     return ClapScorer(clap.to(device).eval(), clap_front_end(extractor, device), device, dtype)
 

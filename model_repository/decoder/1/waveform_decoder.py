@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import SpeechT5HifiGan
 
 from audioldm2_triton.errors import InternalError
+from audioldm2_triton.linear import replace_linear_layers
 from audioldm2_triton.residency import Residency
 from chunked_vae import decode_chunked
 from decoder_buckets import Buckets, map_in_buckets
@@ -72,6 +73,7 @@ def load_waveform_decoder(checkpoint: Path, device: torch.device, dtype: torch.d
     vae = AutoencoderKL.from_pretrained(str(checkpoint / "vae"), torch_dtype=dtype, local_files_only=True)
     check_followed(vae)
     del vae.encoder, vae.quant_conv
+    replace_linear_layers(vae)
     vocoder: Any = SpeechT5HifiGan.from_pretrained(str(checkpoint / "vocoder"), dtype=dtype, local_files_only=True)
     return WaveformDecoder(vae.to(device).eval(), vocoder.to(device).eval(), vocoder_reach(vocoder), device, dtype)
 

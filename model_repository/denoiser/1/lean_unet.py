@@ -19,6 +19,7 @@ from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DCond
 from torch import Tensor, nn
 from torch.nn import functional
 
+from audioldm2_triton.linear import linear
 from length_masks import LengthMasks, length_masks
 from unet_layers import Conv, FusedInputs, GroupNorm, Step, TextKeys, frozen, layers_of
 
@@ -96,7 +97,7 @@ class LeanUNet(nn.Module):
             `[E, channels of all residual blocks]` in the UNet's dtype.
         """
         embedding = self.time_embedding(self.time_proj(timesteps.to(self.device)).to(self.dtype))
-        return functional.linear(functional.silu(embedding), self.time_weight, self.time_bias)
+        return linear(functional.silu(embedding), self.time_weight, self.time_bias)
 
     def text_keys(
         self, encoder_hidden_states: Tensor, encoder_hidden_states_1: Tensor, encoder_attention_mask_1: Tensor
@@ -110,8 +111,8 @@ class LeanUNet(nn.Module):
         """
         bias = (1 - encoder_attention_mask_1.to(self.dtype)) * EXCLUDED
         return TextKeys(
-            functional.linear(encoder_hidden_states, self.text_weights[0]),
-            functional.linear(encoder_hidden_states_1, self.text_weights[1]),
+            linear(encoder_hidden_states, self.text_weights[0]),
+            linear(encoder_hidden_states_1, self.text_weights[1]),
             bias[:, None, None],
         )
 

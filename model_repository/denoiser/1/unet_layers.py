@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from audioldm2_triton.linear import linear
 from length_masks import LengthMasks, LevelMasks, masked_group_norm
 
 
@@ -86,7 +87,7 @@ class Pointwise(nn.Module):
         self.bias = None if layer.bias is None else frozen(layer.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return functional.linear(hidden, self.weight, self.bias)
+        return linear(hidden, self.weight, self.bias)
 
 
 class GroupNorm(nn.Module):
@@ -136,7 +137,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, step: Step, level: int) -> Tensor:
         masks = step.level(level)
-        query, key, value = functional.linear(hidden, self.to_qkv).chunk(3, dim=-1)
+        query, key, value = linear(hidden, self.to_qkv).chunk(3, dim=-1)
         return attend(self, query, key, value, None if masks is None else masks.keys)
 
 

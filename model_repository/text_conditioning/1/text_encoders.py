@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from transformers import AutoTokenizer, ClapModel, GPT2Model, StaticCache, T5EncoderModel
 from transformers.models.vits.modeling_vits import VitsTextEncoder
 
+from audioldm2_triton.linear import replace_linear_layers
 from audioldm2_triton.residency import Residency
 from audioldm2_triton.speech import speaks
 from state_generation import generate_states, state_cache
@@ -95,12 +96,15 @@ def load_text_encoders(checkpoint: Path, device: torch.device, dtype: torch.dtyp
         second = load(T5EncoderModel, "text_encoder_2", dtype=dtype)
         second_tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer_2", local_files_only=True)
     language_model = load(GPT2Model, "language_model", dtype=dtype)
+    projection = load(AudioLDM2ProjectionModel, "projection_model", torch_dtype=dtype)
+    for network in (clap, second, projection, language_model):
+        replace_linear_layers(network)
     return TextEncoders(
         clap=clap,
         clap_tokenizer=AutoTokenizer.from_pretrained(checkpoint / "tokenizer", local_files_only=True),
         second=second,
         second_tokenizer=second_tokenizer,
-        projection=load(AudioLDM2ProjectionModel, "projection_model", torch_dtype=dtype),
+        projection=projection,
         language_model=language_model,
         num_generated_states=getattr(language_model.config, "max_new_tokens", None) or 8,
         device=device,
