@@ -64,7 +64,7 @@ def run_server(
     failures: list[str] = []
     log = threading.Thread(target=_forward_log, args=(process, failures), daemon=True)
     log.start()
-    threading.Thread(target=_report_ready, args=(process, http_port, on_ready), daemon=True).start()
+    threading.Thread(target=_report_ready, args=(process, http_port, metrics_port, on_ready), daemon=True).start()
     try:
         code = process.wait()
     finally:
@@ -106,11 +106,18 @@ def _forward_log(process: subprocess.Popen[str], failures: list[str]) -> None:
             failures.append(f"{match[1]} did not load: {match[2].strip()}")
 
 
-def _report_ready(process: subprocess.Popen[str], http_port: int, on_ready: Callable[[], None]) -> None:
+def _report_ready(
+    process: subprocess.Popen[str], http_port: int, metrics_port: int, on_ready: Callable[[], None]
+) -> None:
+    # Triton opens the port of the metrics last.
+    pages = [f"http://localhost:{http_port}/v2/health/ready", f"http://localhost:{metrics_port}/metrics"]
     while process.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://localhost:{http_port}/v2/health/ready", timeout=5):
-                on_ready()
-                return
+            for page in pages:
+                with urllib.request.urlopen(page, timeout=5):
+                    pass
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
+        else:
+            on_ready()
+            return
