@@ -243,7 +243,7 @@ def test_gpu_command_end_to_end(tmp_path: Path) -> None:
     rows = read_rows(csv)
     assert "all measured" in run.stdout, run.stdout
     assert not [row.note for row in rows if row.note.startswith("failed")]
-    assert len({row.path for row in rows}) == 8
+    assert len({row.path for row in rows}) == 9
     measured = len(rows)
     subprocess.run([*command, "--csv", csv], check=True, capture_output=True, timeout=300)
     assert len(read_rows(csv)) == measured  # nothing is done twice

@@ -12,6 +12,11 @@ import audioldm2_triton.linear
 from audioldm2_triton.linear import Linear, linear, replace_linear_layers
 
 
+@pytest.fixture(autouse=True)
+def _small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audioldm2_triton.linear, "WORTHWHILE", 0)
+
+
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
@@ -50,6 +55,8 @@ def test_onednn_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
         linear(random(2, 48), random(32, 48))
         assert len(calls) == 1
         linear(random(2, 48).bfloat16(), random(32, 48).bfloat16())
+        monkeypatch.setattr(audioldm2_triton.linear, "WORTHWHILE", 2 * 48 * 32 + 1)
+        linear(random(2, 48), random(32, 48))
     assert len(calls) == 1
 
 
