@@ -1,8 +1,8 @@
 """Linear layers on a CPU, by oneDNN.
 
-PyTorch gives products in float32 to MKL, which on processors that are not Intel's does without their widest registers:
-on an AMD EPYC with AVX-512 the same product takes oneDNN, which computes PyTorch's convolutions, less than half the
-time. The results differ by rounding. Products in bfloat16 and float16 are oneDNN's already.
+PyTorch gives products in float32 to MKL. On an AMD EPYC with AVX-512 the same product takes oneDNN, which computes
+PyTorch's convolutions, less than half the time; other processors have not been measured. The results differ by
+rounding. Products in bfloat16 are oneDNN's already.
 """
 
 from typing import Any, Final
