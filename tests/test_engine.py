@@ -238,26 +238,33 @@ def test_deadlines_end_running_and_waiting_requests(engine: Engine, unet: Watche
 def test_a_thousand_cancels_and_deadlines_leave_nothing_behind(unet: WatchedUNet) -> None:
     generator = random.Random(5)
     engine, outcomes = make_engine(unet, TABLES, max_active_rows=24, max_waiting=5000), Outcomes()
+    # A forward for each permit: fewer than a doomed request has steps, so that none is done before its end comes.
+    unet.gate, permits, steps = threading.Semaphore(0), 0, 250
     requests, doomed = {}, []
     for tag in range(1, 1501):
         if tag % 3 == 0:
             requests[tag] = random_request(tag, generator, SCHEDULERS[:3], max_steps=12)
             engine.submit(requests[tag], outcomes.callback(tag))
             continue
-        # Too long to be done before its end comes, waiting or in flight.
-        lengths = {"steps": 200, "frames": generator.randint(1, 9), "waveforms": generator.randint(1, 3)}
+        lengths = {"steps": steps, "frames": generator.randint(1, 9), "waveforms": generator.randint(1, 3)}
         if generator.random() < 0.5:
             deadline = time.monotonic_ns() + generator.randrange(30_000_000)
             engine.submit(make_request(tag, **lengths, deadline_ns=deadline), outcomes.callback(tag))
         else:
             doomed.append(engine.submit(make_request(tag, **lengths), outcomes.callback(tag)))
         if tag % 5 == 0:
+            unet.gate.release()
+            permits += 1
             time.sleep(generator.random() * 0.004)
             generator.shuffle(doomed)
             while len(doomed) > 10:
                 engine.cancel(doomed.pop())
     for job in doomed:
         engine.cancel(job)
+    assert permits < steps
+    wait_until(lambda: len(unet.forwards) > 100, "the engine to have met a good part of them in flight")
+    time.sleep(0.03)  # the last deadline
+    unet.gate.release(100_000)
     collected = outcomes.collect(1500)
     wait_until(lambda: engine.load.active_requests == 0, "the last request to leave")
     load = engine.load

@@ -21,12 +21,13 @@ BLOCK = 200 * MIB
 
 
 def test_what_is_freed_again_counts_while_it_was_held() -> None:
-    with watching([os.getpid()]) as highest:
-        before = highest.value
+    with watching({"this": os.getpid()}) as highest:
+        before = highest.at_once
         block = np.ones(BLOCK, np.uint8)
         highest.sample()
         del block
-    assert highest.value - before > 0.95 * BLOCK
+    assert highest.at_once - before > 0.95 * BLOCK
+    assert highest.each["this"] >= highest.at_once
 
 
 def test_a_request_has_a_row_for_each_process_and_one_for_all(

@@ -19,7 +19,6 @@ import torch
 
 from audioldm2_triton import AudioChunk, AudioLDM2Client
 from audioldm2_triton.contract import GenerationRow
-from audioldm2_triton.memory import peak_resident_bytes
 from audioldm2_triton.settings import OFFLOAD
 from benchmarks.measurement import Row, print_table
 from benchmarks.reference import load_pipeline, run_pipeline, use_dpm_solver
@@ -86,16 +85,16 @@ def measure_served(
     """A row for each process of the server, and for each time that the client saw."""
     processes = server_processes(server.process.pid)
     before = {name: reset_peak(process) for name, process in processes.items()}
-    with watching(processes.values()) as together:
+    with watching(processes) as highest:
         timeline = _send(client, request, streamed)
-    peaks = {name: peak_resident_bytes(process) for name, process in processes.items()}
+    peaks = highest.each
     base = base_row(setting, request)
     rows = [
         replace(base, path=name, peak_memory_mib=peaks[name] / MIB, note=f"before {before[name] / MIB:.0f} MiB")
         for name in processes
     ]
     rows.append(replace(base, path="all", peak_memory_mib=sum(peaks.values()) / MIB, note="the sum of these peaks"))
-    rows.append(replace(base, path="all at once", peak_memory_mib=together.value / MIB, note="the most at one time"))
+    rows.append(replace(base, path="all at once", peak_memory_mib=highest.at_once / MIB, note="the most at one time"))
     rows += [
         replace(base, path=f"{stage} on {device}", peak_memory_mib=value / MIB, note="since the start of the server")
         for (stage, device), value in device_peaks(read_metrics(server.metrics_port)).items()

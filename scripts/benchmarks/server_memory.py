@@ -1,10 +1,10 @@
 """The processes of a server on this machine, and the memory that they hold."""
 
 import resource
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import Final
 
 from audioldm2_triton.memory import peak_resident_bytes
@@ -59,22 +59,38 @@ def reset_peak(process: int) -> int:
     return peak_resident_bytes(process)
 
 
-class HighestSum:
-    """The most that processes have held at one time, in bytes, as far as samples tell."""
+class HighestMemory:
+    """The most that each of some processes, by name, and all of them at one time have held, in bytes.
 
-    def __init__(self, processes: Iterable[int]) -> None:
-        self._files = [Path(f"/proc/{process}/statm") for process in processes]
-        self.value = 0
+    `each` also asks the kernel, which sees what samples miss; its own figure (`VmHWM`) may lag behind the resident set
+    by some pages, so that the sum of those figures alone could be less than a sampled sum.
+    """
+
+    def __init__(self, processes: Mapping[str, int]) -> None:
+        self._processes = dict(processes)
+        self._each = dict.fromkeys(processes, 0)
+        self._lock = Lock()
+        self.at_once = 0
 
     def sample(self) -> None:
-        pages = sum(int(file.read_text().split()[1]) for file in self._files)
-        self.value = max(self.value, pages * PAGE)
+        with self._lock:
+            held = {name: resident_bytes(process) for name, process in self._processes.items()}
+            self._each = {name: max(self._each[name], held[name]) for name in held}
+            self.at_once = max(self.at_once, sum(held.values()))
+
+    @property
+    def each(self) -> dict[str, int]:
+        return {name: max(self._each[name], peak_resident_bytes(id_)) for name, id_ in self._processes.items()}
+
+
+def resident_bytes(process: int) -> int:
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * PAGE
 
 
 @contextmanager
-def watching(processes: Iterable[int]) -> Iterator[HighestSum]:
-    """Samples what the processes hold together, every 20 ms, while a `with` block lasts."""
-    highest, done = HighestSum(processes), Event()
+def watching(processes: Mapping[str, int]) -> Iterator[HighestMemory]:
+    """Samples what the processes hold, every 20 ms, while a `with` block lasts."""
+    highest, done = HighestMemory(processes), Event()
 
     def watch() -> None:
         while not done.wait(_INTERVAL_S):
