@@ -202,10 +202,10 @@ def test_a_server_that_minds_no_deadline_is_given_up(client: Client, url: str, m
     client.server_info()  # without a timeout, which must not stay
     start = time.monotonic()
     with pytest.raises(errors.DeadlineExceededError, match=rf"no answer from {url} within 1 s"):
-        client.generate(["!deaf 3"], timeout=1)
-    assert time.monotonic() - start < 2.5
+        client.generate(["!deaf 6"], timeout=1)
+    assert time.monotonic() - start < 5.5
     # The late answer is nobody's.
-    result = client.generate("rain", timeout=1, **ARGUMENTS)
+    result = client.generate("rain", timeout=30, **ARGUMENTS)
     np.testing.assert_array_equal(result.audio, expected_audio("rain", **ARGUMENTS))
 
 
@@ -269,7 +269,7 @@ def test_closing_does_not_wait_for_other_threads(url: str) -> None:
     assert used.wait(10)
     start = time.monotonic()
     client.close()
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 5
     done.set()
     thread.join()
 

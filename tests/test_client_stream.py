@@ -154,9 +154,9 @@ def test_a_server_that_minds_no_deadline_is_given_up(client: Client, url: str, m
     monkeypatch.setattr(wire, "CLIENT_TIMEOUT_MARGIN_IN_S", 0.1)
     start = time.monotonic()
     with pytest.raises(errors.DeadlineExceededError, match=rf"no answer from {url} within 0.7 s"):
-        client.stream("!deaf 3", timeout=0.7)
-    assert time.monotonic() - start < 2.5
-    assert isinstance(client.stream("rain", timeout=2)[-1], Finished)
+        client.stream("!deaf 6", timeout=0.7)
+    assert time.monotonic() - start < 5.5
+    assert isinstance(client.stream("rain", timeout=30)[-1], Finished)
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
@@ -273,7 +273,7 @@ def test_streams_leave_no_threads_behind(url: str) -> None:
         for _ in range(3):
             for _ in client.stream("!sleep 20"):
                 break
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while threading.active_count() > before:
             assert time.monotonic() < deadline
             time.sleep(0.02)

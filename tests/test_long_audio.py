@@ -234,4 +234,5 @@ def test_each_stage_tells_its_peak_memory(server: LocalServer) -> None:
     assert set(told) == {(stage, "cpu") for stage in stages}
     for stage in stages:
         peak = peak_resident_bytes(processes[stage])
-        assert 0.9 * peak < told[stage, "cpu"] <= peak, stage
+        # The kernel's own figure may fall by some pages again.
+        assert told[stage, "cpu"] == pytest.approx(peak, rel=0.1), stage
