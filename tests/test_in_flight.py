@@ -118,8 +118,9 @@ def test_overload_is_refused_and_the_rest_is_right(small_server: LocalServer) ->
         after['audioldm2_rows_per_forward_bucket{engine="cpu",model="denoiser",le="4"}']
         == after["audioldm2_rows_per_forward_count"]
     )
-    full = after["audioldm2_rows_per_forward_sum"] - before["audioldm2_rows_per_forward_sum"]
-    assert full >= 0.8 * 4 * (after["audioldm2_step_count"] - before["audioldm2_step_count"])
+    # Who is refused finds two in flight and others waiting, so forwards were shared; one waveform alone has 2 rows.
+    rows = after["audioldm2_rows_per_forward_sum"] - before["audioldm2_rows_per_forward_sum"]
+    assert rows > 2 * (after["audioldm2_step_count"] - before["audioldm2_step_count"])
 
 
 def test_what_can_never_fit_is_an_invalid_argument(small_server: LocalServer) -> None:
