@@ -196,9 +196,9 @@ def test_a_compiler_that_fails_leaves_the_decoder_as_it_was(
 
 @pytest.mark.slow
 def test_compiled_code_gives_the_audio_of_the_uncompiled_decoder(
-    decoder: WaveformDecoder, geometry: AudioGeometry, tmp_path: Path
+    decoder: WaveformDecoder, geometry: AudioGeometry, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    settings = Settings("", compile="on", compile_cache=str(tmp_path), compile_lengths_in_s="2.56")
+    settings = Settings(str(tiny_checkpoint), compile="on", compile_cache=str(tmp_path), compile_lengths_in_s="2.56")
     compiled = compile_with_cache(decoder, settings, geometry)
     assert compiled.compiled is not None
     assert compiled.compiled.vae.buckets.shapes == [(1, 64)]
