@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,9 +94,10 @@ def small_server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 
 def test_overload_is_refused_and_the_rest_is_right(small_server: LocalServer) -> None:
     call = Call("rain", audio_length_in_s=0.2, num_inference_steps=12, seed=3)
+    full = replace(call, num_waveforms_per_prompt=2, num_inference_steps=200)
     with AudioLDM2Client(small_server.grpc_url) as client:
         expected = generate(client, call)
-        before = read_metrics(small_server)
+        before = wait_for_metrics(small_server, is_idle, "an idle server")
 
         def attempt(_: int) -> GenerationResult | UnavailableError:
             try:
@@ -103,11 +105,14 @@ def test_overload_is_refused_and_the_rest_is_right(small_server: LocalServer) ->
             except UnavailableError as error:
                 return error
 
-        with ThreadPoolExecutor(50) as pool:
+        with ThreadPoolExecutor(51) as pool:
+            filling = pool.submit(generate, client, full)
+            wait_for_metrics(small_server, lambda metrics: metrics["audioldm2_rows_in_flight"] == 4, "a full engine")
             outcomes = list(pool.map(attempt, range(50)))
+            assert filling.result().num_waveforms == 2
     answered = [outcome for outcome in outcomes if isinstance(outcome, GenerationResult)]
     refused = [str(outcome) for outcome in outcomes if isinstance(outcome, UnavailableError)]
-    assert len(answered) >= 5
+    assert len(answered) >= 3, "as many may wait"
     assert len(refused) >= 1
     assert all("requests in flight and" in message and "waiting" in message for message in refused)
     for result in answered:
@@ -118,9 +123,8 @@ def test_overload_is_refused_and_the_rest_is_right(small_server: LocalServer) ->
         after['audioldm2_rows_per_forward_bucket{engine="cpu",model="denoiser",le="4"}']
         == after["audioldm2_rows_per_forward_count"]
     )
-    # Who is refused finds two in flight and others waiting, so forwards were shared; one waveform alone has 2 rows.
     rows = after["audioldm2_rows_per_forward_sum"] - before["audioldm2_rows_per_forward_sum"]
-    assert rows > 2 * (after["audioldm2_step_count"] - before["audioldm2_step_count"])
+    assert rows >= 0.8 * 4 * (after["audioldm2_step_count"] - before["audioldm2_step_count"])
 
 
 def test_what_can_never_fit_is_an_invalid_argument(small_server: LocalServer) -> None:

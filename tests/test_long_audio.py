@@ -235,4 +235,4 @@ def test_each_stage_tells_its_peak_memory(server: LocalServer) -> None:
     for stage in stages:
         peak = peak_resident_bytes(processes[stage])
         # The kernel's own figure may fall by some pages again.
-        assert told[stage, "cpu"] == pytest.approx(peak, rel=0.1), stage
+        assert 0.9 * peak < told[stage, "cpu"] < 1.01 * peak, stage
