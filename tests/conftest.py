@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -15,8 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT / "scripts", *sorted((ROOT / "model_repository").glob("*/1"))):
     sys.path.insert(0, str(folder))
 
-from audioldm2_pipeline import Reference  # noqa: E402
-from serving.local_server import LocalServer, local_server  # noqa: E402
+if TYPE_CHECKING:
+    # A machine that only runs the tests of a GPU has neither a client nor a server.
+    from audioldm2_pipeline import Reference
+    from serving.local_server import LocalServer
 
 
 @pytest.fixture(scope="session")
@@ -27,11 +30,15 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> "Iterator[LocalServer]":
+    from serving.local_server import local_server
+
     with local_server(tiny_checkpoint, tmp_path_factory.mktemp("server") / "log") as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def reference(tiny_checkpoint: Path) -> Reference:
+def reference(tiny_checkpoint: Path) -> "Reference":
+    from audioldm2_pipeline import Reference
+
     return Reference(tiny_checkpoint)

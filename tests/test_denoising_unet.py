@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,12 @@ def _compiler() -> Iterator[None]:
 def eager_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tracing and the shapes are the compiler's; only its kernels are left out, which take minutes to build."""
     original = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: original(*args, **kwargs, backend="eager"))
+
+    @wraps(original)
+    def compile_without_kernels(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **{**kwargs, "backend": "eager"})
+
+    monkeypatch.setattr(torch, "compile", compile_without_kernels)
 
 
 def load(checkpoint: Path, buckets: Sequence[Bucket] = ()) -> DenoisingUNet:

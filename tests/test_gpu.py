@@ -1,7 +1,13 @@
-"""What differs on a GPU: the device, the dtype, and the engine's asynchronous steps."""
+"""What differs on a GPU: the device, the dtype, the graphs, and the engine's asynchronous steps.
 
+These run with what a bare machine with PyTorch, transformers and diffusers has: no server, no client.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -9,25 +15,47 @@ from torch import Tensor
 from audioldm2_triton.contract import SCHEDULERS
 from audioldm2_triton.geometry import read_audio_geometry
 from audioldm2_triton.settings import Settings
+from benchmarks.in_process import running_stages
+from benchmarks.workload import make_rows
 from denoiser import load_engines
 from denoising_request import DenoisingRequest, DenoisingRow, TextStates
 from engine_workload import Outcomes
+from forward_plan import LinearCost
 from resolved_tensors import draw_noise
 
 pytestmark = pytest.mark.gpu
 
 
-def denoise(checkpoint: Path, device: str, dtype: str, compiled: bool = False) -> dict[int, Tensor]:
-    """The latents of nine requests, one per scheduler, with lengths of their own, in flight together."""
+@pytest.fixture(autouse=True)
+def _compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Float32 means float32; and each test compiles for itself: an engine forbids it to the process when it is warm."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch._dynamo.reset()
+    yield
+    torch.compiler.set_stance("default")
+    torch._dynamo.reset()
+
+
+def denoise(checkpoint: Path, device: str, dtype: str, compile: str = "off") -> dict[int, Tensor]:
+    """The latents of nine requests, one per scheduler, with lengths of their own, in flight together.
+
+    Where anything is prepared, all forwards must run in it: a bucket that is missing would make the test compare eager
+    with eager.
+    """
     geometry = read_audio_geometry(checkpoint)
     settings = Settings(
-        *(str(checkpoint), device, dtype),
-        compile="on" if compiled else "off",
-        compile_lengths_in_s="1.28,3.2",
-        compile_max_rows=8,
+        *(str(checkpoint), device, dtype), compile=compile, compile_lengths_in_s="3.2", compile_max_rows=36
     )
     pool = load_engines(settings, geometry, lambda _: None)
-    dims = [dim for dim in pool.engines[0]._unet.config.cross_attention_dim[0] if dim is not None]
+    engine = pool.engines[0]
+    unet = engine._unet
+    if compile != "off":
+        assert engine._costs is not None
+        assert set(engine._costs.compiled) == set(unet.buckets), "a bucket could not be prepared"
+        slow = LinearCost(1000.0, 1000.0)
+        engine._costs = replace(engine._costs, plain=slow, masked=slow)
+    unet.forwards.clear()
+    dims = [dim for dim in unet.config.cross_attention_dim[0] if dim is not None]
     generator = torch.Generator().manual_seed(0)
     outcomes = Outcomes()
     for tag, scheduler in enumerate(SCHEDULERS):
@@ -43,6 +71,9 @@ def denoise(checkpoint: Path, device: str, dtype: str, compiled: bool = False) -
     pool.close()
     latents = {tag: outcome for tag, outcome in collected.items() if isinstance(outcome, Tensor)}
     assert len(latents) == len(SCHEDULERS), collected
+    if compile != "off":
+        assert unet.forwards.total() > 5
+        assert unet.forwards[None] == 0, unet.forwards
     return latents
 
 
@@ -50,19 +81,39 @@ def worst(latents: dict[int, Tensor], expected: dict[int, Tensor]) -> float:
     return max(float((latents[tag] - expected[tag]).abs().max() / expected[tag].abs().max()) for tag in expected)
 
 
-def test_float32_on_cuda_is_float32_on_cpu(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_float32_on_cuda_is_float32_on_cpu(tiny_checkpoint: Path) -> None:
     on_cpu = denoise(tiny_checkpoint, "cpu", "float32")
     assert worst(denoise(tiny_checkpoint, "cuda", "float32"), on_cpu) < 1e-3
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_float16_on_cuda_is_close(compiled: bool, tiny_checkpoint: Path) -> None:
-    on_cpu = denoise(tiny_checkpoint, "cpu", "float32")
-    assert worst(denoise(tiny_checkpoint, "cuda", "float16", compiled), on_cpu) < 0.1
-
-
-def test_replayed_graphs_are_exact(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_graphs_are_exact(tiny_checkpoint: Path) -> None:
     eager = denoise(tiny_checkpoint, "cuda", "float32")
-    assert worst(denoise(tiny_checkpoint, "cuda", "float32", compiled=True), eager) < 1e-3
+    assert worst(denoise(tiny_checkpoint, "cuda", "float32", "graphs"), eager) < 1e-3
+
+
+@pytest.mark.parametrize("compile", ["off", "graphs"])
+def test_float16_on_cuda_is_close(compile: str, tiny_checkpoint: Path) -> None:
+    on_cpu = denoise(tiny_checkpoint, "cpu", "float32")
+    assert worst(denoise(tiny_checkpoint, "cuda", "float16", compile), on_cpu) < 0.1
+
+
+def test_audio_through_all_graphs_is_the_cpus(tiny_checkpoint: Path) -> None:
+    """Text, denoising and decoding, each replayed more than once with other inputs."""
+    rows = [replace(row, return_scores=True) for row in make_rows(4, 0.64, 4)]
+    settings = Settings(str(tiny_checkpoint), dtype="float32", compile_lengths_in_s="0.64", compile_max_rows=8)
+
+    def generate(device: str, compile: str) -> list[np.ndarray]:
+        with running_stages(replace(settings, device=device, compile=compile)) as stages:
+            if compile == "graphs":
+                assert stages.is_prepared
+            return [stages.generate(row) for row in rows]
+
+    for audio, expected in zip(generate("cuda", "graphs"), generate("cpu", "off"), strict=True):
+        assert np.abs(audio - expected).max() / np.abs(expected).max() < 2e-3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_compiled_graphs_are_exact(tiny_checkpoint: Path) -> None:
+    eager = denoise(tiny_checkpoint, "cuda", "float32")
+    assert worst(denoise(tiny_checkpoint, "cuda", "float32", "on"), eager) < 1e-3

@@ -148,7 +148,7 @@ def test_no_tensor_of_the_unet_is_quadratic(unet: DenoisingUNet) -> None:
     scores = (frames * WIDTH // 4) ** 2
 
     def step(valid_frames: list[int]) -> Callable[[], Tensor]:
-        inputs = unet._random_inputs(len(valid_frames), frames, min(valid_frames) < frames, 16)
+        inputs = unet.random_inputs(len(valid_frames), frames, min(valid_frames) < frames, 16)
         return lambda: unet.denoise(inputs, None)
 
     for valid_frames in ([frames], [frames - 1, frames - 1]):

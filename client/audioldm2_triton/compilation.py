@@ -1,4 +1,4 @@
-"""Compiled code that outlives the process that made it, by PyTorch's own mechanism.
+"""Forwards made fast for a few fixed shapes, and compiled code that outlives the process that made it.
 
 `torch.compiler.save_cache_artifacts` gives what `torch.compile` has made in this process as bytes. They are kept in a
 file named by what they depend on, so that another PyTorch, device or shape never finds them, behind a digest, so that
@@ -8,17 +8,19 @@ goes: they are kept in the file too.
 """
 
 import hashlib
+import inspect
 import io
 import logging
 import os
 import platform
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from audioldm2_triton.cuda_graphs import CudaGraphRecorder, GraphedFunction
 from audioldm2_triton.settings import Settings
 
 if TYPE_CHECKING:
@@ -28,6 +30,48 @@ logger = logging.getLogger(__name__)
 
 _DIGEST_BYTES: Final = hashlib.sha256().digest_size
 _ARTIFACTS: Final = "artifacts"  # in the file, beside the libraries by their paths in PyTorch's directory
+
+
+def for_fixed_shapes(
+    function: Callable[..., Any],
+    device: "torch.device",
+    num_shapes: int,
+    use_compiler: bool = True,
+    backend: str | Callable[..., Any] = "inductor",
+) -> Callable[..., Any]:
+    """Makes a function of tensors fast for shapes that it is called with once before they matter.
+
+    Args:
+        function: as `GraphedFunction` takes it; compiled whole, so without data-dependent branches.
+        num_shapes: for how many shapes it may be compiled.
+        use_compiler: whether `torch.compile` makes its kernels.
+        backend: of `torch.compile`.
+
+    On a GPU, the kernels are replayed as CUDA graphs, whoever made them.
+    """
+    return graphed(compiled(function, num_shapes, backend) if use_compiler else function, device)
+
+
+def graphed(function: Callable[..., Any], device: "torch.device") -> Callable[..., Any]:
+    """Replays a function as a CUDA graph for each shape; on a CPU the function itself."""
+    return GraphedFunction(function, CudaGraphRecorder(device)) if device.type == "cuda" else function
+
+
+def compiled(
+    function: Callable[..., Any], num_shapes: int, backend: str | Callable[..., Any] = "inductor"
+) -> Callable[..., Any]:
+    """Compiles for up to so many shapes: PyTorch's own limit is 8, for all graphs of the same code together."""
+    import torch
+
+    limits: dict[str, Any] = {"recompile_limit": num_shapes, "isolate_recompiles": True}
+    if limits.keys() - inspect.signature(torch.compile).parameters.keys():
+        # Before 2.13 the limit is the process's.
+        config: Any = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, num_shapes)
+        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 8 * num_shapes)
+        limits = {}
+    faster: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, backend=backend, **limits)
+    return faster
 
 
 @dataclass(frozen=True)

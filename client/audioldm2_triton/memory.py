@@ -8,7 +8,8 @@ if TYPE_CHECKING:
 
 
 def peak_memory_bytes(device: "torch.device") -> int:
-    """On a GPU what PyTorch held there at most, else the highest resident set of this process; 0 where unknown.
+    """The most that PyTorch has reserved on a GPU, CUDA graphs included; else the highest resident set of this
+    process; 0 where unknown.
 
     Since the start, or since the peak was reset (`torch.cuda.reset_peak_memory_stats`; `/proc/PID/clear_refs`).
     """
@@ -16,7 +17,7 @@ def peak_memory_bytes(device: "torch.device") -> int:
         return peak_resident_bytes()
     import torch
 
-    return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_reserved(device)
 
 
 def peak_resident_bytes(process: int | str = "self") -> int:

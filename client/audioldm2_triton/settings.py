@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 ENVIRONMENT_PREFIX: Final = "AUDIOLDM2_"
 DEVICES: Final = "auto, cpu, cuda or cuda:INDEX"
 DTYPES: Final = ("auto", "float32", "float16", "bfloat16")
-COMPILE: Final = ("auto", "on", "off")
+COMPILE: Final = ("auto", "on", "graphs", "off")
 SWITCH: Final = ("on", "off")
 OFFLOAD: Final = ("off", "on")
 TIMESTEP_SPACINGS: Final = ("", "leading", "linspace", "trailing", "karras", "exponential", "lu_lambdas")
@@ -39,7 +39,7 @@ class Settings:
     max_num_waveforms_per_prompt: int = 8
     max_active_rows: int = 0  # UNet batch items in flight in one engine; 0: derived from the device
     max_waiting: int = 0  # requests that may wait for a place; 0: derived from the device
-    compile: str = "auto"  # whether torch.compile is used: on CUDA
+    compile: str = "auto"  # forwards of fixed shapes: torch.compile and CUDA graphs, graphs alone, or neither
     compile_cache: str = ""  # a directory in which compiled code outlives the server; empty: none
     compile_lengths_in_s: str = ""  # the audio lengths to compile for, as 2.56,10.24; empty: the native length
     compile_max_rows: int = 0  # UNet batch items of the largest compiled forward; 0: derived from the device
@@ -107,9 +107,9 @@ def read_settings(parameters: Mapping[str, str], environ: Mapping[str, str] = os
         raise SettingsError(f"full_negative_prompt: got {given!r} but expected one of {', '.join(SWITCH)}")
     if settings.offload not in OFFLOAD:
         raise SettingsError(f"offload: got {settings.offload!r} but expected one of {', '.join(OFFLOAD)}")
-    if settings.offload == "on" and settings.compile == "on":
+    if settings.offload == "on" and settings.compile in ("on", "graphs"):
         raise SettingsError(
-            "compile: got 'on' with offload but expected auto or off: CUDA graphs need weights that stay"
+            f"compile: got {settings.compile!r} with offload but expected auto or off: graphs need weights that stay"
         )
     if settings.timestep_spacing not in TIMESTEP_SPACINGS:
         expected = ", ".join(TIMESTEP_SPACINGS[1:])
@@ -190,7 +190,18 @@ def resolve_dtype(settings: Settings, device: "torch.device") -> "torch.dtype":
 
 
 def resolve_compile(settings: Settings, device: "torch.device") -> bool:
-    """Whether a stage on this device compiles; weights that come and go cannot be replayed in CUDA graphs."""
+    """Whether a stage on this device prepares forwards of fixed shapes before it is ready.
+
+    Never with offload: weights that come and go cannot be replayed in CUDA graphs. Raises `SettingsError` for graphs
+    without a GPU.
+    """
     if settings.offload == "on":
         return False
-    return settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")
+    if settings.compile == "graphs" and device.type != "cuda":
+        raise SettingsError(f"compile: got 'graphs' on {device} but expected auto, on or off: CUDA graphs need a GPU")
+    return settings.compile in ("on", "graphs") or (settings.compile == "auto" and device.type == "cuda")
+
+
+def uses_compiler(settings: Settings) -> bool:
+    """Whether what is prepared goes through `torch.compile`; on a GPU it becomes CUDA graphs either way."""
+    return settings.compile == "on"

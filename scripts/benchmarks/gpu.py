@@ -1,43 +1,52 @@
 """`scripts/benchmark gpu`: what a machine with a GPU should measure, without a server, in calls of a few minutes.
 
-Each measurement is written down when it is done, and is not done again by the next call with the same `--csv`; a
-call that has used up its time stops and says how many are left. The weights are random and made here: their cost is
-that of trained ones.
+What matters most comes first. Each measurement is written down when it is done, and is not done again by the next call
+with the same `--csv`; a call whose time is used up prints what it has and ends. The weights are random and made here:
+their cost is that of trained ones. What fails is a row too, is tried again by the next call, and makes this one fail.
 """
 
 import argparse
+import gc
 import json
 import os
-import signal
+import random
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Final
 
+import numpy as np
 import torch
+from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from audioldm2_triton.geometry import AudioGeometry, read_audio_geometry
 from benchmarks.flops import peak_gflop_per_s, unet_gflop
-from benchmarks.in_process import Stages, running_stages, step_seconds
+from benchmarks.in_process import Stages, running_stages
 from benchmarks.measurement import Row, is_measured, print_table, read_rows, with_latencies, with_times
 from benchmarks.reference import load_pipeline, run_pipeline, use_dpm_solver
 from benchmarks.setting import CACHE, ROOT, Setting, add_common_arguments, read_setting
-from benchmarks.timing import free_memory, peak_memory_mib, time_repeatedly
+from benchmarks.timing import free_memory, peak_memory_mib, synchronise, time_repeatedly
 from benchmarks.workload import make_rows
+from denoising_unet import DenoisingUNet, load_unet
+from forward_plan import Bucket
 
-WARM_UP_REQUESTS: Final = 2
 LONG_CLIP_CANDIDATES: Final = 3
 LONG_CLIP_MEMORY_GIB: Final = 14.75
 """What PyTorch may hold on a GPU while the long clip is made: that of a card of 16 GB."""
-
-
-class BudgetSpentError(BaseException):
-    """The time of this call is used up. No `Exception`: whatever runs at that moment must not take it for a failure."""
+STAGGERED_LOAD: Final = 0.8  # of the throughput that was measured in lock step
+BACKENDS: Final = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+FAILED: Final = "failed: "
 
 
 @dataclass(frozen=True)
@@ -51,12 +60,13 @@ class Plan:
     repeats: int
     concurrencies: tuple[int, ...]
     rows: tuple[int, ...]
+    compiled_rows: tuple[int, ...]
     requests_in_flight_times: int  # requests per concurrency, in multiples of it
 
 
 @dataclass
 class Loaded:
-    """What is on the device at the moment: the pipeline or the stages, loaded when first asked for."""
+    """What is on the device at the moment: loaded when first asked for, dropped when something else is."""
 
     setting: Setting
     geometry: AudioGeometry
@@ -78,6 +88,12 @@ class Loaded:
             return stages
 
         held: Stages = self._hold("stages", load)
+        return held
+
+    def unet(self, buckets: Sequence[Bucket], use_compiler: bool) -> DenoisingUNet:
+        setting = self.setting
+        load = partial(load_unet, setting.checkpoint, self.geometry.latent_width, setting.device, setting.dtype)
+        held: DenoisingUNet = self._hold(f"unet {buckets} {use_compiler}", lambda: load(buckets, use_compiler))
         return held
 
     def drop(self) -> None:
@@ -105,104 +121,128 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=("tiny", "base", "large"), default="base", help="of the weights to make")
     parser.add_argument("--budget-s", type=float, default=500, help="of this call (default: %(default)s)")
     parser.add_argument("--audio-length-in-s", type=float, help="default: the native length; 0.64 with --size tiny")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="TEXT", help="measurements whose name has one of these"
+    )
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    with budget(arguments.budget_s):
-        # Compiled code of a call that was cut short is found again by the next one.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
-        arguments.checkpoint = arguments.checkpoint or CACHE / "checkpoints" / arguments.size
-        arguments.compile_cache = arguments.compile_cache or str(CACHE / "compiled")
-        finished = True
-        try:
-            setting = read_setting(arguments, "gpu")
-            geometry = read_audio_geometry(setting.checkpoint)
-            finished = measure_all(setting, geometry, make_plan(arguments, geometry))
-        except BudgetSpentError:
-            finished = False
-    print_table([row for row in read_rows(arguments.csv) if row.what == "gpu"], sys.stdout)
-    print("all measured" if finished else "the time of this call is used up: call again to go on")
-    sys.stdout.flush()
+    end_after(arguments.budget_s, arguments)
+    # Compiled code of a call that was cut short is found again by the next one.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
+    arguments.checkpoint = arguments.checkpoint or CACHE / "checkpoints" / arguments.size
+    setting = read_setting(arguments, "gpu")
+    geometry = read_audio_geometry(setting.checkpoint)
+    failures = measure_all(setting, geometry, make_plan(arguments, geometry), arguments.only)
+    report(arguments, "all measured" if not failures else f"{failures} failed")
     # Threads that compile or step cannot be interrupted, and must not hold up the end.
-    os._exit(0)
+    os._exit(1 if failures else 0)
 
 
-@contextmanager
-def budget(seconds: float) -> Iterator[None]:
-    """Raises `BudgetSpentError` in the main thread after so many seconds."""
+def end_after(seconds: float, arguments: argparse.Namespace) -> None:
+    """Ends the process when its time is used up, whatever runs at that moment."""
 
-    def stop(*_: object) -> None:
-        raise BudgetSpentError
+    def end() -> None:
+        report(arguments, "the time of this call is used up: call again to go on")
+        os._exit(0)
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+
+
+def report(arguments: argparse.Namespace, outcome: str) -> None:
+    print_table([row for row in read_rows(arguments.csv) if row.what == "gpu"], sys.stdout)
+    print(outcome, flush=True)
 
 
 def make_plan(arguments: argparse.Namespace, geometry: AudioGeometry) -> Plan:
     if arguments.size == "tiny":
-        return Plan(arguments.audio_length_in_s or 0.64, 3.0, 3, 6, 2, (1, 2), (2, 4), 2)
+        return Plan(arguments.audio_length_in_s or 0.64, 3.0, 3, 6, 2, (1, 2), (2, 4), (2,), 2)
     length_s = arguments.audio_length_in_s or geometry.native_audio_length_in_s
-    return Plan(length_s, 300.0, 20, 200, 5, (1, 2, 4, 8, 16, 24, 32, 48), (2, 4, 8, 16, 24, 32, 48, 62), 3)
+    return Plan(length_s, 300.0, 20, 200, 5, (1, 8, 31), (2, 8, 16, 32, 62), (2, 32), 3)
 
 
-def measure_all(setting: Setting, geometry: AudioGeometry, plan: Plan) -> bool:
-    """Does what the CSV does not have yet, in order; whether everything is there now."""
-    done = read_rows(setting.csv)
-    left = [measurement for measurement in list_measurements(setting, plan) if not is_measured(done, measurement.row)]
-    loaded = Loaded(setting, geometry, plan)
+def measure_all(setting: Setting, geometry: AudioGeometry, plan: Plan, only: Sequence[str] = ()) -> int:
+    """Does what the CSV does not have yet, in order; returns how many failed."""
+    done = [row for row in read_rows(setting.csv) if not row.note.startswith(FAILED)]
+    left = [
+        measurement
+        for measurement in list_measurements(setting, plan)
+        if not is_measured(done, measurement.row) and (not only or any(text in measurement.row.path for text in only))
+    ]
+    loaded, failures = Loaded(setting, geometry, plan), 0
     for number, measurement in enumerate(left, start=1):
         row = measurement.row
         load = "".join(
             f", {name} {value}" for name, value in (("rows", row.rows), ("requests", row.concurrency)) if value
         )
         print(f"{number} of {len(left)}: {row.path}{load}", file=sys.stderr, flush=True)
+        start = time.perf_counter()
         try:
             if setting.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(setting.device)
-            setting.keep(measurement.run(loaded, row))
+            kept = setting.keep(measurement.run(loaded, row))
+            print(
+                f"  {time.perf_counter() - start:.1f} s: {kept.median_ms} ms {kept.note}", file=sys.stderr, flush=True
+            )
         except Exception as error:
-            # What does not fit or does not compile here is a result too, and must not keep the rest from being done.
-            setting.keep(replace(row, note=f"failed: {type(error).__name__}: {str(error)[:200]}"))
+            # What does not fit or does not compile here must not keep the rest from being done.
+            failures += 1
+            note = f"{FAILED}{type(error).__name__}: {str(error)[:300]}"
+            print(f"  {note}", file=sys.stderr, flush=True)
+            setting.keep(replace(row, note=note))
+            del error
+            gc.collect()
             loaded.drop()
     loaded.drop()
-    return True
+    return failures
 
 
 def list_measurements(setting: Setting, plan: Plan) -> list[Measurement]:
-    """What costs least to start comes first; what shares a load comes together."""
+    """What matters most comes first; what shares a load comes together."""
     base = replace(setting.row, length_s=plan.length_s, steps=plan.steps, guidance=3.5)
-    compiled = "compiled" if setting.compiles else "not compiled"
+    plain = replace(base, length_s=None, steps=None, guidance=None)
     alone = replace(base, concurrency=1)
-    return [
-        Measurement(replace(base, path="large product of matrices", length_s=None, steps=None, guidance=None), _peak),
-        Measurement(replace(alone, path="pipeline as it comes", dtype="float32", steps=plan.own_steps), _as_it_comes),
-        Measurement(replace(alone, path="pipeline, one by one, not compiled"), _one_by_one),
-        Measurement(replace(alone, path=f"guide's recipe, UNet {compiled}"), _recipe),
-        Measurement(replace(alone, path=f"engine, {compiled}, alone"), _alone),
+    on_gpu = setting.device.type == "cuda"
+    fixed = "graphs" if on_gpu else "eager"
+    measurements = [
+        Measurement(replace(plain, path="large product of matrices"), _peak),
+        Measurement(replace(base, path=f"UNet, {fixed}, against float32", steps=None), _parity),
+        *(Measurement(replace(base, path="step, eager", rows=float(rows)), _step) for rows in plan.rows),
+    ]
+    if on_gpu:
+        graphs = partial(_fixed_step, use_compiler=False)
+        measurements += [
+            *(Measurement(replace(base, path="step, graphs", rows=float(rows)), graphs) for rows in plan.rows),
+            *(Measurement(replace(plain, path="attention", rows=float(rows)), _attention) for rows in (2, 32)),
+        ]
+    compiled_step = partial(_fixed_step, use_compiler=True)
+    measurements += [
+        Measurement(replace(alone, path=f"stages, {fixed}, alone"), _alone),
         *(
-            Measurement(replace(base, path=f"engine, {compiled}", concurrency=concurrency), _throughput)
+            Measurement(replace(base, path=f"stages, {fixed}, lock step", concurrency=concurrency), _throughput)
             for concurrency in plan.concurrencies
         ),
-        *(Measurement(replace(base, path=f"engine, {compiled}, step", rows=float(rows)), _step) for rows in plan.rows),
-        *_starts(setting, replace(base, steps=2)),
+        Measurement(replace(base, path=f"stages, {fixed}, staggered"), _staggered),
+        Measurement(replace(alone, path="pipeline, one by one, eager"), partial(_dpm, compiled=False)),
+    ]
+    if setting.settings.compile != "off":
+        measurements += [
+            Measurement(replace(alone, path="guide's recipe, UNet compiled"), partial(_dpm, compiled=True)),
+            *(
+                Measurement(replace(base, path="step, compiled", rows=float(rows)), compiled_step)
+                for rows in plan.compiled_rows
+            ),
+        ]
+    return [
+        *measurements,
+        Measurement(replace(alone, path="pipeline as it comes", dtype="float32", steps=plan.own_steps), _as_it_comes),
         Measurement(
             replace(alone, path=f"{LONG_CLIP_CANDIDATES} candidates of a long clip, offload", length_s=plan.long_s),
             _long_clip,
         ),
-    ]
-
-
-def _starts(setting: Setting, base: Row) -> list[Measurement]:
-    if not setting.compiles:
-        return [Measurement(replace(base, path="start of the stages, not compiled"), _cold_start)]
-    return [
-        Measurement(replace(base, path="start of the stages, compiled, with their cache"), _warm_start),
-        Measurement(replace(base, path="start of the stages, compiled, no cache"), _cold_start),
+        Measurement(replace(base, path=f"start of the stages, {fixed}", steps=2), _start),
     ]
 
 
@@ -211,17 +251,204 @@ def _peak(loaded: Loaded, row: Row) -> Row:
     return replace(row, roofline_share=1.0, note=f"{peak:.1f} GFLOP/s")
 
 
-def _as_it_comes(loaded: Loaded, row: Row) -> Row:
-    pipeline = loaded.pipeline(torch.float32, compiled=False)
-    return _latencies(loaded, row, lambda: run_pipeline(pipeline, _request(loaded), loaded.plan.own_steps), warm_up=1)
+@torch.inference_mode()
+def _parity(loaded: Loaded, row: Row) -> Row:
+    """One forward of the served UNet, and of the reference in the same dtype, against the reference in float32."""
+    setting, frames = loaded.setting, loaded.geometry.latent_frames(loaded.plan.length_s)
+    config = json.loads((setting.checkpoint / "unet" / "config.json").read_text())
+    generated_dim, prompt_dim = [dim for dim in config["cross_attention_dim"][0] if dim is not None]
+    generator = torch.Generator().manual_seed(0)
+
+    def random_numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(setting.device)
+
+    sample = random_numbers(2, config["in_channels"], frames, loaded.geometry.latent_width)
+    timesteps = torch.tensor([941.0, 300.0], device=setting.device)
+    texts = random_numbers(2, 8, generated_dim), random_numbers(2, 16, prompt_dim)
+    mask = torch.ones(2, 16, device=setting.device)
+
+    def reference(dtype: torch.dtype) -> torch.Tensor:
+        unet = AudioLDM2UNet2DConditionModel.from_pretrained(setting.checkpoint / "unet", torch_dtype=dtype)
+        unet = unet.to(setting.device).eval()
+        output = unet(
+            *(sample.to(dtype), timesteps, texts[0].to(dtype)),
+            encoder_hidden_states_1=texts[1].to(dtype),
+            encoder_attention_mask_1=mask.to(dtype),
+        )
+        return output.sample.float()
+
+    exact = reference(torch.float32)
+    same = reference(setting.dtype)
+    lean = loaded.unet((), False).module
+    own = lean(
+        sample.to(setting.dtype),
+        lean.time_biases(timesteps),
+        lean.text_keys(texts[0].to(setting.dtype), texts[1].to(setting.dtype), mask),
+        None,
+    ).float()
+
+    def apart(output: torch.Tensor) -> float:
+        return float((output - exact).norm() / exact.norm())
+
+    if not apart(own) <= 2 * apart(same) + 1e-5:
+        raise RuntimeError(f"got {apart(own):.2g} from float32 but expected about the reference's {apart(same):.2g}")
+    return replace(row, note=f"{apart(own):.2g} from float32; the reference in this dtype {apart(same):.2g}")
 
 
-def _one_by_one(loaded: Loaded, row: Row) -> Row:
-    return _dpm(loaded, row, compiled=False)
+def _step(loaded: Loaded, row: Row) -> Row:
+    return _timed_step(loaded, row, loaded.unet((), False), None)
 
 
-def _recipe(loaded: Loaded, row: Row) -> Row:
-    return _dpm(loaded, row, compiled=loaded.setting.compiles)
+def _fixed_step(loaded: Loaded, row: Row, use_compiler: bool) -> Row:
+    frames = loaded.geometry.latent_frames(loaded.plan.length_s)
+    bucket = Bucket(int(row.rows or 0), frames, masked=False)
+    loaded.drop()  # a bucket's peak is to be its own
+    start = time.perf_counter()
+    unet = loaded.unet((bucket,), use_compiler)
+    inputs = unet.random_inputs(bucket.items, bucket.frames, masked=False)
+    with torch.inference_mode():
+        unet.denoise(inputs, bucket)
+        synchronise(loaded.setting.device)
+        ready_s = time.perf_counter() - start
+        fixed, eager = unet.denoise(inputs, bucket), unet.denoise(inputs, None)
+    apart = float((fixed - eager).norm() / eager.norm())
+    if not apart < 0.01:
+        raise RuntimeError(f"got {apart:.2g} from the eager step but expected the same")
+    timed = _timed_step(loaded, row, unet, bucket)
+    return replace(timed, note=f"ready in {ready_s:.1f} s, {apart:.1g} from eager")
+
+
+@torch.inference_mode()
+def _timed_step(loaded: Loaded, row: Row, unet: DenoisingUNet, bucket: Bucket | None) -> Row:
+    setting, rows = loaded.setting, int(row.rows or 0)
+    frames = loaded.geometry.latent_frames(loaded.plan.length_s)
+    inputs = unet.random_inputs(rows, frames, masked=False)
+    steps = loaded.plan.steps
+
+    def take_steps() -> None:
+        # As the engine: each step reads what the last has made.
+        step = inputs
+        for _ in range(steps):
+            step = replace(step, history=unet.denoise(step, bucket))
+
+    take_steps()
+    synchronise(setting.device)
+    if setting.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(setting.device)
+    seconds = statistics.median(time_repeatedly(take_steps, loaded.plan.repeats, setting.device)) / steps
+    gflop = unet_gflop(setting.checkpoint, rows, frames, loaded.geometry.latent_width)
+    return replace(
+        with_times(row, [seconds]),
+        samples=loaded.plan.repeats * steps,
+        gflop=gflop,
+        roofline_share=gflop / seconds / peak_gflop_per_s(setting.device, setting.dtype),
+        peak_memory_mib=peak_memory_mib(setting.device),
+    )
+
+
+def _attention(loaded: Loaded, row: Row) -> Row:
+    """Self-attention of every level by every kernel, in microseconds."""
+    setting = loaded.setting
+    config = json.loads((setting.checkpoint / "unet" / "config.json").read_text())
+    heads = config["num_attention_heads"] or config["attention_head_dim"]
+    notes = []
+    for level, channels in enumerate(config["block_out_channels"]):
+        own_heads = heads[level] if isinstance(heads, list) else heads
+        frames = loaded.geometry.latent_frames(loaded.plan.length_s)
+        positions = (frames >> level) * max(1, loaded.geometry.latent_width >> level)
+        shape = (int(row.rows or 0), own_heads, positions, channels // own_heads)
+        query, key, value = (torch.randn(shape, device=setting.device, dtype=setting.dtype) for _ in range(3))
+        times = []
+        for backend in BACKENDS:
+            try:
+                with sdpa_kernel(backend):
+                    attend = partial(scaled_dot_product_attention, query, key, value)
+                    times.append(f"{backend.name.split('_')[0].lower()} {1e6 * _kernel_seconds(attend):.0f}")
+            except RuntimeError:
+                times.append(f"{backend.name.split('_')[0].lower()} none")
+        notes.append(f"{positions} x {channels // own_heads}: {', '.join(times)}")
+    return replace(row, note="; ".join(notes))
+
+
+def _kernel_seconds(work: Callable[[], object], repeats: int = 20) -> float:
+    work()
+    torch.cuda.synchronize()
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    for _ in range(repeats):
+        work()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1000 / repeats
+
+
+def _alone(loaded: Loaded, row: Row) -> Row:
+    """One request, and what its text and its decoding take of it."""
+    stages, request, device = loaded.stages(), _request(loaded), loaded.setting.device
+    _count_forwards(stages)
+    timed = _latencies(loaded, row, lambda: stages.generate(request), warm_up=2)
+    used = _count_forwards(stages)
+    resolved = stages.condition([request])[0]
+    latents = stages.denoise([resolved])[0].numpy()
+    text = time_repeatedly(lambda: stages.condition([request]), loaded.plan.repeats, device)
+    decoding = time_repeatedly(lambda: stages.decode([{**resolved, "latents": latents}]), loaded.plan.repeats, device)
+    parts = f"text {1000 * statistics.median(text):.1f} ms, decoding {1000 * statistics.median(decoding):.1f} ms"
+    return replace(timed, note=f"{parts}; {used}")
+
+
+def _throughput(loaded: Loaded, row: Row) -> Row:
+    """Each of so many clients sends its next request when it has the answer to the last."""
+    clients = row.concurrency or 1
+    return _under_load(loaded, row, clients, lambda _: 0.0)
+
+
+def _staggered(loaded: Loaded, row: Row) -> Row:
+    """Poisson arrivals, so that requests enter and leave at every step."""
+    best = max((row.clips_per_s or 0 for row in read_rows(loaded.setting.csv) if "lock step" in row.path), default=0)
+    if not best:
+        raise RuntimeError("got no throughput in lock step but expected one, which sets the rate")
+    rate, generator = STAGGERED_LOAD * best, random.Random(0)
+    arrivals = np.cumsum([generator.expovariate(rate) for _ in range(1000)])
+    timed = _under_load(loaded, row, max(loaded.plan.concurrencies), lambda index: float(arrivals[index]))
+    return replace(timed, rate_per_s=rate)
+
+
+def _under_load(loaded: Loaded, row: Row, clients: int, arrival: Callable[[int], float]) -> Row:
+    stages = loaded.stages()
+    requests = make_rows(clients * loaded.plan.requests_in_flight_times, loaded.plan.length_s, loaded.plan.steps)
+
+    def timed(index: int, start: float) -> float:
+        due = start + arrival(index)
+        time.sleep(max(0.0, due - time.perf_counter()))
+        begun = due if arrival(index) else time.perf_counter()
+        stages.generate(requests[index])
+        return time.perf_counter() - begun
+
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(stages.generate, requests[:clients]))  # warms up
+        stages.step_times.clear()
+        _count_forwards(stages)
+        start = time.perf_counter()
+        seconds = list(pool.map(lambda index: timed(index, start), range(len(requests))))
+        duration = time.perf_counter() - start
+    return replace(
+        with_latencies(row, seconds),
+        clips_per_s=len(requests) / duration,
+        peak_memory_mib=peak_memory_mib(loaded.setting.device),
+        note=f"{stages.step_times.rows_per_forward or 0:.1f} rows per forward; {_count_forwards(stages)}",
+    )
+
+
+def _count_forwards(stages: Stages) -> str:
+    """What has run in which bucket since the last call."""
+    counted: Counter[Bucket | None] = Counter()
+    for unet in stages.unets:
+        counted.update(unet.forwards)
+        unet.forwards.clear()
+    eager = counted.pop(None, 0)
+    buckets = sorted((bucket.items, bucket.masked, count) for bucket, count in counted.items() if bucket)
+    used = ", ".join(f"{count} of {items}{' masked' if masked else ''}" for items, masked, count in buckets)
+    return f"forwards in buckets: {used or 'none'}; eager: {eager}"
 
 
 def _dpm(loaded: Loaded, row: Row, compiled: bool) -> Row:
@@ -231,9 +458,9 @@ def _dpm(loaded: Loaded, row: Row, compiled: bool) -> Row:
     return replace(timed, clips_per_s=1000 / (timed.median_ms or float("nan")))
 
 
-def _alone(loaded: Loaded, row: Row) -> Row:
-    stages = loaded.stages()
-    return _latencies(loaded, row, lambda: stages.generate(_request(loaded)), warm_up=WARM_UP_REQUESTS)
+def _as_it_comes(loaded: Loaded, row: Row) -> Row:
+    pipeline = loaded.pipeline(torch.float32, compiled=False)
+    return _latencies(loaded, row, lambda: run_pipeline(pipeline, _request(loaded), loaded.plan.own_steps), warm_up=0)
 
 
 def _latencies(loaded: Loaded, row: Row, work: Callable[[], object], warm_up: int) -> Row:
@@ -241,62 +468,10 @@ def _latencies(loaded: Loaded, row: Row, work: Callable[[], object], warm_up: in
     return replace(with_latencies(row, seconds), peak_memory_mib=peak_memory_mib(loaded.setting.device))
 
 
-def _throughput(loaded: Loaded, row: Row) -> Row:
-    """Each of so many clients sends its next request when it has the answer to the last."""
-    stages, clients = loaded.stages(), row.concurrency or 1
-    requests = make_rows(clients * loaded.plan.requests_in_flight_times, loaded.plan.length_s, loaded.plan.steps)
-
-    def timed(index: int) -> float:
-        start = time.perf_counter()
-        stages.generate(requests[index])
-        return time.perf_counter() - start
-
-    with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(timed, range(min(clients, len(requests)))))  # warms up
-        stages.step_times.clear()
-        start = time.perf_counter()
-        seconds = list(pool.map(timed, range(len(requests))))
-        duration = time.perf_counter() - start
-    return replace(
-        with_latencies(row, seconds),
-        clips_per_s=len(requests) / duration,
-        peak_memory_mib=peak_memory_mib(loaded.setting.device),
-        note=f"{stages.step_times.rows_per_forward or 0:.1f} rows per forward",
-    )
-
-
-def _step(loaded: Loaded, row: Row) -> Row:
-    stages, rows = loaded.stages(), int(row.rows or 0)
-    seconds = step_seconds(stages, rows, _request(loaded), loaded.plan.repeats)
-    geometry = loaded.geometry
-    frames = geometry.latent_frames(loaded.plan.length_s)
-    gflop = unet_gflop(loaded.setting.checkpoint, rows, frames, geometry.latent_width)
-    peak = peak_gflop_per_s(loaded.setting.device, loaded.setting.dtype)
-    return replace(
-        with_times(row, [seconds]),
-        samples=loaded.plan.repeats * loaded.plan.steps,
-        gflop=gflop,
-        roofline_share=gflop / seconds / peak,
-        peak_memory_mib=peak_memory_mib(loaded.setting.device),
-    )
-
-
-def _warm_start(loaded: Loaded, row: Row) -> Row:
-    loaded.stages()  # leaves its compiled code behind, if nothing has yet
+def _start(loaded: Loaded, row: Row) -> Row:
+    """In a process of its own, with no compiled code left from another."""
     loaded.drop()
-    return _start(loaded, row, str(loaded.setting.settings.compile_cache))
-
-
-def _cold_start(loaded: Loaded, row: Row) -> Row:
-    loaded.drop()
-    with tempfile.TemporaryDirectory() as cache:
-        return _start(loaded, row, cache)
-
-
-def _start(loaded: Loaded, row: Row, compile_cache: str) -> Row:
-    """In a process of its own, whose only warm cache is the stages'."""
-    settings = replace(loaded.setting.settings, compile_cache=compile_cache)
-    command = [sys.executable, "-m", "benchmarks.stage_start", json.dumps(asdict(settings))]
+    command = [sys.executable, "-m", "benchmarks.stage_start", json.dumps(asdict(loaded.setting.settings))]
     command.append(f"--audio-length-in-s={loaded.plan.length_s}")
     with tempfile.TemporaryDirectory() as inductor:
         paths = os.pathsep.join([str(ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from denoiser import load_engines  # noqa: E402
 from embedding_cache import EmbeddingCache  # noqa: E402
 from resolved_tensors import parse_denoising_request, read_tensor_shapes  # noqa: E402
 from text_stage import load_text_stage  # noqa: E402
+
+if TYPE_CHECKING:
+    from denoising_unet import DenoisingUNet
 
 Tensors: TypeAlias = dict[str, np.ndarray]
 
@@ -105,6 +108,17 @@ class Stages:
         (latents,) = self.denoise([resolved])
         return self._waveforms.submit({**resolved, "latents": latents.numpy()}).result()
 
+    @property
+    def unets(self) -> "list[DenoisingUNet]":
+        """The engines' UNets, which count their forwards."""
+        return [cast("DenoisingUNet", engine._unet) for engine in self._engines.engines]
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether all stages have forwards of fixed shapes, in all of their shapes."""
+        unets = [set(engine._costs.compiled) == set(engine._unet.buckets) for engine in self._engines.engines]
+        return all(unets) and self._decoder.compiled is not None and self._encoders.compiled is not None
+
     def condition(self, rows: Sequence[GenerationRow]) -> list[Tensors]:
         requests = [(row,) for row in rows]
         results: list[Tensors] = condition(
@@ -143,14 +157,3 @@ def running_stages(settings: Settings) -> Iterator[Stages]:
         yield stages
     finally:
         stages.close()
-
-
-def step_seconds(stages: Stages, rows: int, row: GenerationRow, repeats: int) -> float:
-    """The median time of a step of `rows` UNet batch items, two for each waveform with guidance."""
-    (resolved,) = stages.condition([row])
-    requests = [resolved] * (rows // 2)
-    stages.denoise(requests)
-    stages.step_times.clear()
-    for _ in range(repeats):
-        stages.denoise(requests)
-    return stages.step_times.median(rows)

@@ -27,7 +27,7 @@ _HELP: Final = {
     "dtype": "auto, float32, float16 or bfloat16 (default: auto: float16 on a GPU, else float32)",
     "max_active_rows": "UNet batch items in flight (default: derived from the device)",
     "max_waiting": "requests that may wait for room (default: derived from the device)",
-    "compile": "auto, on or off: torch.compile (default: auto: on a GPU)",
+    "compile": "on: torch.compile, and CUDA graphs on a GPU; graphs: those alone; off (default: auto: graphs on a GPU)",
     "compile_cache": "a directory in which compiled code outlives the server (default: none)",
     "compile_lengths_in_s": "audio lengths to compile for, as 2.56,10.24 (default: the native length)",
     "embedding_cache_size": "texts whose encoding is kept (default: 1024)",

@@ -10,9 +10,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from audioldm2_triton.compilation import compile_cache
+from audioldm2_triton.compilation import compile_cache, for_fixed_shapes
 from audioldm2_triton.geometry import AudioGeometry
-from audioldm2_triton.settings import Settings
+from audioldm2_triton.settings import Settings, uses_compiler
 from decoder_buckets import Buckets
 from masked_vae import decode_masked
 from masked_vocoder import vocode_masked
@@ -44,7 +44,7 @@ def compile_with_cache(decoder: WaveformDecoder, settings: Settings, geometry: A
     shapes = [asdict(latents), asdict(windows), *configs]
     cache = compile_cache(settings, "decoder", decoder.device, decoder.dtype, shapes)
     cache.restore()
-    compiled = compile_decoder(decoder, geometry, latents, windows)
+    compiled = compile_decoder(decoder, geometry, latents, windows, use_compiler=uses_compiler(settings))
     cache.save()
     return compiled
 
@@ -55,6 +55,7 @@ def compile_decoder(
     latents: Buckets,
     windows: Buckets,
     backend: str | Callable[..., Any] = "inductor",
+    use_compiler: bool = True,
 ) -> WaveformDecoder:
     """The decoder with its VAE and its vocoder compiled for every bucket; a line of progress in the log for each.
 
@@ -65,32 +66,22 @@ def compile_decoder(
         latents: of latent frames.
         windows: of mel frames; the largest is what longer spectrograms are cut into.
     """
-    vae = _compiled(lambda batch, valid: decode_masked(decoder.vae, batch, valid), latents, backend)
-    vocoder = _compiled(lambda batch, valid: vocode_masked(decoder.vocoder, batch, valid), windows, backend)
+
+    def ready(forward: Callable[[Tensor, Tensor], Tensor], buckets: Buckets) -> CompiledPart:
+        return CompiledPart(
+            for_fixed_shapes(forward, decoder.device, len(buckets.shapes), use_compiler, backend), buckets
+        )
+
+    vae = ready(lambda batch, valid: decode_masked(decoder.vae, batch, valid), latents)
+    vocoder = ready(lambda batch, valid: vocode_masked(decoder.vocoder, batch, valid), windows)
     mel_bins = geometry.latent_width * geometry.vae_scale_factor
     try:
         _warm_up(vae, "VAE, latents", (geometry.latent_channels,), geometry.latent_width, decoder)
         _warm_up(vocoder, "vocoder, mel spectrograms", (), mel_bins, decoder)
     except Exception as error:
-        logger.warning("decoder: compiling failed, going on without: %s", error)
+        logger.error("decoder: compiling failed, going on without: %r", error)
         return decoder
     return replace(decoder, compiled=CompiledParts(vae, vocoder))
-
-
-def _compiled(
-    forward: Callable[[Tensor, Tensor], Tensor], buckets: Buckets, backend: str | Callable[..., Any]
-) -> CompiledPart:
-    # PyTorch's own limit of shapes is lower than the number of buckets can be; isolated, so that other graphs of the
-    # same functions in the process do not count.
-    function = torch.compile(  # type: ignore[call-overload]  # the stubs lack the last two
-        forward,
-        dynamic=False,
-        fullgraph=True,
-        backend=backend,
-        recompile_limit=len(buckets.shapes),
-        isolate_recompiles=True,
-    )
-    return CompiledPart(function, buckets)
 
 
 @torch.inference_mode()

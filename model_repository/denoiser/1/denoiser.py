@@ -10,7 +10,7 @@ import torch
 from audioldm2_triton.compilation import compile_cache
 from audioldm2_triton.geometry import AudioGeometry
 from audioldm2_triton.residency import stage_residency
-from audioldm2_triton.settings import Settings, resolve_compile, resolve_device, resolve_dtype
+from audioldm2_triton.settings import Settings, resolve_compile, resolve_device, resolve_dtype, uses_compiler
 from denoising_unet import load_unet
 from engine import Engine
 from engine_load import EngineLimits, Observer
@@ -69,7 +69,7 @@ def load_engines(
         for device, limit, shapes in zip(devices, limits, buckets, strict=True):
             residency = stage_residency(settings, device)
             with residency:
-                unet = load_unet(checkpoint, geometry.latent_width, device, dtype, shapes)
+                unet = load_unet(*(checkpoint, geometry.latent_width, device, dtype, shapes), uses_compiler(settings))
                 residency.adopt(unet.module)
             observer, interval = observe(device), settings.guided_steps
             engine = Engine(unet, tables, limit, unet.warm_up, device, dtype, observer, interval, residency)

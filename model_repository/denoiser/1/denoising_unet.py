@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
 from torch import Tensor
 
+from audioldm2_triton.compilation import for_fixed_shapes
 from audioldm2_triton.threads import set_measured_threads
 from forward_plan import Bucket, ForwardCosts, fit_cost
 from lean_unet import LeanUNet
@@ -22,8 +23,10 @@ from unet_layers import TextKeys
 
 logger = logging.getLogger(__name__)
 
-PROBES: Final = ((1, 16), (2, 64))
+CPU_PROBES: Final = ((1, 16), (2, 64))
 """(items, latent frames) of the two forwards that a cost is fitted through: one of 0.64 s, two of 2.56 s of audio."""
+GPU_PROBES: Final = ((2, 64), (16, 256))
+"""As those: a GPU is filled only by more, and what launching costs must not be taken for what a frame costs."""
 PROBE_REPEATS: Final = 3
 THREADS_PROBE: Final = (2, 64)
 """(items, latent frames) of the step that the number of threads is chosen by: 2.56 s of audio with guidance."""
@@ -37,9 +40,10 @@ class DenoisingUNet:
     Args:
         width: of the latents, W.
         buckets: the shapes to compile for.
+        use_compiler: whether `torch.compile` makes the buckets' kernels.
     """
 
-    def __init__(self, unet: LeanUNet, width: int, buckets: Sequence[Bucket] = ()) -> None:
+    def __init__(self, unet: LeanUNet, width: int, buckets: Sequence[Bucket] = (), use_compiler: bool = True) -> None:
         self.config: Any = unet.config
         self.device: torch.device = unet.device
         self.dtype: torch.dtype = unet.dtype
@@ -47,7 +51,11 @@ class DenoisingUNet:
         self._unet = unet
         self._width = width
         self._eager = partial(denoise, unet)
-        self._compiled = _compile(self._eager, self.device, len(buckets)) if buckets else self._eager
+        self.forwards: Counter[Bucket | None] = Counter()
+        """How often each bucket has run since the start, and under None what ran eager."""
+        self._compiled: Callable[[StepInputs], Tensor] = self._eager
+        if buckets:
+            self._compiled = for_fixed_shapes(self._eager, self.device, len(buckets), use_compiler)
         self._time_biases: OrderedDict[int, tuple[ScheduleTable, Tensor]] = OrderedDict()
 
     @property
@@ -73,42 +81,40 @@ class DenoisingUNet:
         return self._time_biases[id(table)][1]
 
     def denoise(self, inputs: StepInputs, bucket: Bucket | None) -> Tensor:
-        if bucket is None:
-            return self._eager(inputs)
-        history = self._compiled(inputs)
-        # A replayed graph overwrites its output at the next replay.
-        return history.clone() if self.device.type == "cuda" else history
+        self.forwards[bucket] += 1
+        return (self._eager if bucket is None else self._compiled)(inputs)
 
     @torch.inference_mode()
     def warm_up(self) -> ForwardCosts:
         """Compiles the buckets, and times a few steps; on a CPU with as many threads as they can use."""
         if self.device.type == "cpu":
-            step = self._random_inputs(*THREADS_PROBE, masked=False, t5_length=T5_BUCKET)
+            step = self.random_inputs(*THREADS_PROBE, masked=False, t5_length=T5_BUCKET)
             set_measured_threads(partial(self.denoise, step, None))
         compiled: dict[Bucket, float] = {}
         for number, bucket in enumerate(self.buckets, 1):
             start = time.perf_counter()
             try:
-                inputs = self._random_inputs(bucket.items, bucket.frames, bucket.masked, COMPILED_T5_LENGTH)
+                inputs = self.random_inputs(bucket.items, bucket.frames, bucket.masked, COMPILED_T5_LENGTH)
                 self._compiled(inputs)
                 seconds = time.perf_counter() - start
                 compiled[bucket] = self._time(partial(self.denoise, inputs, bucket))
             except Exception as error:
                 # What is not among the costs is never chosen.
-                logger.warning("%s: going on without %s, which failed to compile: %s", self.device, bucket, error)
+                logger.error("%s: going on without %s, which failed to compile: %r", self.device, bucket, error)
                 continue
             logger.info(
                 "%s: %d of %d, %s compiled in %.1f s, a step takes %.1f ms",
                 *(self.device, number, len(self.buckets), bucket, seconds, 1000 * compiled[bucket]),
             )
+        probes = GPU_PROBES if self.device.type == "cuda" else CPU_PROBES
         return ForwardCosts(
-            plain=fit_cost(*(self._probe(items, frames, masked=False) for items, frames in PROBES)),
-            masked=fit_cost(*(self._probe(items, frames, masked=True) for items, frames in PROBES)),
+            plain=fit_cost(*(self._probe(items, frames, masked=False) for items, frames in probes)),
+            masked=fit_cost(*(self._probe(items, frames, masked=True) for items, frames in probes)),
             compiled=compiled,
         )
 
     def _probe(self, items: int, frames: int, masked: bool) -> tuple[int, int, float]:
-        inputs = self._random_inputs(items, frames, masked, T5_BUCKET)
+        inputs = self.random_inputs(items, frames, masked, T5_BUCKET)
         return items, frames, self._time(partial(self.denoise, inputs, None))
 
     def _time(self, step: Callable[[], Tensor]) -> float:
@@ -122,7 +128,7 @@ class DenoisingUNet:
         # The first is the warm-up; what else runs on the machine only ever adds.
         return min(seconds[1:])
 
-    def _random_inputs(self, items: int, frames: int, masked: bool, t5_length: int) -> StepInputs:
+    def random_inputs(self, items: int, frames: int, masked: bool, t5_length: int = COMPILED_T5_LENGTH) -> StepInputs:
         """One step of so many waveforms without guidance, as `advance` makes it."""
         generated_dim, prompt_dim = [dim for dim in self.config.cross_attention_dim[0] if dim is not None]
 
@@ -149,30 +155,22 @@ class DenoisingUNet:
         )
 
 
-def _compile(
-    step: Callable[[StepInputs], Tensor], device: torch.device, num_shapes: int
-) -> Callable[[StepInputs], Tensor]:
-    """The step as one compiled region per shape; on a GPU each is replayed as a CUDA graph."""
-    options: dict[str, Any] | None = None
-    if device.type == "cuda":
-        options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True, "shape_padding": True}
-    # PyTorch's own limit of shapes is 8, and its configuration belongs to one thread; this goes with the function.
-    compiled: Callable[[StepInputs], Tensor] = torch.compile(  # type: ignore[call-overload]  # the stubs lack the last two
-        step, fullgraph=True, dynamic=False, options=options, recompile_limit=num_shapes, isolate_recompiles=True
-    )
-    return compiled
-
-
 def load_unet(
-    checkpoint: Path, width: int, device: torch.device, dtype: torch.dtype, buckets: Sequence[Bucket] = ()
+    checkpoint: Path,
+    width: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    buckets: Sequence[Bucket] = (),
+    use_compiler: bool = True,
 ) -> DenoisingUNet:
     """The UNet in evaluation mode; its attention is PyTorch's SDPA.
 
     Args:
         width: of the latents, W.
         buckets: the shapes to compile for.
+        use_compiler: whether `torch.compile` makes the buckets' kernels.
     """
     unet = AudioLDM2UNet2DConditionModel.from_pretrained(
         str(checkpoint / "unet"), torch_dtype=dtype, local_files_only=True
     )
-    return DenoisingUNet(LeanUNet(unet).to(device).eval(), width, buckets)
+    return DenoisingUNet(LeanUNet(unet).to(device).eval(), width, buckets, use_compiler)

@@ -5,12 +5,15 @@ Written on `GPT2Model` itself: the reference goes through private helpers of tra
 same shapes and can be compiled once.
 """
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 from transformers import GPT2Config, StaticCache
 
-from text_networks import TextNetworks
-
+LanguageModel: TypeAlias = Callable[[Tensor, Tensor, Tensor, StaticCache], Tensor]
+"""Inputs [M, P, D0], mask [M, slots of the cache], positions [M, P] and the cache, to the last state [M, 1, D0]."""
 # Attention kernels on GPUs want the number of keys aligned; slots that are never filled are masked.
 SLOT_MULTIPLE = 16
 
@@ -28,7 +31,12 @@ def allocate(cache: StaticCache, config: GPT2Config, rows: int, dtype: torch.dty
 
 
 def generate_states(
-    networks: TextNetworks, cache: StaticCache, inputs: Tensor, mask: Tensor, positions: Tensor, num_states: int
+    language_model: LanguageModel,
+    cache: StaticCache,
+    inputs: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    num_states: int,
 ) -> Tensor:
     """The next `num_states` hidden states after each prompt, each fed back as the next input.
 
@@ -45,9 +53,9 @@ def generate_states(
     rows, prompt_length = mask.shape
     # Causality hides the slots that are not filled yet.
     mask = torch.cat([mask, mask.new_ones(rows, cache.get_max_length() - prompt_length)], dim=1)
-    state = networks.language_model(inputs, mask, positions, cache)
+    state = language_model(inputs, mask, positions, cache)
     states = [state]
     for step in range(1, num_states):
-        state = networks.language_model(state, mask, positions[:, -1:] + step, cache)
+        state = language_model(state, mask, positions[:, -1:] + step, cache)
         states.append(state)
     return torch.cat(states, dim=1)

@@ -4,13 +4,14 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any, ParamSpec, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 from transformers import StaticCache
 
-from audioldm2_triton.compilation import compile_cache
-from audioldm2_triton.settings import Settings
+from audioldm2_triton.compilation import compile_cache, compiled, for_fixed_shapes, graphed
+from audioldm2_triton.settings import Settings, uses_compiler
 from state_generation import allocate, generate_states, state_cache
 from text_buckets import TextBuckets
 from text_encoders import NUM_ADDED_POSITIONS, CompiledNetworks, TextEncoders
@@ -18,23 +19,23 @@ from text_networks import TextNetworks
 
 logger = logging.getLogger(__name__)
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 
 def compile_with_cache(encoders: TextEncoders, buckets: TextBuckets, settings: Settings, stage: str) -> TextEncoders:
     """`compile_text_encoders` between reading and writing the settings' compile cache, if there is one."""
     configs = [network.config.to_json_string() for network in (encoders.clap, encoders.second, encoders.language_model)]
     cache = compile_cache(settings, stage, encoders.device, encoders.language_model.dtype, [asdict(buckets), *configs])
     cache.restore()
-    compiled = compile_text_encoders(encoders, buckets)
+    prepared = compile_text_encoders(encoders, buckets, use_compiler=uses_compiler(settings))
     cache.save()
-    return compiled
+    return prepared
 
 
 @torch.inference_mode()
 def compile_text_encoders(
-    encoders: TextEncoders, buckets: TextBuckets, backend: str | Callable[..., Any] = "inductor"
+    encoders: TextEncoders,
+    buckets: TextBuckets,
+    backend: str | Callable[..., Any] = "inductor",
+    use_compiler: bool = True,
 ) -> TextEncoders:
     """The encoders with CLAP, T5 and GPT-2 compiled for every bucket; a line of progress in the log for each.
 
@@ -42,7 +43,19 @@ def compile_text_encoders(
     the log, and the encoders are returned as they were.
     """
     shapes = buckets.shapes
-    networks = _compiled(encoders.networks, 2 * len(shapes), backend)
+    ready = partial(
+        for_fixed_shapes,
+        device=encoders.device,
+        num_shapes=2 * len(shapes),
+        use_compiler=use_compiler,
+        backend=backend,
+    )
+    own, language_model = encoders.networks, encoders.networks.language_model
+    if use_compiler:
+        language_model = compiled(language_model, 2 * len(shapes), backend)
+    # All states in one graph: its cache counts calls, so it must not be run more often than it is read.
+    generate = graphed(partial(generate_states, language_model), encoders.device)
+    networks = TextNetworks(ready(own.clap), ready(own.second), language_model, generate)
     config = encoders.language_model.config
     caches: dict[tuple[int, int], StaticCache] = {}
     for done, (rows, length) in enumerate(shapes, 1):
@@ -53,7 +66,7 @@ def compile_text_encoders(
         try:
             _run_once(networks, cache, encoders, rows, length)
         except Exception as error:
-            logger.warning("text_conditioning: compiling failed, going on without: %s", error)
+            logger.error("text_conditioning: compiling failed, going on without: %r", error)
             return encoders
         seconds = time.monotonic() - started
         logger.info(
@@ -65,22 +78,6 @@ def compile_text_encoders(
             seconds,
         )
     return replace(encoders, compiled=CompiledNetworks(networks, buckets, caches))
-
-
-def _compiled(networks: TextNetworks, max_shapes: int, backend: str | Callable[..., Any]) -> TextNetworks:
-    def compiled(forward: Callable[P, R]) -> Callable[P, R]:
-        # PyTorch's own limit of shapes is lower than the number of buckets can be; isolated, so that the graphs of
-        # other encoders in the process do not count.
-        return torch.compile(  # type: ignore[call-overload]  # the stubs lack the last two
-            forward,
-            dynamic=False,
-            fullgraph=True,
-            backend=backend,
-            recompile_limit=max_shapes,
-            isolate_recompiles=True,
-        )
-
-    return TextNetworks(compiled(networks.clap), compiled(networks.second), compiled(networks.language_model))
 
 
 def _run_once(networks: TextNetworks, cache: StaticCache, encoders: TextEncoders, rows: int, length: int) -> None:
@@ -95,4 +92,4 @@ def _run_once(networks: TextNetworks, cache: StaticCache, encoders: TextEncoders
         device=encoders.device,
     )
     positions = torch.arange(total, device=encoders.device).repeat(rows, 1)
-    generate_states(networks, cache, inputs, mask.new_ones(rows, total), positions, encoders.num_generated_states)
+    networks.generate(cache, inputs, mask.new_ones(rows, total), positions, encoders.num_generated_states)

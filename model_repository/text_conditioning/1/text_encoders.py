@@ -21,7 +21,7 @@ from transformers.models.vits.modeling_vits import VitsTextEncoder
 from audioldm2_triton.linear import replace_linear_layers
 from audioldm2_triton.residency import Residency
 from audioldm2_triton.speech import speaks
-from state_generation import generate_states, state_cache
+from state_generation import state_cache
 from text_buckets import TextBuckets
 from text_networks import TextNetworks, text_networks
 from transcriptions import load_transcription_encoder
@@ -165,7 +165,7 @@ def _encode(
     states = networks.second(ids, mask)
     inputs, inputs_mask, positions = _project(encoders, text_embeds, states, mask, lengths)
     cache = _state_cache(encoders, len(texts), length)
-    generated = generate_states(networks, cache, inputs, inputs_mask, positions, encoders.num_generated_states)
+    generated = networks.generate(cache, inputs, inputs_mask, positions, encoders.num_generated_states)
     return EncodedTexts(text_embeds, states[:, :longest] * mask[:, :longest, None], mask[:, :longest], generated)
 
 

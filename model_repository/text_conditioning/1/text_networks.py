@@ -2,21 +2,24 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from transformers import GPT2Model, StaticCache
 from transformers.models.vits.modeling_vits import VitsTextEncoder
 
+from state_generation import LanguageModel, generate_states
+
 
 @dataclass(frozen=True)
 class TextNetworks:
-    """Three forwards; ids, masks and positions are int64, and a mask is 1 where a token counts."""
+    """The forwards; ids, masks and positions are int64, and a mask is 1 where a token counts."""
 
     clap: Callable[[Tensor, Tensor], Tensor]  # ids [M, L], mask [M, L] -> [M, D], of length 1
     second: Callable[[Tensor, Tensor], Tensor]  # ids [M, L], mask [M, L] -> [M, L, D1], of T5 or VITS
-    # inputs [M, P, D0], mask [M, slots of the cache], positions [M, P], cache -> the last state, [M, 1, D0]
-    language_model: Callable[[Tensor, Tensor, Tensor, StaticCache], Tensor]
+    language_model: LanguageModel
+    generate: Callable[[StaticCache, Tensor, Tensor, Tensor, int], Tensor]  # `generate_states` of `language_model`
 
 
 def text_networks(clap: Any, second: Any, language_model: GPT2Model) -> TextNetworks:
@@ -44,4 +47,5 @@ def text_networks(clap: Any, second: Any, language_model: GPT2Model) -> TextNetw
         # A copy: a view would keep the states of the whole prompt.
         return output.last_hidden_state[:, -1:].clone()
 
-    return TextNetworks(encode_clap, encode_vits if isinstance(second, VitsTextEncoder) else encode_t5, next_state)
+    encode_second = encode_vits if isinstance(second, VitsTextEncoder) else encode_t5
+    return TextNetworks(encode_clap, encode_second, next_state, partial(generate_states, next_state))
