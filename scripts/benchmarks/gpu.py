@@ -213,8 +213,17 @@ def list_measurements(setting: Setting, plan: Plan) -> list[Measurement]:
     ]
     if on_gpu:
         graphs = partial(_fixed_step, use_compiler=False)
+        measured = partial(_fixed_step, use_compiler=False, cudnn_benchmark=True)
         measurements += [
             *(Measurement(replace(base, path="step, graphs", rows=float(rows)), graphs) for rows in plan.rows),
+            *(
+                Measurement(replace(base, path="step, graphs, cuDNN measures its kernels", rows=float(rows)), measured)
+                for rows in plan.compiled_rows
+            ),
+            *(
+                Measurement(replace(base, path="kernels of an eager step", rows=float(rows)), _kernels)
+                for rows in plan.compiled_rows
+            ),
             *(Measurement(replace(plain, path="attention", rows=float(rows)), _attention) for rows in (2, 32)),
         ]
     compiled_step = partial(_fixed_step, use_compiler=True)
@@ -299,7 +308,12 @@ def _step(loaded: Loaded, row: Row) -> Row:
     return _timed_step(loaded, row, loaded.unet((), False), None)
 
 
-def _fixed_step(loaded: Loaded, row: Row, use_compiler: bool) -> Row:
+def _fixed_step(loaded: Loaded, row: Row, use_compiler: bool, cudnn_benchmark: bool = False) -> Row:
+    with torch.backends.cudnn.flags(enabled=True, benchmark=cudnn_benchmark, allow_tf32=True):
+        return _prepared_step(loaded, row, use_compiler)
+
+
+def _prepared_step(loaded: Loaded, row: Row, use_compiler: bool) -> Row:
     frames = loaded.geometry.latent_frames(loaded.plan.length_s)
     bucket = Bucket(int(row.rows or 0), frames, masked=False)
     loaded.drop()  # a bucket's peak is to be its own
@@ -344,6 +358,23 @@ def _timed_step(loaded: Loaded, row: Row, unet: DenoisingUNet, bucket: Bucket | 
         roofline_share=gflop / seconds / peak_gflop_per_s(setting.device, setting.dtype),
         peak_memory_mib=peak_memory_mib(setting.device),
     )
+
+
+@torch.inference_mode()
+def _kernels(loaded: Loaded, row: Row) -> Row:
+    """Where the time of a step goes."""
+    unet = loaded.unet((), False)
+    inputs = unet.random_inputs(int(row.rows or 0), loaded.geometry.latent_frames(loaded.plan.length_s), masked=False)
+    unet.denoise(inputs, None)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        unet.denoise(inputs, None)
+        torch.cuda.synchronize()
+    kernels = [event for event in profile.key_averages() if event.self_device_time_total]
+    kernels.sort(key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in kernels)
+    shares = [f"{event.self_device_time_total / total:.0%} {event.count} x {event.key[:60]}" for event in kernels[:16]]
+    launched = sum(event.count for event in kernels)
+    return replace(with_times(row, [total / 1e6]), note=f"{launched} kernels: " + "; ".join(shares))
 
 
 def _attention(loaded: Loaded, row: Row) -> Row:
@@ -460,7 +491,10 @@ def _dpm(loaded: Loaded, row: Row, compiled: bool) -> Row:
 
 def _as_it_comes(loaded: Loaded, row: Row) -> Row:
     pipeline = loaded.pipeline(torch.float32, compiled=False)
-    return _latencies(loaded, row, lambda: run_pipeline(pipeline, _request(loaded), loaded.plan.own_steps), warm_up=0)
+    seconds = time_repeatedly(
+        lambda: run_pipeline(pipeline, _request(loaded), loaded.plan.own_steps), 2, loaded.setting.device, warm_up=0
+    )
+    return with_latencies(row, seconds)
 
 
 def _latencies(loaded: Loaded, row: Row, work: Callable[[], object], warm_up: int) -> Row:
