@@ -236,23 +236,20 @@ def list_measurements(setting: Setting, plan: Plan) -> list[Measurement]:
         Measurement(replace(base, path=f"stages, {fixed}, staggered"), _staggered),
         Measurement(replace(alone, path="pipeline, one by one, eager"), partial(_dpm, compiled=False)),
     ]
-    if setting.settings.compile != "off":
-        measurements += [
-            Measurement(replace(alone, path="guide's recipe, UNet compiled"), partial(_dpm, compiled=True)),
-            *(
-                Measurement(replace(base, path="step, compiled", rows=float(rows)), compiled_step)
-                for rows in plan.compiled_rows
-            ),
-        ]
-    return [
-        *measurements,
-        Measurement(replace(alone, path="pipeline as it comes", dtype="float32", steps=plan.own_steps), _as_it_comes),
+    measurements += [
         Measurement(
             replace(alone, path=f"{LONG_CLIP_CANDIDATES} candidates of a long clip, offload", length_s=plan.long_s),
             _long_clip,
         ),
         Measurement(replace(base, path=f"start of the stages, {fixed}", steps=2), _start),
+        Measurement(replace(alone, path="pipeline as it comes", dtype="float32", steps=plan.own_steps), _as_it_comes),
     ]
+    if setting.settings.compile == "off":
+        return measurements
+    # Compilers take minutes.
+    recipe = Measurement(replace(alone, path="guide's recipe, UNet compiled"), partial(_dpm, compiled=True))
+    steps = [replace(base, path="step, compiled", rows=float(rows)) for rows in plan.compiled_rows]
+    return [*measurements, recipe, *(Measurement(row, compiled_step) for row in steps)]
 
 
 def _peak(loaded: Loaded, row: Row) -> Row:

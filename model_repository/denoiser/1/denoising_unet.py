@@ -14,7 +14,7 @@ from torch import Tensor
 
 from audioldm2_triton.compilation import for_fixed_shapes
 from audioldm2_triton.threads import set_measured_threads
-from forward_plan import Bucket, ForwardCosts, fit_cost
+from forward_plan import Bucket, ForwardCosts, LaunchBoundCost, LinearCost, fit_cost, fit_launch_bound
 from lean_unet import LeanUNet
 from length_masks import LengthMasks
 from schedule_table import WINDOW, ScheduleTable
@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 CPU_PROBES: Final = ((1, 16), (2, 64))
 """(items, latent frames) of the two forwards that a cost is fitted through: one of 0.64 s, two of 2.56 s of audio."""
-GPU_PROBES: Final = ((2, 64), (16, 256))
-"""As those: a GPU is filled only by more, and what launching costs must not be taken for what a frame costs."""
+GPU_PROBES: Final = ((2, 64), (48, 256))
+"""As those, of `LaunchBoundCost`: on an H200 launching a forward takes as long as computing 26 items of 10.24 s."""
 PROBE_REPEATS: Final = 3
 THREADS_PROBE: Final = (2, 64)
 """(items, latent frames) of the step that the number of threads is chosen by: 2.56 s of audio with guidance."""
@@ -106,12 +106,12 @@ class DenoisingUNet:
                 "%s: %d of %d, %s compiled in %.1f s, a step takes %.1f ms",
                 *(self.device, number, len(self.buckets), bucket, seconds, 1000 * compiled[bucket]),
             )
-        probes = GPU_PROBES if self.device.type == "cuda" else CPU_PROBES
-        return ForwardCosts(
-            plain=fit_cost(*(self._probe(items, frames, masked=False) for items, frames in probes)),
-            masked=fit_cost(*(self._probe(items, frames, masked=True) for items, frames in probes)),
-            compiled=compiled,
-        )
+        return ForwardCosts(plain=self._measure_eager(False), masked=self._measure_eager(True), compiled=compiled)
+
+    def _measure_eager(self, masked: bool) -> LinearCost | LaunchBoundCost:
+        if self.device.type == "cuda":
+            return fit_launch_bound(*(self._probe(items, frames, masked) for items, frames in GPU_PROBES))
+        return fit_cost(*(self._probe(items, frames, masked) for items, frames in CPU_PROBES))
 
     def _probe(self, items: int, frames: int, masked: bool) -> tuple[int, int, float]:
         inputs = self.random_inputs(items, frames, masked, T5_BUCKET)

@@ -17,6 +17,17 @@ class LinearCost:
 
 
 @dataclass(frozen=True)
+class LaunchBoundCost:
+    """Seconds of one eager forward on a GPU: what launching its kernels takes, or computing them if that is more."""
+
+    launching: float
+    per_frame: float
+
+    def seconds(self, items: int, frames: int) -> float:
+        return max(self.launching, self.per_frame * items * frames)
+
+
+@dataclass(frozen=True)
 class Bucket:
     """A shape that there is compiled code for."""
 
@@ -29,8 +40,8 @@ class Bucket:
 class ForwardCosts:
     """What a forward of the UNet costs on one device."""
 
-    plain: LinearCost
-    masked: LinearCost
+    plain: LinearCost | LaunchBoundCost
+    masked: LinearCost | LaunchBoundCost
     compiled: Mapping[Bucket, float] = field(default_factory=dict)  # seconds of each bucket
 
     def cheapest(self, items: int, frames: int, mixed: bool) -> tuple[float, Bucket | None]:
@@ -79,6 +90,12 @@ def fit_cost(few: tuple[int, int, float], many: tuple[int, int, float]) -> Linea
     slope = (many_seconds - few_seconds) / (many_items * many_frames - few_items * few_frames)
     per_frame = max(slope, 0.0)
     return LinearCost(max(few_seconds - per_frame * few_items * few_frames, 0.0), per_frame)
+
+
+def fit_launch_bound(few: tuple[int, int, float], many: tuple[int, int, float]) -> LaunchBoundCost:
+    """The cost by one measurement (items, frames, seconds) that fills no GPU, and one that does."""
+    items, frames, seconds = many
+    return LaunchBoundCost(few[2], seconds / (items * frames))
 
 
 def plan_forwards(flights: Sequence[Flight], costs: ForwardCosts) -> list[Forward]:

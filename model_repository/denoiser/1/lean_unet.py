@@ -138,7 +138,7 @@ class LeanUNet(nn.Module):
         for index, block in enumerate(self.up_blocks):
             hidden = block(hidden, skips, step, self.levels - 1 - index)
         # The norm zeroes the padding that the convolution reads.
-        output: Tensor = self.conv_out(functional.silu(self.conv_norm_out(hidden, step.level(0))), None)
+        output: Tensor = self.conv_out(self.conv_norm_out(hidden, step.level(0), activate=True), None)
         return output if masks is None else output.masked_fill(masks.levels[0].padding, 0)
 
 

@@ -16,6 +16,12 @@ from torch.nn import functional
 from audioldm2_triton.linear import linear
 from length_masks import LengthMasks, LevelMasks, masked_group_norm
 
+gpu_kernels: Any
+try:
+    import gpu_kernels
+except ImportError:  # PyTorch without CUDA comes without Triton's language too
+    gpu_kernels = None
+
 
 @dataclass(frozen=True)
 class TextKeys:
@@ -64,6 +70,11 @@ def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
+def _has_kernels(hidden: Tensor) -> bool:
+    """Whether kernels of our own take this tensor."""
+    return gpu_kernels is not None and hidden.is_cuda and hidden.dtype != torch.float64
+
+
 class Conv(nn.Module):
     """A convolution that reads zeros on padded frames."""
 
@@ -91,18 +102,22 @@ class Pointwise(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation over the valid frames; with masks, the padded ones become zeros."""
+    """Group normalisation over the valid frames, and SiLU where asked for; with masks, the padded ones become zeros."""
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
         self.norm = norm
 
-    def forward(self, hidden: Tensor, masks: LevelMasks | None) -> Tensor:
+    def forward(self, hidden: Tensor, masks: LevelMasks | None, activate: bool = False) -> Tensor:
         norm = self.norm
+        if _has_kernels(hidden):
+            valid = None if masks is None else masks.positions.flatten()
+            return gpu_kernels.group_norm(hidden, norm.num_groups, norm.weight, norm.bias, norm.eps, activate, valid)
         if masks is None:
-            plain: Tensor = norm(hidden)
-            return plain
-        return masked_group_norm(hidden, norm.num_groups, norm.weight, norm.bias, norm.eps, masks)
+            normed: Tensor = norm(hidden)
+        else:
+            normed = masked_group_norm(hidden, norm.num_groups, norm.weight, norm.bias, norm.eps, masks)
+        return functional.silu(normed) if activate else normed
 
 
 class Resnet(nn.Module):
@@ -118,9 +133,9 @@ class Resnet(nn.Module):
     def forward(self, hidden: Tensor, step: Step, level: int) -> Tensor:
         masks = step.level(level)
         # The norms zero the padding, and the activation keeps it so, before each convolution.
-        inner = self.conv1(functional.silu(self.norm1(hidden, masks)))
+        inner = self.conv1(self.norm1(hidden, masks, activate=True))
         inner = inner + step.time_biases[:, self.time, None, None]
-        inner = self.conv2(functional.silu(self.norm2(inner, masks)))
+        inner = self.conv2(self.norm2(inner, masks, activate=True))
         if self.shortcut is not None:
             hidden = self.shortcut(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         output: Tensor = hidden + inner
@@ -184,9 +199,15 @@ class TransformerBlock(nn.Module):
     def forward(self, hidden: Tensor, step: Step, level: int) -> Tensor:
         hidden = hidden + self.attn1(self.norm1(hidden), step, level)
         hidden = hidden + self.attn2(self.norm2(hidden), step, level)
-        value, gate = self.ff_in(self.norm3(hidden)).chunk(2, dim=-1)
-        output: Tensor = hidden + self.ff_out(value * functional.gelu(gate))
+        output: Tensor = hidden + self.ff_out(_gated_gelu(self.ff_in(self.norm3(hidden))))
         return output
+
+
+def _gated_gelu(hidden: Tensor) -> Tensor:
+    if _has_kernels(hidden):
+        return gpu_kernels.gated_gelu(hidden)
+    value, gate = hidden.chunk(2, dim=-1)
+    return value * functional.gelu(gate)
 
 
 class Transformer(nn.Module):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GPT2Model, StaticCache
 from transformers.models.vits.modeling_vits import VitsTextEncoder
@@ -26,7 +27,10 @@ def text_networks(clap: Any, second: Any, language_model: GPT2Model) -> TextNetw
     """The forwards, uncompiled; `second` is a `T5EncoderModel` or a `VitsTextEncoder`."""
 
     def encode_clap(ids: Tensor, mask: Tensor) -> Tensor:
-        features: Tensor = clap.get_text_features(ids, attention_mask=mask).pooler_output
+        # In its final form: transformers would make it from a number of the host's, which no CUDA graph can copy.
+        lowest = torch.finfo(clap.dtype).min
+        added = torch.zeros(mask.shape, dtype=clap.dtype, device=mask.device).masked_fill(mask == 0, lowest)
+        features: Tensor = clap.get_text_features(ids, attention_mask=added[:, None, None]).pooler_output
         return features
 
     def encode_t5(ids: Tensor, mask: Tensor) -> Tensor:
