@@ -213,13 +213,8 @@ def list_measurements(setting: Setting, plan: Plan) -> list[Measurement]:
     ]
     if on_gpu:
         graphs = partial(_fixed_step, use_compiler=False)
-        measured = partial(_fixed_step, use_compiler=False, cudnn_benchmark=True)
         measurements += [
             *(Measurement(replace(base, path="step, graphs", rows=float(rows)), graphs) for rows in plan.rows),
-            *(
-                Measurement(replace(base, path="step, graphs, cuDNN measures its kernels", rows=float(rows)), measured)
-                for rows in plan.compiled_rows
-            ),
             *(
                 Measurement(replace(base, path="kernels of an eager step", rows=float(rows)), _kernels)
                 for rows in plan.compiled_rows
@@ -305,12 +300,7 @@ def _step(loaded: Loaded, row: Row) -> Row:
     return _timed_step(loaded, row, loaded.unet((), False), None)
 
 
-def _fixed_step(loaded: Loaded, row: Row, use_compiler: bool, cudnn_benchmark: bool = False) -> Row:
-    with torch.backends.cudnn.flags(enabled=True, benchmark=cudnn_benchmark, allow_tf32=True):
-        return _prepared_step(loaded, row, use_compiler)
-
-
-def _prepared_step(loaded: Loaded, row: Row, use_compiler: bool) -> Row:
+def _fixed_step(loaded: Loaded, row: Row, use_compiler: bool) -> Row:
     frames = loaded.geometry.latent_frames(loaded.plan.length_s)
     bucket = Bucket(int(row.rows or 0), frames, masked=False)
     loaded.drop()  # a bucket's peak is to be its own
