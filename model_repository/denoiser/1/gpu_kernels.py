@@ -17,16 +17,19 @@ from torch import Tensor
 
 TILE: Final = 4096  # elements of a tensor that a program holds at a time
 PROGRAMS: Final = 512  # in all, from which on more of them bring nothing
+MAX_CHUNKS: Final = 64  # of a row
+# Numbers that change with the batch must not be part of what is compiled: a new length would wait for the compiler.
+_CHANGING: Final = ["positions", "tiles"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_CHANGING)
 def _group_moments(
     x,
     moments,
     valid,
     positions,
+    tiles,
     has_valid: tl.constexpr,
-    tiles: tl.constexpr,
     groups: tl.constexpr,
     width: tl.constexpr,
     padded_width: tl.constexpr,
@@ -67,7 +70,7 @@ def _group_moments(
     tl.store(out + 2 * groups, squares)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_CHANGING)
 def _normalise_groups(
     x,
     y,
@@ -76,21 +79,21 @@ def _normalise_groups(
     bias,
     valid,
     positions,
+    tiles,
     eps,
     has_valid: tl.constexpr,
     activate: tl.constexpr,
-    tiles: tl.constexpr,
     groups: tl.constexpr,
     width: tl.constexpr,
     padded_width: tl.constexpr,
-    padded_chunks: tl.constexpr,
+    max_chunks: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
     """One chunk of a row, by the moments of all chunks; padded positions become zeros."""
     row, chunk, chunks = tl.program_id(1), tl.program_id(0), tl.num_programs(0)
     channel = tl.arange(0, padded_width)
     group = tl.arange(0, groups)
-    part = tl.arange(0, padded_chunks)
+    part = tl.arange(0, max_chunks)
     at = moments + (row * chunks + part[:, None]) * 3 * groups + group[None, :]
     has_part = (part < chunks)[:, None]
     counts = tl.load(at, mask=has_part, other=0.0)
@@ -164,7 +167,7 @@ def group_norm(
     padded_width = triton.next_power_of_2(width)
     tile = max(1, TILE // (groups * padded_width))
     # As many chunks as fill the device, each of whole tiles.
-    wanted = max(1, min(triton.cdiv(positions, tile), triton.cdiv(PROGRAMS, rows)))
+    wanted = min(triton.cdiv(positions, tile), max(1, PROGRAMS // rows), MAX_CHUNKS)
     tiles = triton.cdiv(triton.cdiv(positions, wanted), tile)
     chunks = triton.cdiv(positions, tiles * tile)
     moments = torch.empty((rows, chunks, 3, groups), device=hidden.device, dtype=torch.float32)
@@ -172,11 +175,11 @@ def group_norm(
     has_valid = valid_positions is not None
     valid: Any = valid_positions if has_valid else moments  # not read
     _group_moments[(chunks, rows)](
-        *(hidden, moments, valid, positions, has_valid, tiles, groups, width, padded_width, tile), num_warps=4
+        *(hidden, moments, valid, positions, tiles, has_valid, groups, width, padded_width, tile), num_warps=4
     )
     _normalise_groups[(chunks, rows)](
-        *(hidden, output, moments, weight, bias, valid, positions, eps, has_valid, activate, tiles),
-        *(groups, width, padded_width, triton.next_power_of_2(chunks), tile),
+        *(hidden, output, moments, weight, bias, valid, positions, tiles, eps, has_valid, activate),
+        *(groups, width, padded_width, MAX_CHUNKS, tile),
         num_warps=4,
     )
     return output
