@@ -11,8 +11,8 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 STAGE_REQUESTS_METRIC = "audioldm2_stage_requests"
 PEAK_MEMORY_METRIC = "audioldm2_peak_memory_bytes"
 LATEST_DEADLINE_NS: Final = 2**63 - 1
+
+Outputs: TypeAlias = Mapping[str, np.ndarray]
+"""The tensors of a response by name."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -111,7 +114,11 @@ def _timeout_us(request: Any, parameters: Mapping[str, Any]) -> int:
     return own or (int(given) if isinstance(given, int | float) else 0)
 
 
-def response(outputs: Mapping[str, np.ndarray]) -> Any:
+def unchanged(outputs: Outputs) -> Outputs:
+    return outputs
+
+
+def response(outputs: Outputs) -> Any:
     return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in outputs.items()])
 
 
@@ -186,61 +193,74 @@ def open_settlements(model: str) -> Settlements:
     return Settlements(model, requests_gauge(model).add)
 
 
+@dataclass(frozen=True)
+class TakenRequest(Generic[T]):
+    """A request that a model has to answer."""
+
+    read: ReadRequest
+    settlement: Settlement[T]
+    sender: Any  # Triton's, for responses before the final one
+    request_id: str
+
+
 def take(
-    settlements: Settlements, request: Any, outputs: Callable[[T], Mapping[str, np.ndarray]]
-) -> tuple[Settlement[T], Any]:
-    """The settlement of a request that has just arrived, and its response sender.
+    requests: Sequence[Any],
+    outputs: Callable[[T], Outputs],
+    settlements: Settlements,
+    default_timeout_in_s: float,
+) -> list[TakenRequest[T]]:
+    """Takes all requests that have just arrived, before anything is done for the first of them.
+
+    One that cannot even be read has its answer then.
 
     Args:
         outputs: makes the tensors of the final response.
     """
-    sender = request.get_response_sender()
+    taken = []
+    for request in requests:
+        sender = request.get_response_sender()
+        settlement: Settlement[T] = settlements.take(partial(_send, sender, outputs, settlements.stage))
+        try:
+            read = read_request(request, default_timeout_in_s)
+            settlement.expect_by(read.deadline_ns)
+            taken.append(TakenRequest(read, settlement, sender, request.request_id()))
+        except BaseException as error:
+            settlement.settle(error)
+    return taken
 
-    def send(outcome: T | BaseException) -> None:
-        if isinstance(outcome, BaseException):
-            answer = error_response(outcome, settlements.stage)
-        else:
-            answer = response(outputs(outcome))
-        # The response and the final flag in one call, else the client may wait for ever.
-        sender.send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
-    return settlements.take(send), sender
+def _send(sender: Any, outputs: Callable[[T], Outputs], stage: str, outcome: T | BaseException) -> None:
+    answer = error_response(outcome, stage) if isinstance(outcome, BaseException) else response(outputs(outcome))
+    # The response and the final flag in one call, else the client may wait for ever.
+    sender.send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 def answer_together(
-    requests: Sequence[Any],
-    parse: Callable[[Any], tuple[T, int]],
+    requests: Sequence[TakenRequest[Outputs]],
+    parse: Callable[[ReadRequest], T],
     compute: Callable[[list[T]], list[dict[str, np.ndarray]]],
-    settlements: Settlements,
 ) -> None:
     """Answers each request, those that parse with what is computed for them in one call.
 
     A request that does not parse fails alone. Where the common call fails, each is computed alone, so that only the
-    one that cannot be computed fails.
-
-    Args:
-        parse: what to compute of a request, and its deadline on the monotonic clock in ns, 0 for none.
+    one that cannot be computed fails. Raises nothing: out of `execute()` it would make Triton answer all of them.
     """
-    taken: list[Settlement[dict[str, np.ndarray]]] = [take(settlements, request, dict)[0] for request in requests]
     try:
         items: list[T] = []
-        parsed_settlements: list[Settlement[dict[str, np.ndarray]]] = []
-        for request, settlement in zip(requests, taken, strict=True):
-            parsed = _caught(parse, request)
-            if isinstance(parsed, BaseException):
-                settlement.settle(parsed)
-                continue
-            item, deadline = parsed
-            settlement.expect_by(deadline)
-            items.append(item)
-            parsed_settlements.append(settlement)
-        for settlement, result in zip(parsed_settlements, _compute_isolated(compute, items), strict=True):
+        parsed: list[Settlement[Outputs]] = []
+        for request in requests:
+            item = _caught(parse, request.read)
+            if isinstance(item, BaseException):
+                request.settlement.settle(item)
+            else:
+                items.append(item)
+                parsed.append(request.settlement)
+        for settlement, result in zip(parsed, _compute_isolated(compute, items), strict=True):
             settlement.settle(result)
     except BaseException as error:
-        # Out of execute() it would make Triton answer all of them, those too that have their answer.
-        for settlement in taken:
-            if not settlement.settled:
-                settlement.settle(error)
+        for request in requests:
+            if not request.settlement.settled:
+                request.settlement.settle(error)
 
 
 def _compute_isolated(

@@ -17,10 +17,9 @@ from audioldm2_triton.errors import (
     UnavailableError,
 )
 from audioldm2_triton.settings import read_default_timeout
-from audioldm2_triton.settlement import Settlement
 from generation_stream import StreamRequest, stream_generation
 from running_streams import RunningStreams
-from stage_calls import CallStage, StageCall, Tensors
+from stage_calls import StageCall, Tensors
 
 KINDS = (InvalidArgumentError, UnavailableError, RequestCancelledError)
 
@@ -36,12 +35,12 @@ class TritonPythonModel:
 
     def execute(self, requests: Sequence[Any]) -> None:
         # Never blocks: a thread answers.
-        for request in requests:
-            settlement, sender = adapter.take(self.settlements, request, _as_they_are)
+        for taken in adapter.take(requests, adapter.unchanged, self.settlements, self.default_timeout_in_s):
             try:
-                self._start(request, settlement, sender)
+                faults.at("audioldm2_stream.parse")
+                self.streams.start(partial(self._serve, taken))
             except BaseException as error:
-                settlement.settle(error)
+                taken.settlement.settle(error)
 
     def finalize(self) -> None:
         try:
@@ -49,36 +48,28 @@ class TritonPythonModel:
         finally:
             self.settlements.close()
 
-    def _start(self, request: Any, settlement: Settlement[Tensors], sender: Any) -> None:
-        read = adapter.read_request(request, self.default_timeout_in_s)
-        faults.at("audioldm2_stream.parse")
-        settlement.expect_by(read.deadline_ns)
-        parsed = StreamRequest(read.inputs, read.timeout_us)
-        call = partial(_call_stage, self.stage_prefix, request.request_id())
-        self.streams.start(partial(self._serve, parsed, settlement, sender, call))
+    def _serve(self, taken: adapter.TakenRequest[Tensors]) -> None:
+        settlement = taken.settlement
 
-    def _serve(self, request: StreamRequest, settlement: Settlement[Tensors], sender: Any, call: CallStage) -> None:
         def send(tensors: Tensors) -> None:
             faults.at("audioldm2_stream.send")
             answer = adapter.response(tensors)
-            settlement.send_part(lambda: sender.send(answer))
+            settlement.send_part(lambda: taken.sender.send(answer))
 
         def interruption() -> AudioLDM2Error | None:
-            if settlement.settled or sender.is_cancelled():
+            if settlement.settled or taken.sender.is_cancelled():
                 return RequestCancelledError("cancelled by the client")
             if self.streams.closing:
                 return UnavailableError(f"{self.settlements.stage} is shutting down; try again")
             return None
 
+        request = StreamRequest(taken.read.inputs, taken.read.timeout_us)
+        call = partial(_call_stage, self.stage_prefix, taken.request_id)
         try:
             faults.at("audioldm2_stream.serve")
             settlement.settle(stream_generation(request, call, send, interruption))
         except BaseException as error:
             settlement.settle(error)
-
-
-def _as_they_are(tensors: Tensors) -> Tensors:
-    return tensors
 
 
 def _call_stage(prefix: str, request_id: str, call: StageCall) -> Tensors:

@@ -26,15 +26,15 @@ class TritonPythonModel:
         self.settlements = adapter.open_settlements(args["model_name"])
 
     def execute(self, requests: Sequence[Any]) -> None:
-        decode = partial(decode_parts, self.decoder, self.scorer)
-        adapter.answer_together(requests, self._parse, decode, self.settlements)
+        taken = adapter.take(requests, adapter.unchanged, self.settlements, self.default_timeout_in_s)
+        adapter.answer_together(taken, _parse, partial(decode_parts, self.decoder, self.scorer))
         self.memory.update()
 
     def finalize(self) -> None:
         self.settlements.close()
 
-    def _parse(self, request: Any) -> tuple[tuple[str, dict[str, np.ndarray]], int]:
-        read = adapter.read_request(request, self.default_timeout_in_s)
-        faults.at("decoder.parse")
-        check_decodable(read.control, read.inputs)
-        return (read.control, read.inputs), read.deadline_ns
+
+def _parse(request: adapter.ReadRequest) -> tuple[str, dict[str, np.ndarray]]:
+    faults.at("decoder.parse")
+    check_decodable(request.control, request.inputs)
+    return request.control, request.inputs

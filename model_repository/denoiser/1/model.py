@@ -29,12 +29,11 @@ class TritonPythonModel:
 
     def execute(self, requests: Sequence[Any]) -> None:
         # Never blocks: each request is answered when it is done.
-        for request in requests:
-            settlement, sender = adapter.take(self.settlements, request, _tensors)
+        for taken in adapter.take(requests, _tensors, self.settlements, self.default_timeout_in_s):
             try:
-                self._take(request, settlement, sender)
+                self._start(taken)
             except BaseException as error:
-                settlement.settle(error)
+                taken.settlement.settle(error)
 
     def finalize(self) -> None:
         try:
@@ -46,22 +45,21 @@ class TritonPythonModel:
         """Asked by Triton from 26.04 on."""
         return self.engines.is_ready
 
-    def _take(self, request: Any, settlement: Settlement[Tensor | tuple[int, int]], sender: Any) -> None:
-        read = adapter.read_request(request, self.default_timeout_in_s)
-        job, control = str(read.parameters.get("job", "")), read.control
+    def _start(self, taken: adapter.TakenRequest[Tensor | tuple[int, int]]) -> None:
         faults.at("denoiser.parse")
-        if control == "progress":
+        read, settlement = taken.read, taken.settlement
+        job = str(read.parameters.get("job", ""))
+        if read.control == "progress":
             settlement.expect_by(self.engines.deadline_ns(job))
             self.engines.listen(job, int(read.parameters["after"]), partial(_settle_progress, settlement))
-        elif control == "cancel":
+        elif read.control == "cancel":
             self.engines.cancel(job)
             settlement.settle((0, 0))
-        elif control:
-            raise invalid("ctl", control, "progress or cancel")
+        elif read.control:
+            raise invalid("ctl", read.control, "progress or cancel")
         else:
-            settlement.expect_by(read.deadline_ns)
-            parsed = replace(parse_denoising_request(read.inputs, self.shapes), deadline_ns=read.deadline_ns)
-            self.engines.submit(parsed, settlement.settle, sender.is_cancelled, job)
+            request = replace(parse_denoising_request(read.inputs, self.shapes), deadline_ns=read.deadline_ns)
+            self.engines.submit(request, settlement.settle, taken.sender.is_cancelled, job)
 
 
 def _settle_progress(settlement: Settlement[Tensor | tuple[int, int]], step: int, num_steps: int) -> None:

@@ -31,18 +31,17 @@ class TritonPythonModel:
         self.cache = EmbeddingCache[EncodedTexts](self.settings.embedding_cache_size)
 
     def execute(self, requests: Sequence[Any]) -> None:
-        adapter.answer_together(requests, self._parse, self._condition, self.settlements)
+        taken = adapter.take(requests, adapter.unchanged, self.settlements, self.settings.default_timeout_in_s)
+        adapter.answer_together(taken, self._parse, self._condition)
         self.memory.update()
 
     def finalize(self) -> None:
         self.settlements.close()
 
-    def _parse(self, request: Any) -> tuple[ParsedRequest, int]:
-        read = adapter.read_request(request, self.settings.default_timeout_in_s)
+    def _parse(self, request: adapter.ReadRequest) -> ParsedRequest:
         faults.at("text_conditioning.parse")
         native = self.geometry.native_audio_length_in_s
-        rows = parse_rows(read.inputs, self.settings.limits, native, self.encoders.speaks)
-        return (rows, read.deadline_ns), read.deadline_ns
+        return parse_rows(request.inputs, self.settings.limits, native, self.encoders.speaks), request.deadline_ns
 
     def _condition(self, requests: list[ParsedRequest]) -> list[dict[str, np.ndarray]]:
         full = self.settings.full_negative_prompt == "on"
