@@ -26,6 +26,7 @@ POINTS: Final[Mapping[str, tuple[str, ...]]] = {
     "text_conditioning.parse": _ANYWHERE,
     "text_conditioning.encode": (*_ANYWHERE, NAN),
     "denoiser.parse": _ANYWHERE,
+    "denoiser.control": (RAISE, PANIC),  # a request for progress, or to cancel
     "denoiser.schedule": _ANYWHERE,  # on the thread that builds those that are new
     "denoiser.submit": _ANYWHERE,
     "denoiser.loop": _ANYWHERE,  # in the engine's thread, where nobody is to blame

@@ -67,7 +67,7 @@ def denoise(call: CallStage, conditioning: Tensors, send: Send, interruption: In
                 reason = reason or interruption()
                 if reason is not None:
                     # Again and again: the job may not have been known yet.
-                    _control(call, "cancel", job)
+                    _let_go(call, job)
             if isinstance(outcome, tuple):
                 step, num_steps = outcome
                 if reason is None:

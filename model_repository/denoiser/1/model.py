@@ -46,9 +46,9 @@ class TritonPythonModel:
         return self.engines.is_ready
 
     def _start(self, taken: adapter.TakenRequest[Tensor | tuple[int, int]]) -> None:
-        faults.at("denoiser.parse")
         read, settlement = taken.read, taken.settlement
         job = str(read.parameters.get("job", ""))
+        faults.at("denoiser.control" if read.control else "denoiser.parse")
         if read.control == "progress":
             settlement.expect_by(self.engines.deadline_ns(job))
             self.engines.listen(job, int(read.parameters["after"]), partial(_settle_progress, settlement))
