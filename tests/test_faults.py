@@ -14,6 +14,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from geventhttpclient.response import HTTPConnectionClosed
 from torch import Tensor
 from tritonclient import grpc, http
 from tritonclient.utils import InferenceServerException
@@ -104,7 +105,7 @@ class Asking:
             if "Deadline Exceeded" not in error.message():  # gRPC's own words, of the client
                 return error
             failure: Exception = error
-        except (Empty, OSError) as error:
+        except (Empty, OSError, HTTPConnectionClosed) as error:
             failure = error
         with self._lock:
             self.unanswered += 1

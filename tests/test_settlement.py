@@ -11,7 +11,7 @@ from queue import Empty, SimpleQueue
 import pytest
 
 from audioldm2_triton.errors import DeadlineExceededError, InternalError, UnavailableError
-from audioldm2_triton.settlement import Settlement, Settlements
+from audioldm2_triton.settlement import AnsweredError, Settlement, Settlements
 
 STAGE = "some_stage"
 GRACE_IN_S = 0.05
@@ -192,15 +192,36 @@ def test_a_client_that_cannot_be_reached_is_logged_and_counted_down(
     assert gauge.value == 0
 
 
-def test_parts_come_before_the_final_answer_only(settlements: Settlements) -> None:
+def test_what_uses_the_sender_comes_before_the_final_answer_only(settlements: Settlements) -> None:
     client = Client()
     settlement: Settlement[object] = settlements.take(client.answers.put)
-    settlement.send_part(lambda: client.answers.put("part"))
+    assert settlement.while_open(lambda: client.answers.put("part") or 7) == 7
     settlement.settle("sound")
-    with pytest.raises(InternalError, match="has its final answer already"):
-        settlement.send_part(lambda: client.answers.put("part"))
+    with pytest.raises(AnsweredError, match="has its final answer already"):
+        settlement.while_open(lambda: client.answers.put("part"))
     assert [client.answer(), client.answer()] == ["part", "sound"]
     assert not client.has_more()
+
+
+def test_no_answer_is_sent_while_the_sender_is_used(settlements: Settlements) -> None:
+    client, asking, done = Client(), threading.Event(), threading.Event()
+    settlement: Settlement[object] = settlements.take(client.answers.put)
+
+    def ask() -> None:
+        asking.set()
+        assert done.wait(WAIT_IN_S)
+        client.answers.put("asked")
+
+    with ThreadPoolExecutor(2) as pool:
+        asked = pool.submit(settlement.while_open, ask)
+        assert asking.wait(WAIT_IN_S)
+        answered = pool.submit(settlement.settle, "sound")
+        while not settlement.settled:
+            time.sleep(0.001)
+        done.set()
+        asked.result()
+        assert answered.result()
+    assert [client.answer(), client.answer()] == ["asked", "sound"]
 
 
 def test_closing_answers_what_is_open_and_what_comes_after(gauge: Gauge) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar
 from audioldm2_triton.errors import DEADLINE_EXCEEDED, DeadlineExceededError, InternalError, UnavailableError
 
 T = TypeVar("T")
+R = TypeVar("R")
 Send: TypeAlias = Callable[[T | BaseException], None]
 """Sends a final answer: what was asked for, or why it cannot be had."""
 
@@ -24,6 +25,10 @@ _LONGEST_WAIT_IN_S: Final = 3600.0
 _LAST_ANSWERS_IN_S: Final = 5.0
 
 logger = logging.getLogger(__name__)
+
+
+class AnsweredError(InternalError):
+    """The request has its final answer."""
 
 
 class Settlement(Generic[T]):
@@ -47,9 +52,9 @@ class Settlement(Generic[T]):
         """Sends the answer and returns True, unless there was one before. Raises nothing: what fails is logged."""
         return self._open.answer(outcome)
 
-    def send_part(self, send: Callable[[], None]) -> None:
-        """Calls `send`, which sends a response before the final one. Raises `InternalError` if that one is sent."""
-        self._open.send_part(send)
+    def while_open(self, call: Callable[[], R]) -> R:
+        """What `call` returns, during which no answer is sent. Raises `AnsweredError` if one was."""
+        return self._open.while_open(call)
 
     def expect_by(self, deadline_ns: int) -> None:
         """Sets the deadline, on the monotonic clock in ns; 0: none."""
@@ -160,7 +165,7 @@ class _OpenRequest(Generic[T]):
         self._settlements = settlements
         self._send: Send[T] | None = send
         self._claim = threading.Lock()  # taken by whoever answers, and never given back
-        self._sending = threading.Lock()
+        self._sending = threading.Lock()  # held while the response sender is used
 
     @property
     def settled(self) -> bool:
@@ -181,11 +186,11 @@ class _OpenRequest(Generic[T]):
             self._settlements.forget(self)
         return True
 
-    def send_part(self, send: Callable[[], None]) -> None:
+    def while_open(self, call: Callable[[], R]) -> R:
         with self._sending:
             if self.settled:
-                raise InternalError(f"{self._settlements.stage}: the request has its final answer already")
-            send()
+                raise AnsweredError(f"{self._settlements.stage}: the request has its final answer already")
+            return call()
 
     def _deliver(self, outcome: T | BaseException) -> None:
         assert self._send is not None

@@ -20,7 +20,7 @@ import triton_python_backend_utils as pb_utils
 from audioldm2_triton.errors import AudioLDM2Error, InternalError, UnavailableError
 from audioldm2_triton.memory import peak_memory_bytes
 from audioldm2_triton.settings import Settings, read_settings
-from audioldm2_triton.settlement import Settlement, Settlements
+from audioldm2_triton.settlement import AnsweredError, Settlement, Settlements
 
 if TYPE_CHECKING:
     import torch
@@ -199,8 +199,21 @@ class TakenRequest(Generic[T]):
 
     read: ReadRequest
     settlement: Settlement[T]
-    sender: Any  # Triton's, for responses before the final one
     request_id: str
+    _sender: Any
+
+    def is_cancelled(self) -> bool:
+        """Whether nobody waits for the answer: the client is gone, or has it."""
+        # Asked of a request that has its final response, Triton 2.51.0 ends by SIGSEGV.
+        try:
+            return bool(self.settlement.while_open(self._sender.is_cancelled))
+        except AnsweredError:
+            return True
+
+    def send_part(self, outputs: Outputs) -> None:
+        """Sends a response before the final one. Raises `AnsweredError` if that one is sent."""
+        part = response(outputs)
+        self.settlement.while_open(lambda: self._sender.send(part))
 
 
 def take(
@@ -223,7 +236,7 @@ def take(
         try:
             read = read_request(request, default_timeout_in_s)
             settlement.expect_by(read.deadline_ns)
-            taken.append(TakenRequest(read, settlement, sender, request.request_id()))
+            taken.append(TakenRequest(read, settlement, request.request_id(), sender))
         except BaseException as error:
             settlement.settle(error)
     return taken

@@ -49,15 +49,12 @@ class TritonPythonModel:
             self.settlements.close()
 
     def _serve(self, taken: adapter.TakenRequest[Tensors]) -> None:
-        settlement = taken.settlement
-
         def send(tensors: Tensors) -> None:
             faults.at("audioldm2_stream.send")
-            answer = adapter.response(tensors)
-            settlement.send_part(lambda: taken.sender.send(answer))
+            taken.send_part(tensors)
 
         def interruption() -> AudioLDM2Error | None:
-            if settlement.settled or taken.sender.is_cancelled():
+            if taken.is_cancelled():
                 return RequestCancelledError("cancelled by the client")
             if self.streams.closing:
                 return UnavailableError(f"{self.settlements.stage} is shutting down; try again")
@@ -67,9 +64,9 @@ class TritonPythonModel:
         call = partial(_call_stage, self.stage_prefix, taken.request_id)
         try:
             faults.at("audioldm2_stream.serve")
-            settlement.settle(stream_generation(request, call, send, interruption))
+            taken.settlement.settle(stream_generation(request, call, send, interruption))
         except BaseException as error:
-            settlement.settle(error)
+            taken.settlement.settle(error)
 
 
 def _call_stage(prefix: str, request_id: str, call: StageCall) -> Tensors:

@@ -59,7 +59,7 @@ class TritonPythonModel:
             raise invalid("ctl", read.control, "progress or cancel")
         else:
             request = replace(parse_denoising_request(read.inputs, self.shapes), deadline_ns=read.deadline_ns)
-            self.engines.submit(request, settlement.settle, taken.sender.is_cancelled, job)
+            self.engines.submit(request, settlement.settle, taken.is_cancelled, job)
 
 
 def _settle_progress(settlement: Settlement[Tensor | tuple[int, int]], step: int, num_steps: int) -> None:
