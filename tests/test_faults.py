@@ -126,7 +126,11 @@ class Asking:
     def _by_stream(self, request: Request, timeout_us: int | None) -> np.ndarray:
         with closing(Stream(self.server, WAIT_IN_S)) as stream:
             stream.send(request.rows, **({} if timeout_us is None else {"timeout": timeout_us}))
-            responses = list(stream.responses())
+            try:
+                responses = list(stream.responses())
+            except Empty:
+                stream.cancel()  # else closing waits for the answer
+                raise
         steps = [int(response["step"][0, 0]) for response in responses if "step" in response]
         assert steps == list(range(1, len(steps) + 1)), "the steps have gaps"
         return np.concatenate([response["audio"] for response in responses if "audio" in response], axis=2)
@@ -226,7 +230,8 @@ def check_stalled(asking: Asking, directory: Path, point: str, request: Request)
             outcome = concerned.result()
         finally:
             file.unlink()
-    if (point, STALL) in HARMLESS:
+    # An observer is also told by the thread that takes requests in, beside which the engine goes on.
+    if (point, STALL) in HARMLESS or (point == "denoiser.observer" and isinstance(outcome, np.ndarray)):
         asking.check_right(request, outcome)
     else:
         check_expired(outcome, request)

@@ -4,8 +4,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-
-from torch import Tensor
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from audioldm2_triton.errors import UnavailableError, as_exception
 from denoising_request import DenoisingRequest, OnDone
@@ -22,7 +21,9 @@ class EnginePool:
         self._tables = tables
         # A schedule that is new can take seconds to read off its scheduler; others need not wait for it.
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="schedules")
-        self._jobs: dict[str, tuple[Engine, Job]] = {}
+        # Weak: a job is known for as long as its engine holds it, and nothing here keeps one that is lost.
+        self._jobs: WeakValueDictionary[str, Job] = WeakValueDictionary()
+        self._engine_of: WeakKeyDictionary[Job, Engine] = WeakKeyDictionary()
 
     def submit(
         self,
@@ -48,24 +49,22 @@ class EnginePool:
 
     def listen(self, name: str, after: int, on_progress: OnProgress) -> None:
         """As `Engine.listen`; with zeros at once for a name that is not known yet, or not any more."""
-        known = self._jobs.get(name)  # once: the engines' threads take names out
-        if known is None:
+        job = self._jobs.get(name)
+        if job is None:
             on_progress(0, 0)
-            return
-        engine, job = known
-        engine.listen(job, after, on_progress)
+        else:
+            self._engine_of[job].listen(job, after, on_progress)
 
     def cancel(self, name: str) -> None:
         """A name that is not known is left alone."""
-        known = self._jobs.get(name)
-        if known is not None:
-            engine, job = known
-            engine.cancel(job)
+        job = self._jobs.get(name)
+        if job is not None:
+            self._engine_of[job].cancel(job)
 
     def deadline_ns(self, name: str) -> int:
         """The deadline of a named request, on the monotonic clock in ns; 0 where it has none or is not known."""
-        known = self._jobs.get(name)
-        return 0 if known is None else known[1].request.deadline_ns
+        job = self._jobs.get(name)
+        return 0 if job is None else job.request.deadline_ns
 
     @property
     def is_ready(self) -> bool:
@@ -90,16 +89,11 @@ class EnginePool:
     def _start(
         self, request: DenoisingRequest, on_done: OnDone, is_cancelled: Callable[[], bool] | None, name: str
     ) -> None:
-        def forget_and_answer(outcome: Tensor | Exception) -> None:
-            self._jobs.pop(name, None)
-            on_done(outcome)
-
         engine = self._roomiest()
-        job = engine.submit(request, forget_and_answer if name else on_done, is_cancelled)
+        job = engine.submit(request, on_done, is_cancelled)
         if name:
-            self._jobs[name] = engine, job
-            if job.done:  # already, before its name was known
-                self._jobs.pop(name, None)
+            self._engine_of[job] = engine
+            self._jobs[name] = job
 
     def _roomiest(self) -> Engine:
         """Raises `UnavailableError` where no engine works any more."""
