@@ -35,6 +35,10 @@ class Client:
         return True
 
 
+def same(outcome: object) -> object:
+    return outcome
+
+
 class Gauge:
     def __init__(self) -> None:
         self.value = 0
@@ -72,7 +76,7 @@ def test_the_first_answer_is_the_only_one(
     settlements: Settlements, gauge: Gauge, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = Client()
-    settlement: Settlement[object] = settlements.take(client.answers.put)
+    settlement: Settlement[object] = settlements.take(same, client.answers.put)
     assert gauge.value == 1
     assert not settlement.settled
     assert settlement.settle("sound")
@@ -87,7 +91,7 @@ def test_the_first_answer_is_the_only_one(
 def test_of_many_threads_one_answers(settlements: Settlements) -> None:
     for _ in range(50):
         client, start = Client(), threading.Barrier(8)
-        settlement: Settlement[object] = settlements.take(client.answers.put)
+        settlement: Settlement[object] = settlements.take(same, client.answers.put)
         won: list[bool] = []
 
         def settle(
@@ -131,7 +135,7 @@ def test_a_dropped_request_is_answered(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     client = Client()
-    lose(settlements.take(client.answers.put))
+    lose(settlements.take(same, client.answers.put))
     gc.collect()
     answer = client.answer()
     assert isinstance(answer, InternalError)
@@ -142,7 +146,7 @@ def test_a_dropped_request_is_answered(
 
 def test_what_is_late_is_answered_although_every_callback_is_lost(settlements: Settlements, gauge: Gauge) -> None:
     clients = [Client() for _ in range(3)]
-    held: list[Settlement[object]] = [settlements.take(client.answers.put) for client in clients]
+    held: list[Settlement[object]] = [settlements.take(same, client.answers.put) for client in clients]
     held[0].expect_by(now_and(3600))
     deadline = now_and(0.05)
     held[1].expect_by(deadline)
@@ -171,7 +175,7 @@ def test_an_answer_that_cannot_be_sent_becomes_an_error(
             raise MemoryError("no shared memory")
         client.answers.put(outcome)
 
-    settlement: Settlement[object] = settlements.take(send)
+    settlement: Settlement[object] = settlements.take(same, send)
     assert settlement.settle("too much sound")
     answer = client.answer()
     assert isinstance(answer, InternalError)
@@ -180,13 +184,70 @@ def test_an_answer_that_cannot_be_sent_becomes_an_error(
     assert gauge.value == 0
 
 
+def test_an_answer_that_cannot_be_made_becomes_an_error(
+    settlements: Settlements, gauge: Gauge, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = Client()
+
+    def prepare(outcome: object) -> object:
+        if isinstance(outcome, ValueError):
+            raise UnicodeError("no such letter")
+        return outcome
+
+    settlement: Settlement[object] = settlements.take(prepare, client.answers.put)
+    assert settlement.settle(ValueError("\ud800"))
+    assert str(client.answer()) == f"{STAGE} failed: its answer could not be sent (UnicodeError)"
+    assert "no such letter" in caplog.text
+    assert gauge.value == 0
+
+
+def test_an_answer_that_takes_too_long_to_make_is_late(
+    settlements: Settlements, caplog: pytest.LogCaptureFixture
+) -> None:
+    client, answered = Client(), threading.Event()
+
+    def prepare(outcome: object) -> object:
+        if outcome == "sound":
+            assert answered.wait(WAIT_IN_S)
+        return outcome
+
+    settlement: Settlement[object] = settlements.take(prepare, client.answers.put)
+    settlement.expect_by(now_and(0.05))
+    with ThreadPoolExecutor(1) as pool:
+        settled = pool.submit(settlement.settle, "sound")
+        assert isinstance(client.answer(), DeadlineExceededError)
+        answered.set()
+        assert not settled.result()
+    assert not client.has_more()
+    assert caplog.text.count("unanswered after its deadline") == 1
+
+
+def test_what_is_being_sent_is_not_late(settlements: Settlements, caplog: pytest.LogCaptureFixture) -> None:
+    """Nor does the thread that looks after it turn in circles meanwhile."""
+    client, sent = Client(), threading.Event()
+
+    def send(outcome: object) -> None:
+        assert sent.wait(WAIT_IN_S)
+        client.answers.put(outcome)
+
+    settlement: Settlement[object] = settlements.take(same, send)
+    settlement.expect_by(now_and(0.01))
+    with ThreadPoolExecutor(1) as pool:
+        settled = pool.submit(settlement.settle, "sound")
+        time.sleep(0.01 + 3 * GRACE_IN_S)
+        sent.set()
+        assert settled.result()
+    assert client.answer() == "sound"
+    assert "deadline" not in caplog.text
+
+
 def test_a_client_that_cannot_be_reached_is_logged_and_counted_down(
     settlements: Settlements, gauge: Gauge, caplog: pytest.LogCaptureFixture
 ) -> None:
     def send(_: object) -> None:
         raise SystemError("the response sender is gone")
 
-    settlement: Settlement[object] = settlements.take(send)
+    settlement: Settlement[object] = settlements.take(same, send)
     assert settlement.settle("sound")
     assert "could not be answered" in caplog.text
     assert gauge.value == 0
@@ -194,7 +255,7 @@ def test_a_client_that_cannot_be_reached_is_logged_and_counted_down(
 
 def test_what_uses_the_sender_comes_before_the_final_answer_only(settlements: Settlements) -> None:
     client = Client()
-    settlement: Settlement[object] = settlements.take(client.answers.put)
+    settlement: Settlement[object] = settlements.take(same, client.answers.put)
     assert settlement.while_open(lambda: client.answers.put("part") or 7) == 7
     settlement.settle("sound")
     with pytest.raises(AnsweredError, match="has its final answer already"):
@@ -205,7 +266,7 @@ def test_what_uses_the_sender_comes_before_the_final_answer_only(settlements: Se
 
 def test_no_answer_is_sent_while_the_sender_is_used(settlements: Settlements) -> None:
     client, asking, done = Client(), threading.Event(), threading.Event()
-    settlement: Settlement[object] = settlements.take(client.answers.put)
+    settlement: Settlement[object] = settlements.take(same, client.answers.put)
 
     def ask() -> None:
         asking.set()
@@ -226,10 +287,10 @@ def test_no_answer_is_sent_while_the_sender_is_used(settlements: Settlements) ->
 
 def test_closing_answers_what_is_open_and_what_comes_after(gauge: Gauge) -> None:
     settlements, clients = Settlements(STAGE, gauge.add), [Client() for _ in range(4)]
-    held: list[Settlement[object]] = [settlements.take(client.answers.put) for client in clients[:3]]
+    held: list[Settlement[object]] = [settlements.take(same, client.answers.put) for client in clients[:3]]
     held[0].settle("sound")
     settlements.close()
-    held.append(settlements.take(clients[3].answers.put))
+    held.append(settlements.take(same, clients[3].answers.put))
     assert clients[0].answer() == "sound"
     for client in clients[1:]:
         answer = client.answer()
@@ -244,7 +305,7 @@ def test_a_broken_gauge_does_not_break_a_request(caplog: pytest.LogCaptureFixtur
         raise RuntimeError("no such metric")
 
     settlements, client = Settlements(STAGE, count), Client()
-    settlement: Settlement[object] = settlements.take(client.answers.put)
+    settlement: Settlement[object] = settlements.take(same, client.answers.put)
     settlement.settle("sound")
     settlements.close()
     assert client.answer() == "sound"
@@ -259,7 +320,7 @@ def test_a_request_that_is_answered_keeps_nothing_alive(settlements: Settlements
     sender, gone = Sender(), threading.Event()
     gone_when_deleted = gone.set
     Sender.__del__ = lambda _: gone_when_deleted()  # type: ignore[attr-defined]
-    settlement: Settlement[object] = settlements.take(sender.send)
+    settlement: Settlement[object] = settlements.take(same, sender.send)
     settlement.settle("sound")
     del sender
     assert gone.wait(WAIT_IN_S)
@@ -272,7 +333,7 @@ def test_a_great_number_of_requests_lost_and_late_and_answered(
     clients = [Client() for _ in range(3000)]
     late: list[Settlement[object]] = []
     for index, client in enumerate(clients):
-        settlement: Settlement[object] = settlements.take(client.answers.put)
+        settlement: Settlement[object] = settlements.take(same, client.answers.put)
         if index % 3 == 0:
             settlement.settle("sound")
         elif index % 3 == 1:

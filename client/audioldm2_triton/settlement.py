@@ -16,8 +16,10 @@ from audioldm2_triton.errors import DEADLINE_EXCEEDED, DeadlineExceededError, In
 
 T = TypeVar("T")
 R = TypeVar("R")
-Send: TypeAlias = Callable[[T | BaseException], None]
-"""Sends a final answer: what was asked for, or why it cannot be had."""
+Prepare: TypeAlias = Callable[[T | BaseException], Any]
+"""Makes the final response of an outcome: what was asked for, or why it cannot be had."""
+Send: TypeAlias = Callable[[Any], None]
+"""Sends a final response."""
 
 GRACE_IN_S: Final = 1.0
 """How long after its deadline a request is left to its stage, which can say more; less than a client's own margin."""
@@ -82,13 +84,14 @@ class Settlements:
         self._thread = threading.Thread(target=self._watch, name=f"settlements-{stage}", daemon=True)
         self._thread.start()
 
-    def take(self, send: Send[T]) -> Settlement[T]:
+    def take(self, prepare: Prepare[T], send: Send) -> Settlement[T]:
         """The settlement of a request that has just arrived.
 
         Args:
-            send: called once, or once more with an error if that failed.
+            prepare: may take its time: until it is done, somebody else may answer.
+            send: called once; once more with an error, if that failed.
         """
-        open_request: _OpenRequest[T] = _OpenRequest(self, send)
+        open_request: _OpenRequest[T] = _OpenRequest(self, prepare, send)
         self._add(1)
         with self._lock:
             self._open.add(open_request)
@@ -133,7 +136,7 @@ class Settlements:
 
     def _seconds_to_wait(self) -> float:
         with self._lock:
-            deadlines = [each.deadline_ns for each in self._open if each.deadline_ns > 0]
+            deadlines = [each.deadline_ns for each in self._open if each.deadline_ns > 0 and not each.settled]
         if not deadlines:
             return _LONGEST_WAIT_IN_S
         left = (min(deadlines) + self._grace_ns - time.monotonic_ns()) / 1e9
@@ -151,7 +154,7 @@ class Settlements:
     def _answer_late(self) -> None:
         now = time.monotonic_ns()
         with self._lock:
-            late = [each for each in self._open if 0 < each.deadline_ns <= now - self._grace_ns]
+            late = [each for each in self._open if 0 < each.deadline_ns <= now - self._grace_ns and not each.settled]
         for open_request in late:
             logger.warning("%s: a request is still unanswered after its deadline", self.stage)
             open_request.answer(DeadlineExceededError(f"{DEADLINE_EXCEEDED} in {self.stage}"))
@@ -160,10 +163,10 @@ class Settlements:
 class _OpenRequest(Generic[T]):
     """What is needed to answer a request. It knows nothing of its `Settlement`, whose end it must outlive."""
 
-    def __init__(self, settlements: Settlements, send: Send[T]) -> None:
+    def __init__(self, settlements: Settlements, prepare: Prepare[T], send: Send) -> None:
         self.deadline_ns = 0
         self._settlements = settlements
-        self._send: Send[T] | None = send
+        self._ways: tuple[Prepare[T], Send] | None = (prepare, send)
         self._claim = threading.Lock()  # taken by whoever answers, and never given back
         self._sending = threading.Lock()  # held while the response sender is used
 
@@ -172,17 +175,20 @@ class _OpenRequest(Generic[T]):
         return self._claim.locked()
 
     def answer(self, outcome: T | BaseException) -> bool:
+        ways = self._ways
+        prepared = None if ways is None or self.settled else self._prepare(outcome, ways[0])
         if not self._claim.acquire(blocking=False):
             kind = type(outcome).__name__
             logger.warning("%s: not sent, since the request has its answer: %s", self._settlements.stage, kind)
             return False
+        assert ways is not None  # it is there until somebody has claimed the answer
         try:
             with self._sending:
-                self._deliver(outcome)
+                self._deliver(prepared, *ways)
         except BaseException:
             logger.exception("%s: a request could not be answered", self._settlements.stage)
         finally:
-            self._send = None  # with all that it refers to
+            self._ways = None  # with all that they refer to
             self._settlements.forget(self)
         return True
 
@@ -192,12 +198,26 @@ class _OpenRequest(Generic[T]):
                 raise AnsweredError(f"{self._settlements.stage}: the request has its final answer already")
             return call()
 
-    def _deliver(self, outcome: T | BaseException) -> None:
-        assert self._send is not None
+    def _prepare(self, outcome: T | BaseException, prepare: Prepare[T]) -> Any:
+        """The response, or None where there is none."""
         try:
-            self._send(outcome)
+            return prepare(outcome)
         except BaseException as error:
-            # It may have been the answer: too large for the shared memory, or words that cannot be encoded.
-            stage = self._settlements.stage
-            logger.exception("%s: an answer could not be sent", stage)
-            self._send(InternalError(f"{stage} failed: its answer could not be sent ({type(error).__name__})"))
+            logger.exception("%s: an answer could not be made", self._settlements.stage)
+            try:
+                return prepare(self._not_sent(error))
+            except BaseException:
+                logger.exception("%s: nor could an error", self._settlements.stage)
+                return None
+
+    def _deliver(self, prepared: Any, prepare: Prepare[T], send: Send) -> None:
+        try:
+            send(prepared)
+        except BaseException as error:
+            # It may have been the answer, which is too large for the shared memory.
+            logger.exception("%s: an answer could not be sent", self._settlements.stage)
+            send(prepare(self._not_sent(error)))
+
+    def _not_sent(self, error: BaseException) -> InternalError:
+        stage = self._settlements.stage
+        return InternalError(f"{stage} failed: its answer could not be sent ({type(error).__name__})")

@@ -232,7 +232,9 @@ def take(
     taken = []
     for request in requests:
         sender = request.get_response_sender()
-        settlement: Settlement[T] = settlements.take(partial(_send, sender, outputs, settlements.stage))
+        settlement: Settlement[T] = settlements.take(
+            partial(_final_response, outputs, settlements.stage), partial(_send_final, sender)
+        )
         try:
             read = read_request(request, default_timeout_in_s)
             settlement.expect_by(read.deadline_ns)
@@ -242,10 +244,13 @@ def take(
     return taken
 
 
-def _send(sender: Any, outputs: Callable[[T], Outputs], stage: str, outcome: T | BaseException) -> None:
-    answer = error_response(outcome, stage) if isinstance(outcome, BaseException) else response(outputs(outcome))
+def _final_response(outputs: Callable[[T], Outputs], stage: str, outcome: T | BaseException) -> Any:
+    return error_response(outcome, stage) if isinstance(outcome, BaseException) else response(outputs(outcome))
+
+
+def _send_final(sender: Any, final: Any) -> None:
     # The response and the final flag in one call, else the client may wait for ever.
-    sender.send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    sender.send(final, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 def answer_together(
