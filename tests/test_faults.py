@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -356,6 +357,28 @@ def test_a_broken_engine_has_answered_everything_and_says_so(
     pool.submit(make_request(9), outcomes.callback(9))
     assert "every engine is broken" in str(outcomes.collect(1)[9])
     pool.close()
+
+
+def test_what_a_broken_engine_lost_in_the_middle_is_let_go(unet: WatchedUNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that is neither held nor answered any more, and would be kept by the frames of the engine's error."""
+
+    class OnDone:
+        def __call__(self, _: object) -> None:
+            raise AssertionError("this test loses it before")
+
+    def failing(_: Engine, job: Any, *__: object) -> None:
+        raise RuntimeError(f"in the middle of {job}")
+
+    engine, on_done = watched_engine(unet, None), OnDone()
+    lost = weakref.ref(on_done)
+    monkeypatch.setattr(Engine, "_finish", failing)
+    monkeypatch.setattr(Engine, "_fail_all", lambda self: self._jobs.clear() or self._owners.clear())
+    engine.submit(make_request(1), on_done, lambda: True)
+    del on_done
+    wait_until(lambda: engine.broken, "the engine to break")
+    engine.close()
+    assert "in the middle of" in str(engine.broken)
+    assert lost() is None, "the error keeps the request"
 
 
 def test_a_warm_up_that_panics_is_told_to_whoever_waits(unet: WatchedUNet) -> None:

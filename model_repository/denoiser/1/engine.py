@@ -8,6 +8,7 @@ that is the cheapest, else groups of them take turns.
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -220,6 +221,11 @@ class Engine:
             self.broken = error
             self._changed.notify_all()
         logger.error("the engine on %s is broken and takes no more requests", self._device, exc_info=error)
+        # The error stays; what its frames hold must not: a request that is lost in one is answered when it is let go.
+        cause: BaseException | None = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
         self._observer.broke(error)
 
     def _fail_all(self) -> None:
