@@ -2,7 +2,7 @@
 
 import pytest
 
-from audioldm2_triton.settings import Settings, SettingsError, read_settings
+from audioldm2_triton.settings import Settings, SettingsError, read_default_timeout, read_settings
 
 
 def read(**given: str) -> Settings:
@@ -23,6 +23,8 @@ def test_guided_steps() -> None:
     ("name", "given"),
     [
         ("compile", "yes"),
+        ("default_timeout_in_s", "-1"),
+        ("default_timeout_in_s", "nan"),
         ("compile_lengths_in_s", "a"),
         ("compile_lengths_in_s", "1,,2"),
         ("compile_lengths_in_s", "301"),
@@ -43,3 +45,11 @@ def test_what_a_server_cannot_start_with(name: str, given: str) -> None:
 
 def test_the_environment_overrides() -> None:
     assert read_settings({"checkpoint": "c", "compile": "on"}, {"AUDIOLDM2_COMPILE": "off"}).compile == "off"
+
+
+def test_the_default_timeout_alone() -> None:
+    assert read_default_timeout({}, {}) == Settings("c").default_timeout_in_s == 3600
+    assert read_default_timeout({"default_timeout_in_s": "5"}, {}) == 5
+    assert read_default_timeout({"default_timeout_in_s": "5"}, {"AUDIOLDM2_DEFAULT_TIMEOUT_IN_S": "0"}) == 0
+    with pytest.raises(SettingsError, match="default_timeout_in_s: got 'never' but expected"):
+        read_default_timeout({"default_timeout_in_s": "never"}, {})

@@ -77,7 +77,7 @@ def assert_own_metrics(server: LocalServer) -> None:
         if (name := SUCCESSES.format(model))
     }
     assert gained == {"denoiser": 0, "music_denoiser": 1}
-    stages = ("audioldm2_stream", "decoder", "text_conditioning")
+    stages = ("audioldm2_stream", "decoder", "denoiser", "text_conditioning")
     gauges = {f'audioldm2_stage_requests{{model="{prefix}{stage}"}}' for stage in stages for prefix in ("", "music_")}
     assert gauges <= after.keys()
 

@@ -110,7 +110,8 @@ class AudioLDM2Client:
             transcription: the words to say, for checkpoints that speak, which require it; the others refuse it.
             window_length_in_s: generates audio that is longer than this in overlapping windows of this length, blended
                 at every step: for long audio, with the native length of `server_info()`; 0, the default: as a whole.
-            timeout: seconds until the server gives the request up; by default it never does.
+            timeout: seconds until the server gives the request up; by default what the server is set to, an hour as it
+                comes.
             request_id: a name for the request in the server's logs and traces.
             on_progress: called with each `Progress`, once per evaluation of the UNet; for one prompt only, and not
                 with a server that lacks `audioldm2_stream`.

@@ -45,3 +45,12 @@ def invalid(argument: str, got: Any, expected: str) -> InvalidArgumentError:
     if len(given) > 80:
         given = f"{given[:77]}..."
     return InvalidArgumentError(f"`{argument}`: got {given} but expected {expected}")
+
+
+def as_exception(error: BaseException) -> Exception:
+    """An error as one that concerns a request alone: the panics of libraries in Rust, for one, are no `Exception`."""
+    if isinstance(error, Exception):
+        return error
+    wrapped = RuntimeError(f"{type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped

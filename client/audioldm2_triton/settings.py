@@ -48,6 +48,7 @@ class Settings:
     timestep_spacing: str = ""  # instead of the checkpoint's, for schedulers that have it; empty: the checkpoint's
     full_negative_prompt: str = "off"  # off: cut to the prompt's number of T5 tokens, as the reference does; on: whole
     offload: str = "off"  # whether a stage's weights are on the device only while it works
+    default_timeout_in_s: float = 3600.0  # of a request that sets none; 0: none
 
     @property
     def limits(self) -> Limits:
@@ -74,6 +75,7 @@ _RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "max_waiting": (0, 1_000_000),
     "compile_max_rows": (0, 4096),
     "embedding_cache_size": (0, 1_000_000),
+    "default_timeout_in_s": (0, 1_000_000),
 }
 
 
@@ -88,7 +90,7 @@ def read_settings(parameters: Mapping[str, str], environ: Mapping[str, str] = os
     """
     values: dict[str, str | int | float] = {}
     for field in fields(Settings):
-        given = environ.get(environment_name(field.name)) or parameters.get(field.name, "")
+        given = _given(field.name, parameters, environ)
         if not given:
             continue
         if field.name in _RANGES:
@@ -122,6 +124,17 @@ def read_settings(parameters: Mapping[str, str], environ: Mapping[str, str] = os
     if device == "cpu" and settings.dtype == "float16":
         raise SettingsError("dtype: got 'float16' on a CPU but expected float32 or bfloat16 (float16 needs a GPU)")
     return settings
+
+
+def read_default_timeout(parameters: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> float:
+    """`default_timeout_in_s` alone, for a model that has no checkpoint. Raises `SettingsError`."""
+    name = "default_timeout_in_s"
+    given = _given(name, parameters, environ)
+    return _number(name, given, whole=False) if given else Settings.default_timeout_in_s
+
+
+def _given(name: str, parameters: Mapping[str, str], environ: Mapping[str, str]) -> str:
+    return environ.get(environment_name(name)) or parameters.get(name, "")
 
 
 def _check_lengths(settings: Settings) -> None:

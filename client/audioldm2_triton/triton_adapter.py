@@ -10,8 +10,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -19,6 +20,7 @@ import triton_python_backend_utils as pb_utils
 from audioldm2_triton.errors import AudioLDM2Error, InternalError, UnavailableError
 from audioldm2_triton.memory import peak_memory_bytes
 from audioldm2_triton.settings import Settings, read_settings
+from audioldm2_triton.settlement import AnsweredError, Settlement, Settlements
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 STAGE_REQUESTS_METRIC = "audioldm2_stage_requests"
 PEAK_MEMORY_METRIC = "audioldm2_peak_memory_bytes"
+LATEST_DEADLINE_NS: Final = 2**63 - 1
+
+Outputs: TypeAlias = Mapping[str, np.ndarray]
+"""The tensors of a response by name."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -37,20 +43,82 @@ def model_settings(args: Mapping[str, str]) -> Settings:
 
     Raises `SettingsError`.
     """
+    prepare_process(args)
+    return read_settings(model_parameters(args))
+
+
+def prepare_process(args: Mapping[str, str]) -> None:
+    """Sets the locale and the log of a model's process."""
     # Triton's embedded interpreter starts in the locale C, whatever the environment says: files with anything but ASCII
     # could not be read, those of the compiler among them.
     locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
     logging.basicConfig(level=logging.INFO, format=f"{args['model_name']}: %(message)s")
+
+
+def model_parameters(args: Mapping[str, str]) -> dict[str, str]:
+    """The `parameters` of a model's `config.pbtxt`."""
     parameters = json.loads(args["model_config"]).get("parameters", {})
-    return read_settings({name: value["string_value"] for name, value in parameters.items()})
+    return {name: value["string_value"] for name, value in parameters.items()}
+
+
+@dataclass(frozen=True)
+class ReadRequest:
+    """What a request says, independent of Triton's buffers."""
+
+    inputs: dict[str, np.ndarray]
+    parameters: Mapping[str, Any]
+    timeout_us: int  # 0: none
+    deadline_ns: int  # on the monotonic clock; 0: none
+
+    @property
+    def control(self) -> str:
+        """Which kind of request this is between the models of one server; empty for an ordinary one."""
+        return str(self.parameters.get("ctl", ""))
+
+
+def read_request(request: Any, default_timeout_in_s: float) -> ReadRequest:
+    """Reads a request that has just arrived.
+
+    Its deadline is the one that an earlier stage has set, as `deadline_ns`, else the end of its own `timeout`, else of
+    the default one, if that is not 0.
+    """
+    inputs = input_arrays(request)
+    parameters = json.loads(request.parameters() or "{}")
+    timeout_us = _timeout_us(request, parameters)
+    set_before = inputs.get("deadline_ns")
+    deadline = 0 if set_before is None or not set_before.size else int(set_before.flat[0])
+    if deadline == 0:
+        deadline = deadline_ns(timeout_us, default_timeout_in_s)
+    return ReadRequest(inputs, parameters, timeout_us, deadline)
 
 
 def input_arrays(request: Any) -> dict[str, np.ndarray]:
     """The tensors of a request by name; BYTES arrive as object arrays of `bytes`."""
-    return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+    # Copies: Triton's buffers are gone once execute() has returned, or the request has its answer.
+    return {tensor.name(): tensor.as_numpy().copy() for tensor in request.inputs()}
 
 
-def response(outputs: Mapping[str, np.ndarray]) -> Any:
+def deadline_ns(timeout_us: int, default_timeout_in_s: float) -> int:
+    """The deadline of a request that has just arrived, on the monotonic clock in ns; 0: none."""
+    timeout_ns = timeout_us * 1000 if timeout_us > 0 else int(default_timeout_in_s * 1e9)
+    return min(time.monotonic_ns() + timeout_ns, LATEST_DEADLINE_NS) if timeout_ns > 0 else 0
+
+
+def _timeout_us(request: Any, parameters: Mapping[str, Any]) -> int:
+    """What a request allows in microseconds; 0 where it sets nothing.
+
+    From the endpoints `generate` and `generate_stream`, `timeout` arrives among the custom parameters.
+    """
+    own: int = request.timeout()
+    given = parameters.get("timeout", 0)
+    return own or (int(given) if isinstance(given, int | float) else 0)
+
+
+def unchanged(outputs: Outputs) -> Outputs:
+    return outputs
+
+
+def response(outputs: Outputs) -> Any:
     return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in outputs.items()])
 
 
@@ -68,22 +136,6 @@ def as_known_error(error: BaseException, stage: str) -> AudioLDM2Error:
         return UnavailableError(f"{stage} is out of memory; try again later, or ask for less")
     logger.error("%s failed\n%s", stage, "".join(traceback.format_exception(error)))
     return InternalError(f"{stage} failed: {type(error).__name__}: {error}")
-
-
-def deadline_ns(request: Any) -> int:
-    """The absolute deadline of a request that has just arrived, on the monotonic clock in ns; 0 where it has none."""
-    timeout = timeout_us(request)
-    return time.monotonic_ns() + timeout * 1000 if timeout > 0 else 0
-
-
-def timeout_us(request: Any) -> int:
-    """What a request allows in microseconds; 0 where it sets nothing.
-
-    From the endpoints `generate` and `generate_stream`, `timeout` arrives among the custom parameters.
-    """
-    own: int = request.timeout()
-    given = json.loads(request.parameters() or "{}").get("timeout", 0)
-    return own or (int(given) if isinstance(given, int | float) else 0)
 
 
 @cache
@@ -128,38 +180,112 @@ class MemoryGauge:
         self.update()
 
     def update(self) -> None:
-        with self._lock:  # as `RequestsGauge`
-            self._metric.set(peak_memory_bytes(self._device))
+        """Never fails: what is measured must not disturb what works."""
+        try:
+            with self._lock:  # as `RequestsGauge`
+                self._metric.set(peak_memory_bytes(self._device))
+        except Exception:
+            logger.exception("the most memory held cannot be told")
 
 
-def respond_together(
+def open_settlements(model: str) -> Settlements:
+    """The settlements of a model, which show in the gauge of its requests."""
+    return Settlements(model, requests_gauge(model).add)
+
+
+@dataclass(frozen=True)
+class TakenRequest(Generic[T]):
+    """A request that a model has to answer."""
+
+    read: ReadRequest
+    settlement: Settlement[T]
+    request_id: str
+    _sender: Any
+
+    def is_cancelled(self) -> bool:
+        """Whether nobody waits for the answer: the client is gone, or has it."""
+        # Asked of a request that has its final response, Triton 2.51.0 ends by SIGSEGV.
+        try:
+            return bool(self.settlement.while_open(self._sender.is_cancelled))
+        except AnsweredError:
+            return True
+
+    def send_part(self, outputs: Outputs) -> None:
+        """Sends a response before the final one. Raises `AnsweredError` if that one is sent."""
+        part = response(outputs)
+        self.settlement.while_open(lambda: self._sender.send(part))
+
+
+def take(
     requests: Sequence[Any],
-    parse: Callable[[Any], T],
+    outputs: Callable[[T], Outputs],
+    settlements: Settlements,
+    default_timeout_in_s: float,
+) -> list[TakenRequest[T]]:
+    """Takes all requests that have just arrived, before anything is done for the first of them.
+
+    One that cannot even be read has its answer then.
+
+    Args:
+        outputs: makes the tensors of the final response.
+    """
+    taken = []
+    for request in requests:
+        sender = request.get_response_sender()
+        settlement: Settlement[T] = settlements.take(
+            partial(_final_response, outputs, settlements.stage), partial(_send_final, sender)
+        )
+        try:
+            read = read_request(request, default_timeout_in_s)
+            settlement.expect_by(read.deadline_ns)
+            taken.append(TakenRequest(read, settlement, request.request_id(), sender))
+        except BaseException as error:
+            settlement.settle(error)
+    return taken
+
+
+def _final_response(outputs: Callable[[T], Outputs], stage: str, outcome: T | BaseException) -> Any:
+    return error_response(outcome, stage) if isinstance(outcome, BaseException) else response(outputs(outcome))
+
+
+def _send_final(sender: Any, final: Any) -> None:
+    # The response and the final flag in one call, else the client may wait for ever.
+    sender.send(final, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def answer_together(
+    requests: Sequence[TakenRequest[Outputs]],
+    parse: Callable[[ReadRequest], T],
     compute: Callable[[list[T]], list[dict[str, np.ndarray]]],
-    stage: str,
-) -> list[Any]:
-    """One response per request, in order, with those that parse computed in one call.
+) -> None:
+    """Answers each request, those that parse with what is computed for them in one call.
 
     A request that does not parse fails alone. Where the common call fails, each is computed alone, so that only the
-    one that cannot be computed fails.
+    one that cannot be computed fails. Raises nothing: out of `execute()` it would make Triton answer all of them.
     """
-    gauge = requests_gauge(stage)
-    gauge.add(len(requests))
     try:
-        parsed = [_caught(parse, request) for request in requests]
-        good = [item for item in parsed if not isinstance(item, Exception)]
-        computed = iter(_compute_isolated(compute, good))
-        results = [item if isinstance(item, Exception) else next(computed) for item in parsed]
-    finally:
-        gauge.add(-len(requests))
-    return [error_response(item, stage) if isinstance(item, Exception) else response(item) for item in results]
+        items: list[T] = []
+        parsed: list[Settlement[Outputs]] = []
+        for request in requests:
+            item = _caught(parse, request.read)
+            if isinstance(item, BaseException):
+                request.settlement.settle(item)
+            else:
+                items.append(item)
+                parsed.append(request.settlement)
+        for settlement, result in zip(parsed, _compute_isolated(compute, items), strict=True):
+            settlement.settle(result)
+    except BaseException as error:
+        for request in requests:
+            if not request.settlement.settled:
+                request.settlement.settle(error)
 
 
 def _compute_isolated(
     compute: Callable[[list[T]], list[dict[str, np.ndarray]]], items: list[T]
-) -> list[dict[str, np.ndarray] | Exception]:
+) -> list[dict[str, np.ndarray] | BaseException]:
     results = _caught(compute, items) if items else []
-    if not isinstance(results, Exception):
+    if not isinstance(results, BaseException):
         return list(results)
     if len(items) == 1:
         return [results]
@@ -167,8 +293,8 @@ def _compute_isolated(
     return [result for item in items for result in _compute_isolated(compute, [item])]
 
 
-def _caught(function: Callable[[T], R], argument: T) -> R | Exception:
+def _caught(function: Callable[[T], R], argument: T) -> R | BaseException:
     try:
         return function(argument)
-    except Exception as error:
+    except BaseException as error:
         return error

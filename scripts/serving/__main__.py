@@ -36,6 +36,7 @@ _HELP: Final = {
     "lu_lambdas",
     "full_negative_prompt": "on or off: whether a negative prompt longer than the prompt is read whole (default: off)",
     "offload": "off or on: a stage's weights are on the device only while it works, one stage at a time (default: off)",
+    "default_timeout_in_s": "seconds until a request that sets no timeout is given up; 0: never (default: 3600)",
     "compile_max_rows": "UNet batch items of the largest compiled forward (default: derived from the device)",
 }
 

@@ -1,5 +1,6 @@
 """Running `tritonserver` in the foreground, and stopping it cleanly."""
 
+import contextlib
 import re
 import signal
 import socket
@@ -7,9 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from http.client import HTTPException
 from typing import Final
 
 from serving.metrics import read_metrics
@@ -79,20 +80,22 @@ def _drain_and_terminate(process: subprocess.Popen[str], metrics_port: int) -> N
     """Lets running requests finish first: Triton before 25.05 drops those of gRPC that are inside an ensemble."""
     deadline = time.monotonic() + EXIT_TIMEOUT_IN_S
     idle_since = time.monotonic()
-    while process.poll() is None and time.monotonic() < deadline:
-        if _requests_inside(metrics_port):
-            idle_since = time.monotonic()
-        elif time.monotonic() - idle_since > SETTLING_TIME_IN_S:
-            break
-        time.sleep(SETTLING_TIME_IN_S / 10)
-    process.terminate()
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            if _requests_inside(metrics_port):
+                idle_since = time.monotonic()
+            elif time.monotonic() - idle_since > SETTLING_TIME_IN_S:
+                break
+            time.sleep(SETTLING_TIME_IN_S / 10)
+    finally:
+        process.terminate()
 
 
 def _requests_inside(metrics_port: int) -> float:
     """The requests that any stage works on."""
     try:
         metrics = read_metrics(metrics_port)
-    except OSError:
+    except (OSError, HTTPException, ValueError):  # no server any more, or half a page
         return 0
     return sum(metrics.get(name, 0.0) for name in REQUEST_GAUGES)
 
@@ -100,8 +103,10 @@ def _requests_inside(metrics_port: int) -> float:
 def _forward_log(process: subprocess.Popen[str], failures: list[str]) -> None:
     assert process.stdout is not None
     for line in process.stdout:
-        sys.stderr.write(line)
-        sys.stderr.flush()
+        # Whatever becomes of it, the server must be able to go on writing.
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(line)
+            sys.stderr.flush()
         if match := _LOAD_FAILURE.search(line):
             failures.append(f"{match[1]} did not load: {match[2].strip()}")
 
@@ -116,7 +121,7 @@ def _report_ready(
             for page in pages:
                 with urllib.request.urlopen(page, timeout=5):
                     pass
-        except (urllib.error.URLError, OSError):
+        except (OSError, HTTPException):
             time.sleep(0.1)
         else:
             on_ready()

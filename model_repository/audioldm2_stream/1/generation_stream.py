@@ -50,7 +50,7 @@ def stream_generation(
     check("decoding")
     audio = _send_audio(latents, conditioning, call, send, check)
     check("scoring")
-    scored = {"audio": audio, **{name: conditioning[name] for name in ("return_scores", "text_embeds")}}
+    scored = {"audio": audio, **{name: conditioning[name] for name in ("return_scores", "text_embeds", "deadline_ns")}}
     ranking = call(StageCall(DECODER, scored, ["score", "order", "sampling_rate"], {"ctl": "score"}))
     return {**ranking, "seed_used": conditioning["seed"]}
 
@@ -59,13 +59,14 @@ def _send_audio(
     latents: np.ndarray, conditioning: Tensors, call: CallStage, send: Send, check: Callable[[str], None]
 ) -> np.ndarray:
     """Sends the audio chunk by chunk; returns the whole [1, N, S], in generation order."""
-    inputs = {"latents": latents, "num_samples": conditioning["num_samples"]}
+    deadline = {"deadline_ns": conditioning["deadline_ns"]}
+    inputs = {"latents": latents, "num_samples": conditioning["num_samples"], **deadline}
     cut = call(StageCall(DECODER, inputs, ["mel_windows", "kept_samples"], {"ctl": "mel"}))
     num_chunks = cut["mel_windows"].shape[1]
     parts = []
     for index in range(num_chunks):
         check(f"chunk {index} of {num_chunks}")
-        window = {"mel_window": cut["mel_windows"][:, index], "kept_samples": cut["kept_samples"][:, index]}
+        window = {"mel_window": cut["mel_windows"][:, index], "kept_samples": cut["kept_samples"][:, index], **deadline}
         audio = call(StageCall(DECODER, window, ["audio"], {"ctl": "vocode"}))["audio"]
         counts = {"chunk": np.array([[index]], np.int32), "num_chunks": np.array([[num_chunks]], np.int32)}
         send({"audio": audio, **counts})

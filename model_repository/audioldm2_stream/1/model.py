@@ -1,6 +1,5 @@
 """Triton adapter of the stream: a thread for each request, calls to the stages, errors to codes."""
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from audioldm2_triton import faults
 from audioldm2_triton import triton_adapter as adapter
 from audioldm2_triton.errors import (
     AudioLDM2Error,
@@ -16,51 +16,57 @@ from audioldm2_triton.errors import (
     RequestCancelledError,
     UnavailableError,
 )
+from audioldm2_triton.settings import read_default_timeout
 from generation_stream import StreamRequest, stream_generation
 from running_streams import RunningStreams
 from stage_calls import StageCall, Tensors
 
-STAGE = "audioldm2_stream"
 KINDS = (InvalidArgumentError, UnavailableError, RequestCancelledError)
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        self.stage_prefix = json.loads(args["model_config"])["parameters"]["stage_prefix"]["string_value"]
+        adapter.prepare_process(args)
+        parameters = adapter.model_parameters(args)
+        self.stage_prefix = parameters["stage_prefix"]
+        self.default_timeout_in_s = read_default_timeout(parameters)
         self.streams = RunningStreams()
-        self.gauge = adapter.requests_gauge(args["model_name"])
+        self.settlements = adapter.open_settlements(args["model_name"])
 
     def execute(self, requests: Sequence[Any]) -> None:
         # Never blocks: a thread answers.
-        for request in requests:
-            # Copies: Triton's buffers are gone once execute() has returned.
-            inputs = {name: array.copy() for name, array in adapter.input_arrays(request).items()}
-            parsed = StreamRequest(inputs, adapter.timeout_us(request))
-            self.gauge.add(1)
-            call = partial(_call_stage, self.stage_prefix, request.request_id())
-            self.streams.start(partial(self._serve, parsed, request.get_response_sender(), call))
+        for taken in adapter.take(requests, adapter.unchanged, self.settlements, self.default_timeout_in_s):
+            try:
+                faults.at("audioldm2_stream.parse")
+                self.streams.start(partial(self._serve, taken))
+            except BaseException as error:
+                taken.settlement.settle(error)
 
     def finalize(self) -> None:
-        self.streams.close()
-
-    def _serve(self, request: StreamRequest, sender: Any, call: Any) -> None:
-        def send(tensors: Tensors) -> None:
-            sender.send(adapter.response(tensors))
-
         try:
-            last = adapter.response(stream_generation(request, call, send, partial(self._interruption, sender)))
-        except Exception as error:
-            last = adapter.error_response(error, STAGE)
-        # The response and the final flag in one call, else the client may wait for ever.
-        sender.send(last, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        self.gauge.add(-1)
+            self.streams.close()
+        finally:
+            self.settlements.close()
 
-    def _interruption(self, sender: Any) -> AudioLDM2Error | None:
-        if sender.is_cancelled():
-            return RequestCancelledError("cancelled by the client")
-        if self.streams.closing:
-            return UnavailableError(f"{STAGE} is shutting down; try again")
-        return None
+    def _serve(self, taken: adapter.TakenRequest[Tensors]) -> None:
+        def send(tensors: Tensors) -> None:
+            faults.at("audioldm2_stream.send")
+            taken.send_part(tensors)
+
+        def interruption() -> AudioLDM2Error | None:
+            if taken.is_cancelled():
+                return RequestCancelledError("cancelled by the client")
+            if self.streams.closing:
+                return UnavailableError(f"{self.settlements.stage} is shutting down; try again")
+            return None
+
+        request = StreamRequest(taken.read.inputs, taken.read.timeout_us)
+        call = partial(_call_stage, self.stage_prefix, taken.request_id)
+        try:
+            faults.at("audioldm2_stream.serve")
+            taken.settlement.settle(stream_generation(request, call, send, interruption))
+        except BaseException as error:
+            taken.settlement.settle(error)
 
 
 def _call_stage(prefix: str, request_id: str, call: StageCall) -> Tensors:

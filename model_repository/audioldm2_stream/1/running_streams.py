@@ -1,7 +1,10 @@
 """The threads of the streams under way: one for each, because each of them mostly waits."""
 
 import threading
+import time
 from collections.abc import Callable
+
+from audioldm2_triton import faults
 
 CLOSE_TIMEOUT_IN_S = 10.0
 
@@ -20,7 +23,7 @@ class RunningStreams:
         return self._closing
 
     def start(self, serve: Callable[[], None]) -> None:
-        """Runs `serve`, which must not raise."""
+        """Runs `serve`, which must not raise. Raises `RuntimeError` where there is no thread for it."""
 
         def run() -> None:
             try:
@@ -30,14 +33,16 @@ class RunningStreams:
                     self._threads.discard(threading.current_thread())
 
         thread = threading.Thread(target=run, name="stream", daemon=True)
+        faults.at("audioldm2_stream.start")
         with self._lock:
+            thread.start()  # may fail, where the machine has no more
             self._threads.add(thread)
-        thread.start()
 
     def close(self) -> None:
-        """Asks all streams to end, and waits until they have."""
+        """Asks all streams to end, and waits until they have, for a while."""
         self._closing = True
         with self._lock:
             threads = list(self._threads)
+        deadline = time.monotonic() + CLOSE_TIMEOUT_IN_S
         for thread in threads:
-            thread.join(CLOSE_TIMEOUT_IN_S)
+            thread.join(max(0.0, deadline - time.monotonic()))

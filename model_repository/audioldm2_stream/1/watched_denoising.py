@@ -4,12 +4,14 @@ import logging
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Final, TypeAlias
 
 import numpy as np
 
-from audioldm2_triton.errors import AudioLDM2Error
+from audioldm2_triton import faults
+from audioldm2_triton.errors import AudioLDM2Error, as_exception
 from stage_calls import CallStage, Interruption, Send, StageCall, Tensors
 
 DENOISER: Final = "denoiser"
@@ -50,12 +52,14 @@ def denoise(call: CallStage, conditioning: Tensors, send: Send, interruption: In
     job = uuid.uuid4().hex
     outcomes: SimpleQueue[_Outcome | tuple[int, int]] = SimpleQueue()
     over = threading.Event()
-    for target, arguments in ((_denoise, (call, conditioning, job, outcomes)), (_watch, (call, job, outcomes, over))):
-        threading.Thread(target=target, args=arguments, name=f"{target.__name__}-{job}", daemon=True).start()
     sent, num_steps = 0, num_evaluations(conditioning)
     reason: AudioLDM2Error | None = None
     next_poll = time.monotonic()
+    answered = False
     try:
+        # Where one of the threads cannot be started, the denoiser has not been asked yet.
+        _start(_watch, job, call, job, outcomes, over)
+        _start(_denoise, job, call, conditioning, job, outcomes)
         while True:
             outcome = _next(outcomes, max(0.0, next_poll - time.monotonic()))
             if time.monotonic() >= next_poll:
@@ -63,12 +67,13 @@ def denoise(call: CallStage, conditioning: Tensors, send: Send, interruption: In
                 reason = reason or interruption()
                 if reason is not None:
                     # Again and again: the job may not have been known yet.
-                    _control(call, "cancel", job)
+                    _let_go(call, job)
             if isinstance(outcome, tuple):
                 step, num_steps = outcome
                 if reason is None:
                     sent = _send_steps(send, sent, step, num_steps)
             elif outcome is not None:
+                answered = True
                 if reason is not None:
                     raise reason
                 if isinstance(outcome, Exception):
@@ -77,6 +82,20 @@ def denoise(call: CallStage, conditioning: Tensors, send: Send, interruption: In
                 return outcome["latents"]
     finally:
         over.set()
+        if not answered:
+            _let_go(call, job)
+
+
+def _start(target: Callable[..., None], job: str, *arguments: object) -> None:
+    threading.Thread(target=target, args=arguments, name=f"{target.__name__}-{job}", daemon=True).start()
+
+
+def _let_go(call: CallStage, job: str) -> None:
+    """Cancels a job that nobody waits for any more."""
+    try:
+        _control(call, "cancel", job)
+    except Exception:
+        logger.exception("the denoiser could not be told that nobody waits for a request")
 
 
 def num_evaluations(conditioning: Tensors) -> int:
@@ -105,10 +124,11 @@ def _denoise(
     call: CallStage, conditioning: Tensors, job: str, outcomes: "SimpleQueue[_Outcome | tuple[int, int]]"
 ) -> None:
     try:
+        faults.at("audioldm2_stream.denoise")
         inputs = {name: conditioning[name] for name in INPUTS}
         outcomes.put(call(StageCall(DENOISER, inputs, ["latents"], {"job": job})))
-    except Exception as error:
-        outcomes.put(error)
+    except BaseException as error:
+        outcomes.put(as_exception(error))
 
 
 def _watch(
@@ -117,6 +137,7 @@ def _watch(
     """Asks for progress again and again; the denoiser answers when there is some."""
     seen = 0
     try:
+        faults.at("audioldm2_stream.watch")
         while not over.is_set():
             step, num_steps = _control(call, "progress", job, after=seen)
             if step > seen:
@@ -124,7 +145,7 @@ def _watch(
                 outcomes.put((step, num_steps))
             else:
                 over.wait(UNKNOWN_JOB_RETRY_IN_S)  # not known yet, or not any more
-    except Exception:
+    except BaseException:
         # Progress is a courtesy: the request goes on without it, and its own call tells what is wrong.
         logger.exception("the progress of a request cannot be told")
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from audioldm2_triton.errors import invalid
+from audioldm2_triton import faults
+from audioldm2_triton.errors import InternalError, invalid
 from audioldm2_triton.geometry import AudioGeometry
 from clap_scores import ClapScorer, score_waveforms
 from waveform_decoder import WaveformDecoder, decode_waveforms
@@ -70,7 +71,11 @@ def score_all(
     waveforms = [waveform for index, row in wanted for waveform in audios[index][row]]
     texts = [torch.from_numpy(requests[index]["text_embeds"][row]) for index, row in wanted for _ in audios[index][row]]
     if waveforms:
-        values = iter(score_waveforms(scorer, waveforms, texts, sampling_rate))
+        given = np.array(score_waveforms(scorer, waveforms, texts, sampling_rate), np.float32)
+        given = faults.at("decoder.score", given)
+        if not np.isfinite(given).all():
+            raise InternalError("decoder: CLAP gave non-finite scores")
+        values = iter(given)
         for index, row in wanted:
             scores[index][row] = [next(values) for _ in audios[index][row]]
     return scores

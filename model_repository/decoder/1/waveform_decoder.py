@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import SpeechT5HifiGan
 
+from audioldm2_triton import faults
 from audioldm2_triton.errors import InternalError
 from audioldm2_triton.linear import replace_linear_layers
 from audioldm2_triton.residency import Residency
@@ -198,5 +199,6 @@ def _map_equal_shapes(
 
 
 def _check_finite(values: Tensor, part: str) -> None:
+    values = faults.at(f"decoder.{part}", values)
     if not bool(torch.isfinite(values).all()):
         raise InternalError(f"decoder: the {part} gave non-finite values")

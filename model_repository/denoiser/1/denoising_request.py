@@ -64,6 +64,6 @@ class DenoisingRequest:
         return sum(row.unet_items for row in self.rows)
 
 
-OnDone = Callable[[Tensor | Exception], None]
+OnDone = Callable[[Tensor | Exception], object]
 """Called once per request from the engine's thread, with the latents [B, N, C, H, W], float32 on the host, or with why
 there are none."""

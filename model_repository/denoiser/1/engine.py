@@ -8,6 +8,7 @@ that is the cheapest, else groups of them take turns.
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -16,18 +17,20 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from audioldm2_triton import faults
 from audioldm2_triton.errors import (
     DEADLINE_EXCEEDED,
     DeadlineExceededError,
     InvalidArgumentError,
     RequestCancelledError,
     UnavailableError,
+    as_exception,
     invalid,
 )
 from audioldm2_triton.residency import Residency
 from denoising_request import DenoisingRequest, OnDone
 from device_queue import RunAhead, device_works
-from engine_load import EngineLimits, EngineLoad, Observer
+from engine_load import EngineLimits, EngineLoad, GuardedObserver, Observer
 from forward_plan import Bucket, Flight, ForwardCosts, plan_forwards
 from job import Job, OnProgress, call_all
 from schedule_table import ScheduleError, ScheduleTables
@@ -39,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 CANCELLATION_POLL_NS: Final = 20_000_000  # asking Triton costs more than a flag, so not before every step of 5 ms
 MAX_FAILED_STEPS: Final = 3  # in a row; after these the engine counts as broken
+CLOSE_TIMEOUT_IN_S: Final = 20.0  # for the step under way; less than the server's own exit timeout
 
 
 class Engine:
@@ -74,7 +78,7 @@ class Engine:
         self._costs: ForwardCosts | None = None
         self._device = device
         self._dtype = dtype
-        self._observer = observer
+        self._observer = GuardedObserver(observer)
         self._guidance_interval = guidance_interval
         self._residency = residency or Residency()
         self._changed = threading.Condition()
@@ -101,6 +105,7 @@ class Engine:
         Raises `InvalidArgumentError` for a schedule that cannot be run and for a request that can never fit, and
         `UnavailableError` where there is no room and the waiting list is full.
         """
+        faults.at("denoiser.submit")
         items = self.limits.held_items(request)
         if items > self.limits.max_active_rows:
             raise invalid(
@@ -123,8 +128,7 @@ class Engine:
             self._jobs.append(job)
             load = self._load()
             self._changed.notify_all()
-        if self._observer is not None:
-            self._observer.changed(load)
+        self._observer.changed(load)
         return job
 
     def cancel(self, job: Job) -> None:
@@ -156,11 +160,14 @@ class Engine:
             raise self.broken
 
     def close(self) -> None:
-        """Fails what is in flight and waiting, and ends the thread."""
+        """Fails what is in flight and waiting, and ends the thread, unless a step holds it for good."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(CLOSE_TIMEOUT_IN_S)
+        if self._thread.is_alive():
+            logger.error("the engine on %s does not come out of its step", self._device)
+            self._fail_all()
 
     def _start_waveforms(self, request: DenoisingRequest) -> tuple[WaveformState, ...]:
         waveforms = []
@@ -185,29 +192,52 @@ class Engine:
     # -- the engine's thread
 
     def _run(self) -> None:
-        self._warm_up()
-        with torch.inference_mode():
-            while self._wait_for_work():
-                self._drop_cancelled()
-                self._admit()
-                self._step()
-        self._residency.leave()
-        reason = "broken" if self.broken else "shutting down"
-        for job in list(self._jobs):
-            self._finish(job, UnavailableError(f"denoiser: the engine is {reason}; try again"))
+        try:
+            self._warm_up()
+            with torch.inference_mode():
+                while self._wait_for_work():
+                    faults.at("denoiser.loop")
+                    self._drop_cancelled()
+                    self._admit()
+                    self._step()
+        except BaseException as error:
+            # Whose fault it is cannot be told, nor what state the engine is in: it must not go on.
+            self._break(as_exception(error))
+        try:
+            self._residency.leave()
+        except BaseException:
+            logger.exception("the weights on %s could not be taken out", self._device)
+        self._fail_all()
 
     def _warm_up(self) -> None:
-        try:
-            with self._residency:
-                costs = self._measure_costs()
-        except Exception as error:
-            with self._changed:
-                self.broken = error
-                self._changed.notify_all()
-        else:
-            with self._changed:
-                self._costs = costs
-                self._changed.notify_all()
+        with self._residency:
+            costs = self._measure_costs()
+        with self._changed:
+            self._costs = costs
+            self._changed.notify_all()
+
+    def _break(self, error: Exception) -> None:
+        with self._changed:
+            self.broken = error
+            self._changed.notify_all()
+        logger.error("the engine on %s is broken and takes no more requests", self._device, exc_info=error)
+        # The error stays; what its frames hold must not: a request that is lost in one is answered when it is let go.
+        cause: BaseException | None = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
+        self._observer.broke(error)
+
+    def _fail_all(self) -> None:
+        """Answers everything that is held; nothing more can come in."""
+        reason = "broken" if self.broken else "shutting down"
+        with self._changed:
+            jobs = list(self._jobs)
+        for job in jobs:
+            try:
+                self._finish(job, UnavailableError(f"denoiser: the engine is {reason}; try again"))
+            except BaseException:
+                logger.exception("the engine on %s could not let a request go", self._device)
 
     def _wait_for_work(self) -> bool:
         if not self._jobs:
@@ -237,7 +267,12 @@ class Engine:
         now = time.monotonic_ns()
         for job in list(self._jobs):
             steps = f"after {job.evaluations_done} of {job.num_evaluations} steps"
-            if job.cancelled or self._poll_cancelled(job, now):
+            try:
+                cancelled = job.cancelled or self._poll_cancelled(job, now)
+            except BaseException as error:
+                self._finish(job, as_exception(error))
+                continue
+            if cancelled:
                 self._finish(job, RequestCancelledError(f"cancelled {steps}"))
             elif 0 < job.request.deadline_ns <= now:
                 self._finish(job, DeadlineExceededError(f"{DEADLINE_EXCEEDED} {steps}"))
@@ -246,30 +281,43 @@ class Engine:
         if job.is_cancelled is None or now - job.polled_ns < CANCELLATION_POLL_NS:
             return False
         job.polled_ns = now
+        faults.at("denoiser.is_cancelled")
         return job.is_cancelled()
 
     def _admit(self) -> None:
         """Waveforms enter in order of arrival, as far as there is room; the first always has it."""
         admitted: list[Job] = []
+        failed: list[tuple[Job, Exception]] = []
         with self._changed:
             room = self.limits.max_active_frames - self._frames(self._flight)
             for job in self._jobs:
-                while job.pending and (not self._flight or self._frames([job.pending[0]]) <= room):
-                    waveform = job.pending.popleft()
-                    room -= self._frames([waveform])
-                    self._owners[id(waveform)] = job
-                    self._flight.append(waveform)
-                    self._stale = True
-                    if not job.started:
-                        job.started = True
-                        admitted.append(job)
+                try:
+                    room = self._admit_job(job, room, admitted)
+                except BaseException as error:
+                    failed.append((job, as_exception(error)))
+                    continue
                 if job.pending:
                     break  # later arrivals do not overtake
-        if self._observer is not None:
-            for job in admitted:
-                self._observer.admitted((time.monotonic_ns() - job.submitted_ns) / 1e9)
-            if admitted:
-                self._observer.changed(self.load)
+        for job, reason in failed:
+            self._finish(job, reason)
+        for job in admitted:
+            self._observer.admitted((time.monotonic_ns() - job.submitted_ns) / 1e9)
+        if admitted:
+            self._observer.changed(self.load)
+
+    def _admit_job(self, job: Job, room: int, admitted: list[Job]) -> int:
+        """Lets a job's waveforms in. Returns how much room is left."""
+        while job.pending and (not self._flight or self._frames([job.pending[0]]) <= room):
+            faults.at("denoiser.admit")
+            waveform = job.pending.popleft()
+            room -= self._frames([waveform])
+            self._owners[id(waveform)] = job
+            self._flight.append(waveform)
+            self._stale = True
+            if not job.started:
+                job.started = True
+                admitted.append(job)
+        return room
 
     def _step(self) -> None:
         """One forward of the group whose turn it is."""
@@ -284,14 +332,14 @@ class Engine:
                 return
             group = self._groups[0]
             waveforms = group.waveforms
+            faults.at("denoiser.step")
             items = group.advance(self._unet)
             self._run_ahead.limit()
-        except Exception as error:
-            self._fail_step(waveforms, error)
-            return
-        self._failed_steps = 0
-        self._groups.rotate(-1)
-        self._account(group, items)
+            self._groups.rotate(-1)
+            self._account(group, items)
+            self._failed_steps = 0
+        except BaseException as error:
+            self._fail_step(waveforms, as_exception(error))
 
     def _regroup(self) -> None:
         """Plans the forwards anew after something entered or left."""
@@ -303,7 +351,7 @@ class Engine:
         self._groups.clear()
         # Unstacked first, and all of them: a waveform's history is a part of its old batch until it is stacked again.
         for waveform in self._flight:
-            waveform.history = waveform.history.to(self._device, non_blocking=True)
+            waveform.history = faults.at("denoiser.regroup", waveform.history.to(self._device, non_blocking=True))
         flights = [
             Flight(index, waveform.step_items, waveform.row_frames)
             for index, waveform in enumerate(self._flight)
@@ -334,8 +382,7 @@ class Engine:
 
     def _account(self, group: StepGroup, items: int) -> None:
         now = time.perf_counter()
-        if self._observer is not None:
-            self._observer.stepped(items, now - self._last_step)
+        self._observer.stepped(items, now - self._last_step)
         self._last_step = now
         for waveform in group.waveforms:
             waveform.last_step = now
@@ -361,12 +408,11 @@ class Engine:
         """The requests of a failed step fail; the others start over from their last good state."""
         for job in self._owners_of(waveforms):
             self._finish(job, error)
+        if not self._flight:
+            self._groups.clear()  # which may not even be taken apart
         self._failed_steps += 1
         if self._failed_steps >= MAX_FAILED_STEPS or not device_works(self._device):
-            self.broken = error
-            logger.error("the engine on %s is broken and takes no more requests: %s", self._device, error)
-            if self._observer is not None:
-                self._observer.broke(error)
+            self._break(error)
 
     def _owners_of(self, waveforms: Sequence[WaveformState]) -> list[Job]:
         jobs = {id(job): job for job in (self._owners.get(id(waveform)) for waveform in waveforms) if job is not None}
@@ -384,17 +430,20 @@ class Engine:
                 self._owners.pop(key, None)
 
     def _finish(self, job: Job, outcome: Tensor | Exception) -> None:
+        """Lets a job go and answers it, once; raises nothing."""
         self._leave(job.waveforms)
         with self._changed:
+            if job.done:
+                return
             self._jobs.remove(job)
             job.done = True
             calls: list[Callable[[], None]] = [
                 lambda listener=listener: listener(0, 0)  # type: ignore[misc]
                 for _, listener in job.listeners
             ]
+            job.listeners = []
             load = self._load()
         call_all(calls)
-        if self._observer is not None:
-            self._observer.finished(job.request, outcome)
-            self._observer.changed(load)
-        call_all([lambda: job.on_done(outcome)])
+        self._observer.finished(job.request, outcome)
+        self._observer.changed(load)
+        call_all([lambda: job.answer(outcome)])

@@ -1,11 +1,15 @@
 """How much an engine may hold, what it holds, and who is told."""
 
+import logging
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from audioldm2_triton import faults
 from denoising_request import DenoisingRequest, DenoisingRow
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,3 +76,34 @@ class Observer(Protocol):
 
     def broke(self, error: Exception, /) -> None:
         """The engine has given up."""
+
+
+class GuardedObserver:
+    """Tells an observer, if there is one; what it raises is logged, and concerns neither a request nor the engine."""
+
+    def __init__(self, observer: Observer | None) -> None:
+        self._observer = observer
+
+    def stepped(self, rows: int, seconds: float) -> None:
+        self._tell("stepped", rows, seconds)
+
+    def admitted(self, waited_s: float) -> None:
+        self._tell("admitted", waited_s)
+
+    def finished(self, request: DenoisingRequest, outcome: Tensor | Exception) -> None:
+        self._tell("finished", request, outcome)
+
+    def changed(self, load: EngineLoad) -> None:
+        self._tell("changed", load)
+
+    def broke(self, error: Exception, /) -> None:
+        self._tell("broke", error)
+
+    def _tell(self, what: str, *arguments: object) -> None:
+        if self._observer is None:
+            return
+        try:
+            faults.at("denoiser.observer")
+            getattr(self._observer, what)(*arguments)
+        except BaseException:
+            logger.exception("denoiser: the metrics miss something (%s)", what)

@@ -1,16 +1,16 @@
 """The engines of one server, one per device: each request goes to the one with most room."""
 
-import logging
+import contextlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from audioldm2_triton.errors import AudioLDM2Error, UnavailableError
+from audioldm2_triton.errors import UnavailableError, as_exception
 from denoising_request import DenoisingRequest, OnDone
 from engine import Engine
 from job import Job, OnProgress
 from schedule_table import ScheduleError, ScheduleTables
-
-logger = logging.getLogger(__name__)
 
 
 class EnginePool:
@@ -21,7 +21,9 @@ class EnginePool:
         self._tables = tables
         # A schedule that is new can take seconds to read off its scheduler; others need not wait for it.
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="schedules")
-        self._jobs: dict[str, tuple[Engine, Job]] = {}
+        # Weak: a job is known for as long as its engine holds it, and nothing here keeps one that is lost.
+        self._jobs: WeakValueDictionary[str, Job] = WeakValueDictionary()
+        self._engine_of: WeakKeyDictionary[Job, Engine] = WeakKeyDictionary()
 
     def submit(
         self,
@@ -30,64 +32,68 @@ class EnginePool:
         is_cancelled: Callable[[], bool] | None = None,
         name: str = "",
     ) -> None:
-        """Takes a request in; `on_done` is called once, with the latents or with why there are none.
+        """Takes a request in; `on_done` is called, with the latents or with why there are none. Raises nothing.
 
         Args:
             name: by which `listen` and `cancel` know it; none need be given.
         """
-        if all(self._tables.has(row.scheduler, row.num_inference_steps) for row in request.rows):
-            self._start(request, on_done, is_cancelled, name)
+        try:
+            if all(self._tables.has(row.scheduler, row.num_inference_steps) for row in request.rows):
+                self._start(request, on_done, is_cancelled, name)
+                return
+            building = self._builder.submit(self._build_and_start, request, on_done, is_cancelled, name)
+        except BaseException as error:
+            on_done(as_exception(error))
         else:
-            self._builder.submit(self._build_and_start, request, on_done, is_cancelled, name)
+            building.add_done_callback(partial(_answer_unstarted, on_done))
 
     def listen(self, name: str, after: int, on_progress: OnProgress) -> None:
         """As `Engine.listen`; with zeros at once for a name that is not known yet, or not any more."""
-        if name not in self._jobs:
+        job = self._jobs.get(name)
+        if job is None:
             on_progress(0, 0)
-            return
-        engine, job = self._jobs[name]
-        engine.listen(job, after, on_progress)
+        else:
+            self._engine_of[job].listen(job, after, on_progress)
 
     def cancel(self, name: str) -> None:
         """A name that is not known is left alone."""
-        if name in self._jobs:
-            engine, job = self._jobs[name]
-            engine.cancel(job)
+        job = self._jobs.get(name)
+        if job is not None:
+            self._engine_of[job].cancel(job)
+
+    def deadline_ns(self, name: str) -> int:
+        """The deadline of a named request, on the monotonic clock in ns; 0 where it has none or is not known."""
+        job = self._jobs.get(name)
+        return 0 if job is None else job.request.deadline_ns
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether any engine works."""
+        return any(engine.broken is None for engine in self.engines)
 
     def close(self) -> None:
-        self._builder.shutdown(cancel_futures=True)
+        """Fails everything that is held, and all that is not built yet."""
+        self._builder.shutdown(wait=False, cancel_futures=True)
         for engine in self.engines:
             engine.close()
 
     def _build_and_start(
         self, request: DenoisingRequest, on_done: OnDone, is_cancelled: Callable[[], bool] | None, name: str
     ) -> None:
-        try:
-            for row in request.rows:
+        for row in request.rows:
+            # What cannot be run the engine refuses, in the contract's words.
+            with contextlib.suppress(ScheduleError):
                 self._tables.get(row.scheduler, row.num_inference_steps)
-        except ScheduleError:
-            pass  # the engine refuses it in the contract's words
         self._start(request, on_done, is_cancelled, name)
 
     def _start(
         self, request: DenoisingRequest, on_done: OnDone, is_cancelled: Callable[[], bool] | None, name: str
     ) -> None:
-        def forget_and_answer(outcome: object) -> None:
-            self._jobs.pop(name, None)
-            on_done(outcome)  # type: ignore[arg-type]
-
-        try:
-            engine = self._roomiest()
-            job = engine.submit(request, forget_and_answer if name else on_done, is_cancelled)
-        except Exception as error:
-            if not isinstance(error, AudioLDM2Error):
-                logger.exception("denoiser: a request could not be started")
-            on_done(error)
-            return
+        engine = self._roomiest()
+        job = engine.submit(request, on_done, is_cancelled)
         if name:
-            self._jobs[name] = engine, job
-            if job.done:  # already, before its name was known
-                self._jobs.pop(name, None)
+            self._engine_of[job] = engine
+            self._jobs[name] = job
 
     def _roomiest(self) -> Engine:
         """Raises `UnavailableError` where no engine works any more."""
@@ -95,3 +101,13 @@ class EnginePool:
         if not working:
             raise UnavailableError("denoiser: every engine is broken; restart the server")
         return max(working, key=lambda engine: engine.load.free_frames)
+
+
+def _answer_unstarted(on_done: OnDone, building: "Future[None]") -> None:
+    """Answers a request that the schedules' thread did not get to, or could not start."""
+    if building.cancelled():
+        on_done(UnavailableError("denoiser is shutting down; try again"))
+        return
+    error = building.exception()
+    if error is not None:
+        on_done(as_exception(error))

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from audioldm2_triton.errors import InternalError
+from audioldm2_triton import faults
+from audioldm2_triton.errors import InternalError, as_exception
 from denoising_request import DenoisingRequest, OnDone
 from step_batch import WaveformState
 
@@ -55,17 +56,27 @@ class Job:
         done, total = self.evaluations_done, self.num_evaluations
         due = [listener for after, listener in self.listeners if done > after]
         self.listeners = [(after, listener) for after, listener in self.listeners if done <= after]
-        return [lambda listener=listener: listener(done, total) for listener in due]  # type: ignore[misc]
+        return [lambda listener=listener: _tell(listener, done, total) for listener in due]  # type: ignore[misc]
+
+    def answer(self, outcome: Tensor | Exception) -> None:
+        faults.at("denoiser.callback")
+        self.on_done(outcome)
 
     def collect(self) -> Tensor | Exception:
         """The latents [B, N, C, H, W] on the host, once all waveforms are finished, or why they cannot be had."""
         try:
+            faults.at("denoiser.collect")
             latents = torch.stack([waveform.latents for waveform in self.waveforms]).to("cpu")
-        except Exception as error:
-            return error
-        if not bool(torch.isfinite(latents).all()):
-            return InternalError("denoiser: the latents are not finite")
-        return latents.unflatten(0, (len(self.request.rows), -1))
+            if not bool(torch.isfinite(latents).all()):
+                return InternalError("denoiser: the latents are not finite")
+            return latents.unflatten(0, (len(self.request.rows), -1))
+        except BaseException as error:
+            return as_exception(error)
+
+
+def _tell(listener: OnProgress, done: int, total: int) -> None:
+    faults.at("denoiser.listener")
+    listener(done, total)
 
 
 def call_all(calls: Sequence[Callable[[], None]]) -> None:
@@ -73,6 +84,6 @@ def call_all(calls: Sequence[Callable[[], None]]) -> None:
     for call in calls:
         try:
             call()
-        except Exception:
+        except BaseException:
             # One client that cannot be answered must not end the thread that all others depend on.
             logger.exception("denoiser: an answer could not be sent")

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from audioldm2_triton import faults
+
 WINDOW: Final = 4
 """Pairs of (sample, model output) that a scheduler may look back on; LMS needs all four."""
 
@@ -59,6 +61,7 @@ class ScheduleTables:
         """Raises `ScheduleError`."""
         key = scheduler, num_inference_steps
         if key not in self._tables:
+            faults.at("denoiser.schedule")
             self._tables[key] = build_schedule_table(deepcopy(self._make_solver(scheduler)), num_inference_steps)
         return self._tables[key]
 
@@ -77,6 +80,8 @@ def build_schedule_table(solver: Any, num_inference_steps: int) -> ScheduleTable
     try:
         solver.set_timesteps(num_inference_steps)
         run = _run_on_unit_vectors(solver)
+    except (ImportError, MemoryError):
+        raise  # the server's fault, not the request's
     except Exception as error:
         raise ScheduleError(f"{scheduler} cannot run {num_inference_steps} steps: {error}") from error
     coefficients, residual = _fit(run.samples)

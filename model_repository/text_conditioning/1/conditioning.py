@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from audioldm2_triton import faults
 from audioldm2_triton.contract import GenerationRow
 from audioldm2_triton.errors import InternalError
 from audioldm2_triton.geometry import AudioGeometry
@@ -67,9 +68,8 @@ def _encode_keys(encoders: TextEncoders, keys: Sequence[TextKey]) -> list[Encode
 
 
 def _split(encoded: EncodedTexts, lengths: Sequence[int]) -> list[EncodedTexts]:
-    on_host = [
-        _to_host(tensor) for tensor in (encoded.text_embeds, encoded.prompt_embeds, encoded.generated_prompt_embeds)
-    ]
+    text_embeds = faults.at("text_conditioning.encode", encoded.text_embeds)
+    on_host = [_to_host(tensor) for tensor in (text_embeds, encoded.prompt_embeds, encoded.generated_prompt_embeds)]
     if not all(bool(torch.isfinite(tensor).all()) for tensor in on_host):
         raise InternalError("text_conditioning: an encoder gave non-finite values")
     text_embeds, prompt_embeds, generated = on_host

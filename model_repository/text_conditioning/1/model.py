@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
+from audioldm2_triton import faults
 from audioldm2_triton import triton_adapter as adapter
 from audioldm2_triton.contract import GenerationRow
 from audioldm2_triton.geometry import read_audio_geometry
@@ -16,28 +17,33 @@ from request_rows import parse_rows
 from text_encoders import EncodedTexts
 from text_stage import load_text_stage
 
+ParsedRequest: TypeAlias = tuple[tuple[GenerationRow, ...], int]  # and its deadline, in ns; 0: none
+
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        self.name = args["model_name"]
         self.settings = adapter.model_settings(args)
         device = resolve_device(self.settings, args["model_instance_kind"], int(args["model_instance_device_id"]))
         self.geometry = read_audio_geometry(Path(self.settings.checkpoint))
         self.encoders = load_text_stage(self.settings, device)
-        self.memory = adapter.MemoryGauge(self.name, device)
+        self.memory = adapter.MemoryGauge(args["model_name"], device)
+        self.settlements = adapter.open_settlements(args["model_name"])
         self.cache = EmbeddingCache[EncodedTexts](self.settings.embedding_cache_size)
 
-    def execute(self, requests: Sequence[Any]) -> list[Any]:
-        responses = adapter.respond_together(requests, self._parse, self._condition, self.name)
+    def execute(self, requests: Sequence[Any]) -> None:
+        taken = adapter.take(requests, adapter.unchanged, self.settlements, self.settings.default_timeout_in_s)
+        adapter.answer_together(taken, self._parse, self._condition)
         self.memory.update()
-        return responses
 
-    def _parse(self, request: Any) -> tuple[tuple[GenerationRow, ...], int]:
-        deadline = adapter.deadline_ns(request)
+    def finalize(self) -> None:
+        self.settlements.close()
+
+    def _parse(self, request: adapter.ReadRequest) -> ParsedRequest:
+        faults.at("text_conditioning.parse")
         native = self.geometry.native_audio_length_in_s
-        return parse_rows(adapter.input_arrays(request), self.settings.limits, native, self.encoders.speaks), deadline
+        return parse_rows(request.inputs, self.settings.limits, native, self.encoders.speaks), request.deadline_ns
 
-    def _condition(self, requests: list[tuple[tuple[GenerationRow, ...], int]]) -> list[dict[str, np.ndarray]]:
+    def _condition(self, requests: list[ParsedRequest]) -> list[dict[str, np.ndarray]]:
         full = self.settings.full_negative_prompt == "on"
         resolved = condition(self.encoders, self.cache, self.geometry, [rows for rows, _ in requests], full)
         return [

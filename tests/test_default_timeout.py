@@ -1,0 +1,58 @@
+"""The deadline of a request that sets none: the server's own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tritonclient import grpc
+
+from audioldm2_triton import AudioLDM2Client, DeadlineExceededError, contract
+from metrics_page import is_idle, wait_for_metrics
+from serving.local_server import LocalServer, local_server
+from test_invalid_requests import infer_inputs
+
+# Takes longer than the deadline at any pace of the machine.
+LONG = {"num_inference_steps": 200, "audio_length_in_s": 5.0, "scheduler": "HeunDiscreteScheduler", "seed": 1}
+SHORT = {"num_inference_steps": 1, "audio_length_in_s": 0.1, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def impatient_server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    log = tmp_path_factory.mktemp("impatient") / "log"
+    with local_server(tiny_checkpoint, log, "--default-timeout-in-s=0.5") as running:
+        yield running
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize("prompt", ["rain", ["rain"]], ids=["stream", "ensemble"])
+def test_a_request_without_a_timeout_has_the_servers(
+    protocol: str, prompt: str | list[str], impatient_server: LocalServer
+) -> None:
+    url = impatient_server.grpc_url if protocol == "grpc" else impatient_server.http_url
+    with AudioLDM2Client(url) as client:
+        with pytest.raises(DeadlineExceededError, match="deadline exceeded"):
+            client.generate(prompt, **LONG)
+        # Its own timeout is the one that counts.
+        assert client.generate(prompt, **SHORT, timeout=60.0)
+    wait_for_metrics(impatient_server, is_idle, "an idle server")
+
+
+def test_a_direct_request_to_the_denoiser_has_it_too(impatient_server: LocalServer) -> None:
+    rows = {
+        "prompt": [b"rain"],
+        **{name: [value.encode() if isinstance(value, str) else value] for name, value in LONG.items()},
+    }
+    with grpc.InferenceServerClient(f"localhost:{impatient_server.grpc_port}") as client:
+        answer = client.infer("text_conditioning", infer_inputs(grpc, rows))
+        inputs = []
+        for output in answer.get_response().outputs:
+            if output.name in ("text_embeds", "num_samples", "return_scores", "deadline_ns"):
+                continue  # which the denoiser has no use for, or is to do without
+            array = answer.as_numpy(output.name)
+            inputs.append(grpc.InferInput(output.name, array.shape, output.datatype))
+            inputs[-1].set_data_from_numpy(array)
+        with pytest.raises(grpc.InferenceServerException, match="deadline exceeded") as caught:
+            client.infer("denoiser", inputs, outputs=[grpc.InferRequestedOutput("latents")])
+    assert caught.value.status() == "StatusCode.CANCELLED"
+    assert contract.ENSEMBLE not in caught.value.message()
+    wait_for_metrics(impatient_server, is_idle, "an idle server")

@@ -1,0 +1,526 @@
+"""Faults at every fault point: who is concerned is answered, all others are right, and nothing is left behind."""
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from geventhttpclient.response import HTTPConnectionClosed
+from torch import Tensor
+from tritonclient import grpc, http
+from tritonclient.utils import InferenceServerException
+
+import engine as engine_module
+from audioldm2_pipeline import difference
+from audioldm2_triton import contract, faults
+from audioldm2_triton.errors import InternalError, InvalidArgumentError, UnavailableError
+from audioldm2_triton.faults import NAN, PANIC, POINTS, RAISE, STALL
+from conftest import ROOT
+from engine import Engine
+from engine_load import EngineLimits
+from engine_pool import EnginePool
+from engine_workload import CPU, Outcomes, WatchedUNet, make_engine, make_request
+from forward_plan import ALWAYS_MIX
+from metrics_page import is_idle, wait_for_metrics
+from schedule_table import ScheduleTables
+from serving.local_server import LocalServer, local_server
+from test_engine import SCHEDULER_CONFIG, TABLES, assert_is_reference, wait_until
+from test_invalid_requests import infer_inputs
+from test_stream import Stream
+
+WAIT_IN_S = 60.0
+TOLERANCE = 1e-4  # of the peak
+STEPS = 3
+
+# Faults of these kinds at these points concern nobody's audio: metrics and progress are courtesies.
+HARMLESS = {
+    *((f"denoiser.{point}", kind) for point in ("observer", "listener", "control") for kind in (RAISE, PANIC)),
+    *(("audioldm2_stream.watch", kind) for kind in (RAISE, PANIC, STALL)),
+}
+# What fails here is the work of several requests: all of them fail, since it cannot be told which is to blame.
+SHARED = {(f"denoiser.{point}", kind) for point in ("step", "regroup") for kind in (RAISE, PANIC)}
+# What fails here for several requests is done again for each of them alone.
+ISOLATED = {"text_conditioning.encode", "decoder.VAE", "decoder.vocoder", "decoder.score"}
+FATAL = "denoiser.loop"
+ONLY_STREAMS = {
+    "denoiser.listener",
+    "denoiser.control",
+    *(point for point in POINTS if point.startswith("audioldm2_stream.")),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One of the requests of the tests; they differ, so that an answer to another one would be seen."""
+
+    way: str  # grpc, http or stream
+    steps: int = STEPS
+
+    @property
+    def rows(self) -> dict[str, list]:
+        prompts = {"grpc": b"rain", "http": b"a dog barks", "stream": b"birds sing over deep water"}
+        return {
+            "prompt": [prompts[self.way]],
+            "seed": [len(self.way)],
+            "audio_length_in_s": [{"grpc": 0.32, "http": 0.64, "stream": 0.48}[self.way]],
+            "num_inference_steps": [self.steps],
+            "return_scores": [True],
+        }
+
+
+WAYS = ("grpc", "http", "stream")
+
+
+class UnansweredError(Exception):
+    """No answer came while the client waited."""
+
+
+@dataclass
+class Asking:
+    """Sends requests, and counts them and those that had no answer."""
+
+    server: LocalServer
+    sent: int = 0
+    unanswered: int = 0
+    _solo: dict[Request, np.ndarray] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def audio(self, request: Request, timeout_in_s: float | None = None) -> np.ndarray | Exception:
+        """The audio [1, 1, S] of a request, or why there is none."""
+        with self._lock:
+            self.sent += 1
+        send: Callable[[Request, int | None], np.ndarray] = getattr(self, f"_by_{request.way}")
+        try:
+            return send(request, None if timeout_in_s is None else int(timeout_in_s * 1e6))
+        except InferenceServerException as error:
+            if "Deadline Exceeded" not in error.message():  # gRPC's own words, of the client
+                return error
+            failure: Exception = error
+        except (Empty, OSError, HTTPConnectionClosed) as error:
+            failure = error
+        with self._lock:
+            self.unanswered += 1
+        return UnansweredError(f"{request}: {failure!r}")
+
+    def _by_grpc(self, request: Request, timeout_us: int | None) -> np.ndarray:
+        with grpc.InferenceServerClient(f"localhost:{self.server.grpc_port}") as client:
+            inputs = infer_inputs(grpc, request.rows)
+            answer = client.infer(contract.ENSEMBLE, inputs, timeout=timeout_us, client_timeout=WAIT_IN_S)
+        return answer.as_numpy("audio")
+
+    def _by_http(self, request: Request, timeout_us: int | None) -> np.ndarray:
+        address = f"localhost:{self.server.http_port}"
+        with http.InferenceServerClient(address, network_timeout=WAIT_IN_S) as client:
+            answer = client.infer(contract.ENSEMBLE, infer_inputs(http, request.rows), timeout=timeout_us)
+        return answer.as_numpy("audio")
+
+    def _by_stream(self, request: Request, timeout_us: int | None) -> np.ndarray:
+        with closing(Stream(self.server, WAIT_IN_S)) as stream:
+            stream.send(request.rows, **({} if timeout_us is None else {"timeout": timeout_us}))
+            try:
+                responses = list(stream.responses())
+            except Empty:
+                stream.cancel()  # else closing waits for the answer
+                raise
+        steps = [int(response["step"][0, 0]) for response in responses if "step" in response]
+        assert steps == list(range(1, len(steps) + 1)), "the steps have gaps"
+        return np.concatenate([response["audio"] for response in responses if "audio" in response], axis=2)
+
+    def together(self, requests: list[Request]) -> list[np.ndarray | Exception]:
+        with ThreadPoolExecutor(len(requests)) as pool:
+            return list(pool.map(self.audio, requests))
+
+    def check_right(self, request: Request, outcome: np.ndarray | Exception) -> None:
+        """Compares with the audio that the request has alone, while nothing is armed."""
+        assert isinstance(outcome, np.ndarray), f"{request}: {outcome!r}"
+        if request not in self._solo:
+            alone = self.audio(request)
+            assert isinstance(alone, np.ndarray), f"{request} alone: {alone!r}"
+            self._solo[request] = alone
+        assert difference(outcome, self._solo[request]) < TOLERANCE, request
+
+    def check_idle(self) -> None:
+        wait_for_metrics(self.server, is_idle, "all gauges back at zero")
+
+
+@pytest.fixture(scope="module")
+def fault_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def asking(tiny_checkpoint: Path, fault_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asking]:
+    log = tmp_path_factory.mktemp("faulty") / "log"
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(faults.DIRECTORY_VARIABLE, str(fault_directory))
+        # Without a cache of texts, so that all of them are encoded every time.
+        with local_server(tiny_checkpoint, log, "--embedding-cache-size=0") as running:
+            yield Asking(running)
+
+
+def check_failure(outcome: np.ndarray | Exception, request: Request, codes: dict[str, str], words: str) -> None:
+    """Streams have no codes."""
+    assert isinstance(outcome, InferenceServerException), f"{request}: {outcome!r}"
+    assert words in outcome.message(), outcome.message()
+    assert "\n" not in outcome.message()
+    if request.way != "stream":
+        assert outcome.status() == codes[request.way], outcome
+
+
+def check_internal(outcome: np.ndarray | Exception, request: Request, point: str) -> None:
+    check_failure(outcome, request, {"grpc": "StatusCode.INTERNAL", "http": "500"}, point.partition(".")[0])
+
+
+def check_struck_in_a_crowd(asking: Asking, directory: Path, point: str, kind: str, steps: int) -> None:
+    crowd = [Request(way, steps) for way in WAYS]
+    file = faults.arm(directory, point, kind)
+    outcomes = asking.together(crowd)
+    assert faults.has_struck(file), "nobody came by"
+    failed = [isinstance(outcome, Exception) for outcome in outcomes]
+    for request, outcome in zip(crowd, outcomes, strict=True):
+        if isinstance(outcome, Exception):
+            check_internal(outcome, request, point)
+            assert request.way == "stream" or point not in ONLY_STREAMS
+        else:
+            asking.check_right(request, outcome)
+    least, most = (0, 0) if (point, kind) in HARMLESS else (1, 1)
+    if (point, kind) in SHARED:
+        most = len(crowd)
+    elif point in ISOLATED:
+        least = 0
+    assert least <= sum(failed) <= most, outcomes
+
+
+def check_struck_alone(asking: Asking, directory: Path, point: str, kind: str, request: Request) -> None:
+    file = faults.arm(directory, point, kind)
+    outcome = asking.audio(request)
+    assert faults.has_struck(file), "nobody came by"
+    if (point, kind) in HARMLESS:
+        asking.check_right(request, outcome)
+    else:
+        check_internal(outcome, request, point)
+
+
+def check_stalled(asking: Asking, directory: Path, point: str, request: Request) -> None:
+    """One request is held up until after its deadline; others come meanwhile, and have none."""
+    timeout_in_s = 0.4
+    with ThreadPoolExecutor(len(WAYS)) as pool:
+        while True:
+            file = faults.arm(directory, point, STALL)
+            concerned = pool.submit(asking.audio, request, timeout_in_s)
+            while not faults.has_struck(file) and not concerned.done():
+                time.sleep(0.002)
+            if faults.has_struck(file):
+                break
+            # The machine is so slow that the deadline came before the request did.
+            check_expired(concerned.result(), request)
+            timeout_in_s *= 3
+        try:
+            others = [Request(way, request.steps) for way in WAYS if way != request.way]
+            neighbours = [pool.submit(asking.audio, other) for other in others]
+            outcome = concerned.result()
+        finally:
+            file.unlink()
+    # An observer is also told by the thread that takes requests in, beside which the engine goes on.
+    if (point, STALL) in HARMLESS or (point == "denoiser.observer" and isinstance(outcome, np.ndarray)):
+        asking.check_right(request, outcome)
+    else:
+        check_expired(outcome, request)
+    for other, neighbour in zip(others, neighbours, strict=True):
+        asking.check_right(other, neighbour.result())
+
+
+def check_expired(outcome: np.ndarray | Exception, request: Request) -> None:
+    check_failure(outcome, request, {"grpc": "StatusCode.CANCELLED", "http": "400"}, "deadline exceeded")
+
+
+def test_every_fault_is_answered(asking: Asking, fault_directory: Path) -> None:
+    cases = [(point, kind) for point, kinds in POINTS.items() for kind in kinds if point != FATAL]
+    new_steps = iter(range(STEPS + 1, 1000))
+    for number, (point, kind) in enumerate(cases):
+        # Only schedules that are new are built.
+        steps = [next(new_steps) if point == "denoiser.schedule" else STEPS for _ in range(2)]
+        way = "stream" if point in ONLY_STREAMS else WAYS[number % len(WAYS)]
+        try:
+            if kind == STALL:
+                check_stalled(asking, fault_directory, point, Request(way, steps[0]))
+            else:
+                check_struck_in_a_crowd(asking, fault_directory, point, kind, steps[0])
+                check_struck_alone(asking, fault_directory, point, kind, Request(way, steps[1]))
+            following = Request(WAYS[(number + 1) % len(WAYS)])
+            asking.check_right(following, asking.audio(following))
+            asking.check_idle()
+        except AssertionError as error:
+            raise AssertionError(f"{kind} at {point}: {error}") from error
+    print(f"{len(POINTS)} points, {len(cases)} faults, {asking.sent} requests, {asking.unanswered} without an answer")
+    assert asking.unanswered == 0
+    assert asking.sent >= 4 * len(cases)
+
+
+def test_an_engine_that_cannot_go_on_answers_what_it_held(asking: Asking, fault_directory: Path) -> None:
+    """The last test with this server: its only engine is broken afterwards."""
+    file = faults.arm(fault_directory, FATAL, RAISE)
+    crowd = [Request(way) for way in WAYS]
+    outcomes = asking.together(crowd)
+    assert faults.has_struck(file)
+    following = asking.audio(crowd[0])
+    for request, outcome in zip([*crowd, crowd[0]], [*outcomes, following], strict=True):
+        check_failure(outcome, request, {"grpc": "StatusCode.UNAVAILABLE", "http": "503"}, "engine is broken")
+    asking.check_idle()
+    page = wait_for_metrics(asking.server, is_idle, "all gauges back at zero")
+    assert page['audioldm2_engine_broken{engine="cpu",model="denoiser"}'] == 1
+    assert f"fault at {FATAL}" in asking.server.log.read_text(), "the log says why"
+    assert asking.unanswered == 0
+
+
+def test_no_request_can_arm_a_fault(server: LocalServer, tmp_path: Path) -> None:
+    """A server that is started as users start it looks for faults nowhere, whatever it is sent."""
+    files = [faults.arm(tmp_path, point, RAISE) for point in POINTS]
+    parameters = {faults.DIRECTORY_VARIABLE: str(tmp_path), faults.DIRECTORY_VARIABLE.lower(): str(tmp_path)}
+    parameters |= dict.fromkeys(POINTS, RAISE)
+    with grpc.InferenceServerClient(f"localhost:{server.grpc_port}") as client:
+        for model in (contract.ENSEMBLE, "text_conditioning"):
+            client.infer(model, infer_inputs(grpc, Request("grpc").rows), parameters=parameters)
+    assert all(file.exists() for file in files)
+
+
+# -- the engine in this process
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Path]:
+    faults.use_directory(tmp_path)
+    yield tmp_path
+    faults.use_directory(None)
+
+
+@pytest.fixture
+def unet() -> WatchedUNet:
+    return WatchedUNet()
+
+
+class Observed:
+    """Counts what an engine tells."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, Any]] = []
+
+    def __getattr__(self, what: str) -> Callable[..., None]:
+        return lambda *arguments: self.told.append((what, arguments))
+
+
+def watched_engine(unet: WatchedUNet, observer: Any) -> Engine:
+    return Engine(unet, TABLES, EngineLimits(4, 100), lambda: ALWAYS_MIX, CPU, torch.float32, observer)
+
+
+def test_a_point_costs_nothing_where_nothing_is_armed(tmp_path: Path) -> None:
+    value = object()
+    assert faults.at("denoiser.step", value) is value
+    faults.arm(tmp_path, "denoiser.step", RAISE)
+    assert faults.at("denoiser.step", value) is value
+
+
+@pytest.mark.parametrize("kind", [RAISE, PANIC])
+def test_a_broken_engine_has_answered_everything_and_says_so(
+    kind: str, directory: Path, unet: WatchedUNet, caplog: pytest.LogCaptureFixture
+) -> None:
+    observer, outcomes, progress = Observed(), Outcomes(), []
+    engine = watched_engine(unet, observer)
+    pool = EnginePool([engine], TABLES)
+    unet.gate = threading.Semaphore(1)
+    for tag in range(1, 6):
+        pool.submit(make_request(tag, steps=40), outcomes.callback(tag), name=str(tag))
+    pool.listen("1", 30, lambda *counts: progress.append(counts))
+    assert pool.is_ready
+    wait_until(lambda: len(unet.forwards) == 1, "a first step")
+    faults.arm(directory, FATAL, kind)
+    unet.gate.release(1000)
+    collected = outcomes.collect(5)
+    assert all(isinstance(outcome, UnavailableError) for outcome in collected.values())
+    wait_until(lambda: engine.load.active_requests == 0, "the last request to leave")
+    load = engine.load
+    assert (load.active_rows, load.pending_rows, load.waiting_requests) == (0, 0, 0)
+    assert progress == [(0, 0)]
+    assert not pool.is_ready
+    assert [what for what, _ in observer.told].count("broke") == 1
+    assert f"fault at {FATAL}" in caplog.text
+    pool.submit(make_request(9), outcomes.callback(9))
+    assert "every engine is broken" in str(outcomes.collect(1)[9])
+    pool.close()
+
+
+def test_what_a_broken_engine_lost_in_the_middle_is_let_go(unet: WatchedUNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that is neither held nor answered any more, and would be kept by the frames of the engine's error."""
+
+    class OnDone:
+        def __call__(self, _: object) -> None:
+            raise AssertionError("this test loses it before")
+
+    def failing(_: Engine, job: Any, *__: object) -> None:
+        raise RuntimeError(f"in the middle of {job}")
+
+    engine, on_done = watched_engine(unet, None), OnDone()
+    lost = weakref.ref(on_done)
+    monkeypatch.setattr(Engine, "_finish", failing)
+    monkeypatch.setattr(Engine, "_fail_all", lambda self: self._jobs.clear() or self._owners.clear())
+    engine.submit(make_request(1), on_done, lambda: True)
+    del on_done
+    wait_until(lambda: engine.broken, "the engine to break")
+    engine.close()
+    assert "in the middle of" in str(engine.broken)
+    assert lost() is None, "the error keeps the request"
+
+
+def test_a_warm_up_that_panics_is_told_to_whoever_waits(unet: WatchedUNet) -> None:
+    def measure_costs() -> Any:
+        raise faults.Panic("no such kernel")
+
+    engine = Engine(unet, TABLES, EngineLimits(4, 4), measure_costs, CPU, torch.float32)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        engine.wait_until_warm()
+    with pytest.raises(UnavailableError, match="the engine is broken"):
+        engine.submit(make_request(1), lambda _: None)
+    engine.close()
+
+
+def test_an_observer_that_always_fails_changes_nothing(unet: WatchedUNet, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing:
+        def __getattr__(self, what: str) -> Callable[..., None]:
+            raise RuntimeError(f"no metric for {what}")
+
+    engine, outcomes = watched_engine(unet, Failing()), Outcomes()
+    for tag in range(1, 4):
+        engine.submit(make_request(tag), outcomes.callback(tag))
+    collected = outcomes.collect(3)
+    engine.close()
+    for tag, outcome in collected.items():
+        assert_is_reference(outcome, make_request(tag))
+    assert "no metric for stepped" in caplog.text
+
+
+def test_whose_client_cannot_be_asked_fails_alone(unet: WatchedUNet) -> None:
+    engine, outcomes = watched_engine(unet, None), Outcomes()
+
+    def is_cancelled() -> bool:
+        raise SystemError("the response sender is gone")
+
+    unet.gate = threading.Semaphore(0)
+    engine.submit(make_request(1), outcomes.callback(1), is_cancelled)
+    for tag in (2, 3):
+        engine.submit(make_request(tag), outcomes.callback(tag), lambda: False)
+    unet.gate.release(1000)
+    collected = outcomes.collect(3)
+    engine.close()
+    assert isinstance(collected[1], SystemError)
+    for tag in (2, 3):
+        assert_is_reference(collected[tag], make_request(tag))
+
+
+def test_a_scheduler_that_lacks_a_package_is_the_servers_fault(
+    unet: WatchedUNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As diffusers has it without scipy; whoever asks for another scheduler is not concerned."""
+
+    class LMSDiscreteScheduler:
+        @classmethod
+        def from_config(cls, *_: object) -> None:
+            raise ImportError("LMSDiscreteScheduler requires the scipy library")
+
+    monkeypatch.setattr(diffusers, "LMSDiscreteScheduler", LMSDiscreteScheduler)
+    tables = ScheduleTables(SCHEDULER_CONFIG)
+    pool, outcomes = EnginePool([make_engine(unet, tables)], tables), Outcomes()
+    pool.submit(make_request(1, scheduler="LMSDiscreteScheduler"), outcomes.callback(1))
+    pool.submit(make_request(2), outcomes.callback(2))
+    collected = outcomes.collect(2)
+    pool.close()
+    assert isinstance(collected[1], ImportError)
+    assert_is_reference(collected[2], make_request(2))
+
+
+def test_a_package_that_is_missed_in_a_schedule_is_no_invalid_argument(
+    unet: WatchedUNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def set_timesteps(*_: object) -> None:
+        raise ImportError("no scipy")
+
+    monkeypatch.setattr(diffusers.DDIMScheduler, "set_timesteps", set_timesteps)
+    tables = ScheduleTables(SCHEDULER_CONFIG)
+    pool, outcomes = EnginePool([make_engine(unet, tables)], tables), Outcomes()
+    pool.submit(make_request(1, scheduler="DDIMScheduler"), outcomes.callback(1))
+    outcome = outcomes.collect(1)[1]
+    pool.close()
+    assert isinstance(outcome, ImportError)
+    assert not isinstance(outcome, InvalidArgumentError)
+
+
+def test_closing_answers_those_whose_schedules_are_not_built(unet: WatchedUNet, directory: Path) -> None:
+    tables = ScheduleTables(SCHEDULER_CONFIG)
+    pool, outcomes = EnginePool([make_engine(unet, tables)], tables), Outcomes()
+    file = faults.arm(directory, "denoiser.schedule", STALL)
+    for tag in range(1, 4):
+        pool.submit(make_request(tag, steps=tag), outcomes.callback(tag))
+    wait_until(lambda: faults.has_struck(file), "the schedules' thread to be held up")
+    pool.close()
+    waiting = [outcomes.next() for _ in range(2)]
+    assert {tag for tag, _ in waiting} == {2, 3}
+    file.unlink()
+    tag, last = outcomes.next()
+    assert tag == 1
+    assert all(isinstance(outcome, UnavailableError) for outcome in (last, *(outcome for _, outcome in waiting)))
+
+
+def test_closing_answers_although_a_step_never_ends(unet: WatchedUNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "CLOSE_TIMEOUT_IN_S", 0.05)
+    engine, outcomes = watched_engine(unet, None), Outcomes()
+    unet.gate = threading.Semaphore(0)
+    for tag in range(1, 4):
+        engine.submit(make_request(tag), outcomes.callback(tag))
+    engine.close()
+    collected = outcomes.collect(3)
+    assert all(isinstance(outcome, UnavailableError) for outcome in collected.values())
+    unet.gate.release(1000)
+    wait_until(lambda: not engine._thread.is_alive(), "the thread to end")
+    with pytest.raises(Empty):
+        outcomes.next(timeout=0)
+
+
+def test_groups_that_cannot_be_taken_apart_go_with_their_requests(unet: WatchedUNet, directory: Path) -> None:
+    engine, outcomes = watched_engine(unet, None), Outcomes()
+    faults.arm(directory, "denoiser.regroup", RAISE)
+    engine.submit(make_request(1), outcomes.callback(1))
+    assert isinstance(outcomes.collect(1)[1], RuntimeError)
+    for tag in (2, 3):
+        engine.submit(make_request(tag), outcomes.callback(tag))
+        assert_is_reference(outcomes.collect(1)[tag], make_request(tag))
+    assert engine.broken is None
+    engine.close()
+
+
+def test_latents_that_are_not_finite_fail_their_own_request(unet: WatchedUNet, directory: Path) -> None:
+    engine, outcomes = watched_engine(unet, None), Outcomes()
+    unet.gate = threading.Semaphore(0)
+    faults.arm(directory, "denoiser.regroup", NAN)
+    for tag in (1, 2):
+        engine.submit(make_request(tag), outcomes.callback(tag))
+    unet.gate.release(1000)
+    collected: dict[int, Tensor | Exception] = outcomes.collect(2)
+    engine.close()
+    assert isinstance(collected[1], InternalError)
+    assert_is_reference(collected[2], make_request(2))
+
+
+def test_every_point_is_in_the_code() -> None:
+    code = "\n".join(path.read_text() for path in (ROOT / "model_repository").glob("*/1/*.py"))
+    for point in POINTS:
+        if point not in ("decoder.VAE", "decoder.vocoder"):  # by the name of the part
+            assert code.count(f'"{point}"') == 1, point
