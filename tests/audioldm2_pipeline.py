@@ -70,13 +70,9 @@ class Reference:
             self._exact[call] = self._run(pipeline, call, latents=noise.double())
         return self._exact[call]
 
-    def rounding(self, call: Call) -> float:
-        """How far the reference's own audio is from the same in float64, as a share of the peak."""
-        return difference(self.generate(call), self.generate_exactly(call))
-
     def tolerance(self, call: Call) -> float:
-        """How far any two computations of a call in float32 may be apart: see `ROUNDINGS`."""
-        return ROUNDINGS * self.rounding(call)
+        """How far the audio of any two computations of a call in float32 may be apart, as a share of the peak."""
+        return tolerance(self.generate(call), self.generate_exactly(call))
 
     def _run(self, pipeline: Any, call: Call, **noise: Any) -> np.ndarray:
         """The audio [N, S] of a call, unranked."""
@@ -154,6 +150,11 @@ def difference(audio: np.ndarray, expected: np.ndarray) -> float:
     """The largest difference as a share of the peak."""
     assert audio.shape == expected.shape, f"got {audio.shape} but expected {expected.shape}"
     return float(np.abs(audio - expected).max() / np.abs(expected).max())
+
+
+def tolerance(single: np.ndarray, double: np.ndarray) -> float:
+    """How far any two computations in float32 may be apart, by the reference's results in float32 and in float64."""
+    return ROUNDINGS * difference(single, double)
 
 
 def in_any_order(audio: np.ndarray, expected: np.ndarray) -> float:

@@ -117,7 +117,6 @@ def test_audio_equals_the_reference(case: Case, server: LocalServer, reference: 
         made = expected.shape[1]
         assert audio.shape[1] == int(call.audio_length_in_s * 16000)
         apart = difference(matched(audio[:, :made], expected), expected)
-        print(f"PARITY {call.scheduler} {call.num_inference_steps} {call.guidance_scale} {call.num_waveforms_per_prompt} {reference.rounding(call):.1e} {apart:.1e} {apart/reference.rounding(call):.2f}")
         assert apart <= reference.tolerance(call)
         # Off the 10 ms grid the reference itself can be a few samples short.
         assert audio.shape[1] - made < 160
