@@ -22,13 +22,12 @@ def test_precision_and_parity() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | AVX2
     check = "import torch; assert torch.backends.cpu.get_cpu_capability() == 'AVX2'"
     subprocess.run([sys.executable, "-c", check], env=environment, check=True)
+    options = ("-n", "0", "-p", "no:cacheprovider", "-k", CHOSEN)
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-k", CHOSEN]
-        + ["test_precision.py", "test_parity.py"],
+        [sys.executable, "-m", "pytest", *options, "test_precision.py", "test_parity.py"],
         cwd=Path(__file__).parent,
         env=environment,
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout[-10_000:]
-    assert "failed" not in run.stdout

@@ -17,7 +17,7 @@ from schedule_table import WINDOW, ScheduleError, ScheduleTables
 
 REFERENCE_CONFIGS = ROOT / "scripts" / "checkpoints" / "reference_configs" / "audioldm2"
 SCHEDULER_CONFIG = json.loads((REFERENCE_CONFIGS / "scheduler" / "scheduler_config.json").read_text())
-TOLERANCE = 2e-6  # relative; DPM-Solver++ rounds its samples to float32, the last of many steps cancel
+TOLERANCE = 2e-6  # relative: some schedulers round their samples to float32 at every step
 
 
 TABLES = ScheduleTables(SCHEDULER_CONFIG)
