@@ -215,9 +215,7 @@ def stack_waveforms(
         history=_pad(torch.stack([_fit_frames(waveform, frames) for waveform in waveforms]), rows),
         evaluation=numbers([waveform.evaluation for waveform in waveforms], rows),
         input_scales=on_device([_pad(table.input_scales, evaluations) for table in tables], rows, torch.float32),
-        coefficients=on_device(
-            [_pad(table.coefficients, evaluations) for table in tables], rows, update_dtype(device)
-        ),
+        coefficients=on_device([_pad(table.coefficients, evaluations) for table in tables], rows, update_dtype(device)),
         time_biases=time_biases,
         first_bias=numbers(first_bias, rows),
         guidance_scale=numbers([waveform.guidance_scale for waveform in waveforms], rows, 1.0),
