@@ -40,7 +40,7 @@ def multi_diffusion(
             if row.negative is not None:
                 negative = _predict(unet, window, timestep, row.negative)
                 guided = negative + row.guidance_scale * (guided - negative)
-            prediction[:, :, start : start + frames] += guided * torch.from_numpy(weight).float()[:, None]
+            prediction[:, :, start : start + frames] += guided * torch.from_numpy(weight).to(sample)[:, None]
         sample = solver.step(prediction, timestep, sample).prev_sample
     return sample
 

@@ -43,7 +43,8 @@ def test_audio_equals_the_reference(base_server: LocalServer, base_checkpoint: P
     )
     with AudioLDM2Client(base_server.grpc_url) as client:
         audio = generate(client, call, ensemble=False).audio
-    assert difference(audio, Reference(base_checkpoint).generate(call)) < 1e-4
+    reference = Reference(base_checkpoint)
+    assert difference(audio, reference.generate(call)) <= reference.tolerance(call)
 
 
 def test_one_step_of_large_equals_the_reference(tmp_path: Path) -> None:
@@ -52,4 +53,5 @@ def test_one_step_of_large_equals_the_reference(tmp_path: Path) -> None:
     call = Call("Techno music with a strong beat", "low quality", 0.64, 1, seed=7)
     with local_server(checkpoint, tmp_path / "log") as running, AudioLDM2Client(running.grpc_url) as client:
         audio = generate(client, call, ensemble=False).audio
-    assert difference(audio, Reference(checkpoint).generate(call)) < 1e-4
+    reference = Reference(checkpoint)
+    assert difference(audio, reference.generate(call)) <= reference.tolerance(call)

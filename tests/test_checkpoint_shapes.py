@@ -14,8 +14,6 @@ from benchmarks.in_process import Stages, running_stages
 from checkpoints.building import build
 from checkpoints.shapes import component_config
 
-TOLERANCE = 1e-4  # of the peak
-
 CALLS = [
     Call("Techno music with a strong, upbeat tempo", "low quality, and noise and hum", 0.64, 4, 3.5, seed=1),
     Call("Soft piano", audio_length_in_s=0.64, num_inference_steps=3, guidance_scale=1.0, seed=2),
@@ -58,7 +56,7 @@ def test_audio_equals_the_reference(shape: Shape) -> None:
     for call, tensors, latent in zip(CALLS, resolved, latents, strict=True):
         (audio,) = shape.stages.decode([{**tensors, "latents": latent.numpy()}])
         expected = shape.reference.generate(call)
-        assert in_any_order(audio[0], expected) < TOLERANCE, call
+        assert in_any_order(audio[0], expected) <= shape.reference.tolerance(call), call
 
 
 def test_texts_and_negative_prompt_are_heard(shape: Shape) -> None:

@@ -81,4 +81,5 @@ def test_served_sound_is_the_reference_pipelines(demo_server: LocalServer) -> No
     call = Call("A high-pitched beep", negative_prompt="wind", audio_length_in_s=2.56, num_inference_steps=10, seed=3)
     with AudioLDM2Client(demo_server.grpc_url) as client:
         served = generate(client, call)
-    assert difference(served.audio, Reference(Path(OUT)).generate(call)) < 1e-4
+    reference = Reference(Path(OUT))
+    assert difference(served.audio, reference.generate(call)) <= reference.tolerance(call)

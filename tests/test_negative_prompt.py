@@ -21,7 +21,6 @@ from embedding_cache import EmbeddingCache
 from serving.local_server import LocalServer, local_server
 from text_encoders import EncodedTexts, TextEncoders, load_text_encoders, tokenize_t5
 
-TOLERANCE = 1e-4  # of the peak
 PROMPT = "A dog barks twice"
 HEAD = "low quality, distorted sound of a"
 LONG, OTHER_TAIL = f"{HEAD} car engine on gravel, with thunder", f"{HEAD} slow, sad melody with violins"
@@ -115,13 +114,14 @@ def test_on_the_server_it_is_heard(full_server: LocalServer, server: LocalServer
         long_result, short_result = client.generate(
             [PROMPT] * 2, negative_prompt=[LONG, short.negative_prompt], seed=CALL.seed, **options
         )
-        assert difference(generate(client, CALL, ensemble=False).audio, expected) < TOLERANCE
-    assert difference(long_result.audio, expected) < TOLERANCE
-    assert difference(short_result.audio, reference.generate(short)) < TOLERANCE
+        streamed = generate(client, CALL, ensemble=False).audio
+    # What rounding comes to does not depend on the negative prompt.
+    assert max(difference(audio, expected) for audio in (streamed, long_result.audio)) <= reference.tolerance(CALL)
+    assert difference(short_result.audio, reference.generate(short)) <= reference.tolerance(short)
     assert "cut" not in full_server.log.read_text()
     with AudioLDM2Client(server.grpc_url) as client:
         cut = generate(client, CALL).audio
-    assert difference(cut, reference.generate(CALL)) < TOLERANCE
+    assert difference(cut, reference.generate(CALL)) <= reference.tolerance(CALL)
     assert difference(cut, expected) > 1e-2
 
 

@@ -91,7 +91,7 @@ class Stages:
         # None are kept: the same few texts come again and again here.
         self._embeddings = EmbeddingCache(0)
         self._full_negative_prompt = settings.full_negative_prompt == "on"
-        self._decoder, self._scorer = load_decoder_stage(settings, self.geometry, self.device)
+        self.decoder, self.scorer = load_decoder_stage(settings, self.geometry, self.device)
         self._engines = load_engines(settings, self.geometry, lambda _: self.step_times)
         self._texts: Batcher[GenerationRow, Tensors] = Batcher(self.condition, MAX_BATCH)
         self._waveforms: Batcher[Tensors, np.ndarray] = Batcher(self.decode, MAX_BATCH)
@@ -136,8 +136,8 @@ class Stages:
         return [future.result() for future in futures]
 
     def decode(self, requests: Sequence[Tensors]) -> list[np.ndarray]:
-        with self._decoder.residency:
-            return [answer["audio"] for answer in decode(self._decoder, self._scorer, requests)]
+        with self.decoder.residency:
+            return [answer["audio"] for answer in decode(self.decoder, self.scorer, requests)]
 
 
 def _settle(future: "Future[Tensor]") -> Any:

@@ -18,7 +18,7 @@ from forward_plan import Bucket, ForwardCosts, LaunchBoundCost, LinearCost, fit_
 from lean_unet import LeanUNet
 from length_masks import LengthMasks
 from schedule_table import WINDOW, ScheduleTable
-from step_batch import COMPILED_T5_LENGTH, T5_BUCKET, StepInputs, denoise
+from step_batch import COMPILED_T5_LENGTH, T5_BUCKET, StepInputs, denoise, update_dtype
 from unet_layers import TextKeys
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class DenoisingUNet:
         return StepInputs(
             history=random(items, WINDOW, 2, *latents, dtype=torch.float32),
             input_scale=torch.ones(items, device=self.device),
-            coefficients=random(items, WINDOW, 2, dtype=torch.float32),
+            coefficients=random(items, WINDOW, 2, dtype=update_dtype(self.device)),
             time_biases=biases[torch.zeros_like(numbers)],
             guidance_scale=torch.ones(items, device=self.device),
             row_of_item=numbers,

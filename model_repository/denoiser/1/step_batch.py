@@ -130,7 +130,7 @@ class StepInputs:
 
     history: Tensor  # [R, WINDOW, 2, C, H, W] float32
     input_scale: Tensor  # [R] float32
-    coefficients: Tensor  # [R, WINDOW, 2] float32
+    coefficients: Tensor  # [R, WINDOW, 2] of `update_dtype`
     time_biases: Tensor  # [U, K] in the UNet's dtype
     guidance_scale: Tensor  # [R] float32
     row_of_item: Tensor  # [U] int64
@@ -151,7 +151,7 @@ class StepBatch:
     history: Tensor  # [R, WINDOW, 2, C, H, W] float32
     evaluation: Tensor  # [R] int64
     input_scales: Tensor  # [R, E] float32
-    coefficients: Tensor  # [R, E, WINDOW, 2] float32
+    coefficients: Tensor  # [R, E, WINDOW, 2] of `update_dtype`
     time_biases: Tensor  # [evaluations of all distinct schedules, K] in the UNet's dtype
     first_bias: Tensor  # [R] int64, where each row's schedule begins in `time_biases`
     guidance_scale: Tensor  # [R] float32
@@ -159,6 +159,16 @@ class StepBatch:
     negative_item: Tensor  # [R] int64
     text: TextKeys
     masks: LengthMasks | None
+
+
+def update_dtype(device: torch.device) -> torch.dtype:
+    """What the schedules' update is computed in.
+
+    A coefficient that is rounded to float32 is off by the same at every step, in the whole latents, which adds up to
+    twice the reference's own rounding. On a CPU float64 costs nothing beside the UNet; a GPU, which computes the UNet
+    in half precision, has no use for it.
+    """
+    return torch.float64 if device.type == "cpu" else torch.float32
 
 
 def stack_waveforms(
@@ -205,7 +215,7 @@ def stack_waveforms(
         history=_pad(torch.stack([_fit_frames(waveform, frames) for waveform in waveforms]), rows),
         evaluation=numbers([waveform.evaluation for waveform in waveforms], rows),
         input_scales=on_device([_pad(table.input_scales, evaluations) for table in tables], rows, torch.float32),
-        coefficients=on_device([_pad(table.coefficients, evaluations) for table in tables], rows, torch.float32),
+        coefficients=on_device([_pad(table.coefficients, evaluations) for table in tables], rows, update_dtype(device)),
         time_biases=time_biases,
         first_bias=numbers(first_bias, rows),
         guidance_scale=numbers([waveform.guidance_scale for waveform in waveforms], rows, 1.0),
@@ -285,7 +295,8 @@ def denoise(forward: Forward, inputs: StepInputs) -> Tensor:
     negative = output[inputs.negative_item]
     guided = negative + _per_row(inputs.guidance_scale) * (output[:rows] - negative)
     window = torch.cat([torch.stack([sample, guided], dim=1)[:, None], history[:, 1:]], dim=1)
-    following = torch.einsum("rwk,rwkchv->rchv", inputs.coefficients, window)
+    coefficients = inputs.coefficients
+    following = torch.einsum("rwk,rwkchv->rchv", coefficients, window.to(coefficients.dtype)).float()
     return torch.cat([torch.stack([following, torch.zeros_like(following)], dim=1)[:, None], window[:, :-1]], dim=1)
 
 

@@ -114,6 +114,11 @@ class GroupNorm(nn.Module):
             valid = None if masks is None else masks.positions.flatten()
             return gpu_kernels.group_norm(hidden, norm.num_groups, norm.weight, norm.bias, norm.eps, activate, valid)
         if masks is None:
+            # A CPU's kernel for channels-last takes the variance from one pass, as the mean of the squares minus the
+            # square of the mean, and loses the digits that the two have in common. That for contiguous tensors does
+            # not, and the copy is cheap. CUDA's kernel and compiled code have no such pass.
+            if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+                hidden = hidden.contiguous()
             normed: Tensor = norm(hidden)
         else:
             normed = masked_group_norm(hidden, norm.num_groups, norm.weight, norm.bias, norm.eps, masks)

@@ -1,0 +1,33 @@
+"""The same precision with the kernels of a processor that has AVX2 and nothing wider.
+
+PyTorch and oneDNN choose their kernels by the processor, and other kernels round differently. On a processor without
+AVX-512 this repeats what it does anyway.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+# The two schedulers that amplify rounding most stand for all against the real server.
+CHOSEN = "test_precision or LMSDiscrete or DEISMultistep"
+
+
+@pytest.mark.timeout(1200)
+def test_precision_and_parity() -> None:
+    # A session of its own, with a server of its own: the kernels are chosen when torch is imported.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | AVX2
+    check = "import torch; assert torch.backends.cpu.get_cpu_capability() == 'AVX2'"
+    subprocess.run([sys.executable, "-c", check], env=environment, check=True)
+    options = ("-n", "0", "-p", "no:cacheprovider", "-k", CHOSEN)
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "test_precision.py", "test_parity.py"],
+        cwd=Path(__file__).parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-10_000:]
