@@ -117,7 +117,7 @@ class Stages:
     def is_prepared(self) -> bool:
         """Whether all stages have forwards of fixed shapes, in all of their shapes."""
         unets = [set(engine._costs.compiled) == set(engine._unet.buckets) for engine in self._engines.engines]
-        return all(unets) and self._decoder.compiled is not None and self._encoders.compiled is not None
+        return all(unets) and self.decoder.compiled is not None and self._encoders.compiled is not None
 
     def condition(self, rows: Sequence[GenerationRow]) -> list[Tensors]:
         requests = [(row,) for row in rows]
