@@ -5,7 +5,6 @@ import pty
 import re
 import signal
 import subprocess
-import sys
 import termios
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from audioldm2_triton.cli import build_parser, main
 from audioldm2_triton.wire import GenerateOptions
 from contract_stand_in.stand_in_audio import NATIVE_AUDIO_LENGTH_IN_S
 from contract_stand_in.stand_in_server import StandInServer, stand_in_server
+from environments import environment
 
 LINE = re.compile(
     r"(?P<path>\S+)  (?P<length>\d+\.\d\d) s  seed (?P<seed>\d+)  score (?P<score>\S+)  latency \d+\.\d\d s"
@@ -175,7 +175,7 @@ def test_a_terminal_shows_a_bar_and_ctrl_c_cancels_on_the_server(
     Path("prompts.txt").write_text(f"!watch {watch}\nrain\n!sleep 20\n")
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
-    command = [sys.executable, "-m", "audioldm2_triton.cli", *(item.format(watch) for item in arguments), url]
+    command = [environment("client") / "bin" / "audioldm2", *(item.format(watch) for item in arguments), url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs) as process:
         os.close(theirs)
         seen = ""
