@@ -65,6 +65,31 @@ def test_several_waveforms_are_numbered_from_the_best(url: str, capsys: pytest.C
     assert Path("best.png").exists()
 
 
+def installed(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The command in an environment that has the client's dependencies alone."""
+    command = [environment("client") / "bin" / "audioldm2", *arguments]
+    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60)
+
+
+def test_the_light_client_is_enough(url: str) -> None:
+    Path("prompts.txt").write_text("rain\nwind\n")
+    made = installed("--batch=prompts.txt", "-o=made", url, "--num-waveforms-per-prompt=2")
+    assert (made.returncode, made.stderr) == (0, "")
+    assert len(list(Path("made").iterdir())) == 4
+    assert "16000 Hz" in installed("--info", url).stdout
+    refused = installed(PROMPT, url, "--plot=out.png")
+    assert refused.returncode == 1
+    assert "audioldm2-triton[plot]" in refused.stderr
+
+
+def test_a_server_on_this_machine_is_reached_without_the_proxy(url: str) -> None:
+    dead = dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")
+    for arguments in ([PROMPT], ["--batch=prompts.txt", "-o=made"], ["--info"]):
+        Path("prompts.txt").write_text("rain\n")
+        run = installed(*arguments, url, no_proxy="", NO_PROXY="", **dead)
+        assert (run.returncode, run.stderr) == (0, "")
+
+
 def test_every_argument_of_a_request_has_an_option() -> None:
     arguments = build_parser().parse_args([PROMPT])
     not_for_people = {"return_scores", "request_id"}

@@ -80,7 +80,11 @@ case "$*" in
     cp "$0" "$3/bin/python3"
     echo made >>"$(dirname "$3")/makings"
     ;;
-  *" install "*) mkdir "$(dirname "$0")/../lib/python3.11/site-packages/numpy-1.26.4.dist-info" ;;
+  *" install "*)
+    cd "$(dirname "$0")/../lib/python3.11/site-packages"
+    mkdir numpy-1.26.4.dist-info
+    touch __editable__.audioldm2_triton-0.1.0.pth
+    ;;
 esac
 """
 

@@ -51,10 +51,11 @@ def write_repository(source: Path, target: Path, settings: Settings, prefix: str
 def _with_plain_paths(settings: Settings, directory: Path) -> Settings:
     checkpoint = plain_path(Path(settings.checkpoint), directory)
     cache = settings.compile_cache
-    if not cache.isascii():
+    if cache:
         folder = Path(cache).expanduser().absolute()
-        folder.mkdir(parents=True, exist_ok=True)  # which a model cannot do through a link
         cache = str(plain_path(folder, directory))
+        if cache != str(folder):
+            folder.mkdir(parents=True, exist_ok=True)  # which a model cannot do through a link
     return replace(settings, checkpoint=str(checkpoint), compile_cache=cache)
 
 

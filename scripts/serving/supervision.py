@@ -41,7 +41,7 @@ def run_server(
     metrics_port: int,
     on_ready: Callable[[], None],
 ) -> None:
-    """Runs the server until SIGTERM or Ctrl-C, if they are not ignored. Raises `ServerError` where it stops by itself."""
+    """Runs the server until SIGTERM, or Ctrl-C unless ignored. Raises `ServerError` where it stops by itself."""
     process = subprocess.Popen(
         command,
         env=dict(environment),
@@ -60,7 +60,7 @@ def run_server(
             threading.Thread(target=_drain_and_terminate, args=(process, metrics_port), daemon=True).start()
 
     # A job in the background is started with Ctrl-C ignored, and goes on when another job gets it.
-    obeyed = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    obeyed = [signal.SIGTERM, *([] if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else [signal.SIGINT])]
     previous = {number: signal.signal(number, stop) for number in obeyed}
     failures: list[str] = []
     log = threading.Thread(target=_forward_log, args=(process, failures), daemon=True)
