@@ -1,6 +1,7 @@
 """The environments of servers, clients and tests hold what pyproject.toml installs, no more and no less."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -97,7 +98,8 @@ class Clone:
 
     def ensure(self, **variables: str) -> Path:
         script = '. "$1/scripts/environment"; ensure_environment client; echo "$environment"'
-        variables = {**os.environ, "PYTHON": str(self.root / "stand-in"), **variables}
+        own = {"PYTHON": str(self.root / "stand-in"), "XDG_CACHE_HOME": str(self.root.parent / "cache")}
+        variables = {**os.environ, **own, **variables}
         command = ["bash", "-euc", script, "bash", self.root]
         return Path(subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True).stdout[:-1])
 
@@ -108,7 +110,7 @@ class Clone:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Clone:
-    root = tmp_path / "a clone"
+    root = tmp_path / "a clöne"
     (root / "scripts").mkdir(parents=True)
     for path in ("pyproject.toml", "scripts/environment"):
         shutil.copy(ROOT / path, root / path)
@@ -119,8 +121,11 @@ def clone(tmp_path: Path) -> Clone:
 
 def test_an_environment_is_made_once(clone: Clone) -> None:
     folder = clone.ensure()
-    assert clone.ensure() == folder == clone.root / ".venv-client"
+    assert clone.ensure() == folder
     assert clone.makings == 1
+    assert folder.resolve() == clone.root / ".venv-client"
+    # The blank and the letters of the clone's path are hidden behind a link.
+    assert shlex.quote(str(folder)) == str(folder)
 
 
 def test_an_environment_with_more_is_made_anew(clone: Clone) -> None:
@@ -153,7 +158,7 @@ def test_an_environment_is_made_anew_for_other_requirements_only(clone: Clone) -
 def test_an_environment_that_was_moved_is_made_anew(clone: Clone) -> None:
     clone.ensure()
     moved = Clone(clone.root.rename(clone.root.with_name("elsewhere")))
-    assert moved.ensure() == moved.root / ".venv-client"
+    assert moved.ensure().resolve() == moved.root / ".venv-client"
     assert moved.makings == 2
 
 
