@@ -1,6 +1,7 @@
 """Fixtures: a tiny checkpoint, a real server on it, and the reference pipeline on the same weights."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,16 @@ import pytest
 
 # Before anything imports torch: idle OpenMP threads that spin take the cores from the server's processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Whoever starts the suite with Ctrl-C ignored (nohup, a shell's background job, some CI) would have every program that
+# is tested ignore it too: programs inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Tests reach servers on this machine with clients that obey http_proxy: curl, plain tritonclient, urllib. What must
+# work without this is tested without it.
+for variable in ("no_proxy", "NO_PROXY"):
+    os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "localhost,127.0.0.1,::1"]))
 
 ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT / "scripts", *sorted((ROOT / "model_repository").glob("*/1"))):

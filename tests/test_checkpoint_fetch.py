@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from huggingface_hub import constants
 
 from checkpoints import hub as fetching
 from checkpoints.__main__ import main
+from environments import python
 from hub_stand_in import Hub, serve
 from namespaces import in_namespace
 
@@ -167,7 +167,7 @@ def test_killed_process_leaves_no_checkpoint(hub: Hub, fetch: Fetch, tiny_checkp
     hub.stall_once[UNET] = sent
     out, unfinished = tmp_path / "out", tmp_path / "out.partial" / (UNET + ".unfinished")
     process = subprocess.Popen(
-        [sys.executable, "-m", "checkpoints", "fetch", hub.repo_id, "--out", out],
+        [python("product"), "-m", "checkpoints", "fetch", hub.repo_id, "--out", out],
         env=environment(hub, tmp_path) | {"PYTHONPATH": str(SCRIPT.parent)},
         stderr=subprocess.DEVNULL,
     )
@@ -327,7 +327,7 @@ def test_disk_that_fills_up_under_way(hub: Hub, tiny_checkpoint: Path, tmp_path:
     disk = tmp_path / "disk"
     disk.mkdir()
     total = sum(path.stat().st_size for path in tiny_checkpoint.rglob("*") if path.is_file())
-    command = [*in_namespace("--mount"), sys.executable, FULL_DISK, disk, str(total - 1_000_000), hub.repo_id]
+    command = [*in_namespace("--mount"), python("product"), FULL_DISK, disk, str(total - 1_000_000), hub.repo_id]
     pythonpath = {"PYTHONPATH": str(SCRIPT.parent)}
     result = subprocess.run(
         command, env=environment(hub, tmp_path) | pythonpath, capture_output=True, text=True, check=False

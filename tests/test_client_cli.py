@@ -5,7 +5,6 @@ import pty
 import re
 import signal
 import subprocess
-import sys
 import termios
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from audioldm2_triton.cli import build_parser, main
 from audioldm2_triton.wire import GenerateOptions
 from contract_stand_in.stand_in_audio import NATIVE_AUDIO_LENGTH_IN_S
 from contract_stand_in.stand_in_server import StandInServer, stand_in_server
+from environments import environment
 
 LINE = re.compile(
     r"(?P<path>\S+)  (?P<length>\d+\.\d\d) s  seed (?P<seed>\d+)  score (?P<score>\S+)  latency \d+\.\d\d s"
@@ -63,6 +63,31 @@ def test_several_waveforms_are_numbered_from_the_best(url: str, capsys: pytest.C
     assert [item["score"] for item in reports] == ["0.9000", "0.5000", "0.1000"]
     assert all(soundfile.info(item["path"]).format == "FLAC" for item in reports)
     assert Path("best.png").exists()
+
+
+def installed(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The command in an environment that has the client's dependencies alone."""
+    command = [environment("client") / "bin" / "audioldm2", *arguments]
+    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60)
+
+
+def test_the_light_client_is_enough(url: str) -> None:
+    Path("prompts.txt").write_text("rain\nwind\n")
+    made = installed("--batch=prompts.txt", "-o=made", url, "--num-waveforms-per-prompt=2")
+    assert (made.returncode, made.stderr) == (0, "")
+    assert len(list(Path("made").iterdir())) == 4
+    assert "16000 Hz" in installed("--info", url).stdout
+    refused = installed(PROMPT, url, "--plot=out.png")
+    assert refused.returncode == 1
+    assert "audioldm2-triton[plot]" in refused.stderr
+
+
+def test_a_server_on_this_machine_is_reached_without_the_proxy(url: str) -> None:
+    dead = dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")
+    for arguments in ([PROMPT], ["--batch=prompts.txt", "-o=made"], ["--info"]):
+        Path("prompts.txt").write_text("rain\n")
+        run = installed(*arguments, url, no_proxy="", NO_PROXY="", **dead)
+        assert (run.returncode, run.stderr) == (0, "")
 
 
 def test_every_argument_of_a_request_has_an_option() -> None:
@@ -175,7 +200,7 @@ def test_a_terminal_shows_a_bar_and_ctrl_c_cancels_on_the_server(
     Path("prompts.txt").write_text(f"!watch {watch}\nrain\n!sleep 20\n")
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
-    command = [sys.executable, "-m", "audioldm2_triton.cli", *(item.format(watch) for item in arguments), url]
+    command = [environment("client") / "bin" / "audioldm2", *(item.format(watch) for item in arguments), url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs) as process:
         os.close(theirs)
         seen = ""

@@ -12,6 +12,7 @@ from matplotlib.image import imread
 
 from audioldm2_triton import GenerationResult, InvalidArgumentError
 from audioldm2_triton.plot import MIN_HOP, NUM_MELS, WINDOW, log_mel_spectrogram, mel_filters
+from environments import python
 
 SAMPLING_RATE = 16000
 STEP = 2.0**-15  # of 16-bit PCM
@@ -83,7 +84,7 @@ def test_plots_leave_pyplot_alone(tmp_path: Path) -> None:
         f"GenerationResult(np.zeros((1, 4000), np.float32), None, 1, 16000, 'x').plot({str(tmp_path / 'out.png')!r});"
         "assert 'matplotlib.pyplot' not in sys.modules; assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([python("plot"), "-c", code], check=True)
     assert (tmp_path / "out.png").exists()
 
 

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -27,6 +26,7 @@ from audioldm2_triton import (
 )
 from contract_stand_in.both_clients import Client, open_client
 from contract_stand_in.stand_in_server import StandInServer, stand_in_server
+from environments import python
 
 ARGUMENTS: dict[str, Any] = {
     "negative_prompt": "噪音",
@@ -247,7 +247,7 @@ def test_an_asyncio_iteration_that_ends_early_cancels_on_the_server(url: str, wa
 
 
 def test_an_interrupt_cancels_on_the_server(url: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", INTERRUPTED_SCRIPT, url, f"!watch {tmp_path / 'seen'}"]
+    command = [python("client"), "-c", INTERRUPTED_SCRIPT, url, f"!watch {tmp_path / 'seen'}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"

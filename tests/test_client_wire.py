@@ -199,6 +199,21 @@ def test_urls(url: str, protocol: str, tls: bool, address: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("host", "is_loopback"),
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.1.2.3", True),
+        ("[::1]", True),
+        ("10.0.0.1", False),
+        ("host", False),
+    ],
+)
+def test_only_this_machine_is_reached_without_a_proxy(host: str, is_loopback: bool) -> None:
+    assert (("grpc.enable_http_proxy", 0) in parse_url(f"grpc://{host}").channel_options) == is_loopback
+
+
+@pytest.mark.parametrize(
     "url", ["localhost:8001", "host", "", "ftp://host", "grpc://", "grpc://host:port", "grpc://host/x", "http://a@host"]
 )
 def test_other_urls_are_refused_with_what_is_accepted(url: str) -> None:

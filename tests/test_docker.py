@@ -210,6 +210,13 @@ def test_no_package_lists_stay() -> None:
             assert command.endswith("rm -rf /var/lib/apt/lists/*")
 
 
+def test_the_user_can_read_what_a_clone_with_a_restrictive_umask_sends() -> None:
+    (_, command) = instructions()[position("RUN", "chmod --recursive a+rX")]
+    readable = set(command.partition("chmod --recursive a+rX")[2].split())
+    assert {path for path in copied() if path != "docker/requirements.py"} <= readable
+    assert position("RUN", "chmod --recursive a+rX") > max(position("COPY", folder) for folder in CODE)
+
+
 def test_user() -> None:
     assert arguments("USER") == ["1000:1000"]
     assert position("USER", "1000") > max(number for number, (name, _) in enumerate(instructions()) if name == "RUN")
@@ -228,6 +235,7 @@ def test_health_check() -> None:
     options, _, command = check.partition(" CMD ")
     assert json.loads(command)[-1] == "http://127.0.0.1:8000/v2/health/ready"
     assert "--fail" in json.loads(command)  # an answer of 400 is no health
+    assert json.loads(command)[1:3] == ["--noproxy", "*"]  # Docker passes the host's http_proxy on
     period = re.search(r"--start-period=(\w+)", options)
     assert period
     assert seconds(period[1]) >= 600  # compilation
@@ -239,7 +247,8 @@ def test_environment() -> None:
     assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
     assert environment["AUDIOLDM2_CHECKPOINT"] == "/checkpoint"
     assert environment["PATH"].startswith(f"{WORKDIR}/.venv/bin:")  # where Triton's stub takes its interpreter from
-    known = {environment_name(field.name) for field in fields(Settings)}
+    assert environment["AUDIOLDM2_ENVIRONMENT"] == f"{WORKDIR}/.venv"  # user 1000 can install nothing
+    known = {environment_name(field.name) for field in fields(Settings)} | {"AUDIOLDM2_ENVIRONMENT"}
     assert {name for name in environment if name.startswith("AUDIOLDM2_")} <= known
 
 

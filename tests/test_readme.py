@@ -3,12 +3,12 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT
+from environments import python
 from serving.local_server import LocalServer
 
 README = (ROOT / "README.md").read_text()
@@ -27,7 +27,7 @@ def on_test_ports(code: str, server: LocalServer) -> str:
 @pytest.mark.parametrize("code", code_blocks("python"), ids=["client", "tritonclient"])
 def test_python_examples(code: str, server: LocalServer, tmp_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", on_test_ports(code, server)], cwd=tmp_path, capture_output=True, text=True
+        [python("client"), "-c", on_test_ports(code, server)], cwd=tmp_path, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     if "rain.wav" in code:

@@ -1,6 +1,7 @@
 """`scripts/serve` as a user meets it: how it starts, how it refuses to, how it stops."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -94,10 +95,19 @@ def test_clients_are_told_limits_and_schedulers(server: LocalServer) -> None:
         assert info.limits.max_num_waveforms_per_prompt == 8
 
 
+def ignored_signals(process: int) -> set[int]:
+    (mask,) = re.findall(r"^SigIgn:\s*(\w+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return {number for number in range(1, 65) if int(mask, 16) >> (number - 1) & 1}
+
+
 def test_sigterm_lets_a_running_request_finish_and_exits_with_0(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """`local_server` checks the exit code; settings given here must be those that clients are told."""
     results = []
+    # As a job in the background of a shell: Ctrl-C is for others, SIGTERM is obeyed.
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     with local_server(tiny_checkpoint, tmp_path / "log", "--max-num-inference-steps=300", "--dtype=bfloat16") as server:
+        signal.signal(signal.SIGINT, previous)
+        assert signal.SIGINT in ignored_signals(server.process.pid)
 
         def generate() -> None:
             with AudioLDM2Client(server.grpc_url) as client:

@@ -23,7 +23,10 @@ class AsyncGrpcConnection:
         self._model = model
         self._input_class = aio.InferInput
         self._client = aio.InferenceServerClient(
-            endpoint.address, ssl=endpoint.tls, root_certificates=root_certificates
+            endpoint.address,
+            ssl=endpoint.tls,
+            root_certificates=root_certificates,
+            channel_args=endpoint.channel_options,
         )
 
     async def model_config(self, timeout: float | None) -> Mapping[str, Any]:

@@ -32,10 +32,10 @@ class GrpcConnection:
         self._model = model
         self._input_class = triton.InferInput
         self._result_class = triton.InferResult
+        options = endpoint.channel_options
         self._client = triton.InferenceServerClient(
-            endpoint.address, ssl=endpoint.tls, root_certificates=root_certificates
+            endpoint.address, ssl=endpoint.tls, root_certificates=root_certificates, channel_args=options
         )
-        options = [(f"grpc.max_{way}_message_length", triton.MAX_GRPC_MESSAGE_SIZE) for way in ("send", "receive")]
         if endpoint.tls:
             trusted = None if root_certificates is None else Path(root_certificates).read_bytes()
             credentials = grpc.ssl_channel_credentials(trusted)

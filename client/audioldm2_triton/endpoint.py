@@ -1,6 +1,7 @@
 """Where a server is reached: the URL, taken apart."""
 
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -10,6 +11,7 @@ DEFAULT_URL: Final = "grpc://localhost:8001"
 
 # Triton itself speaks no TLS over HTTP, so behind https:// there is a gateway, on the usual port.
 _DEFAULT_PORTS: Final = {"grpc": 8001, "grpcs": 8001, "http": 8000, "https": 443}
+_LARGEST_MESSAGE: Final = 2**31 - 1  # of protobuf
 _EXPECTED: Final = "grpc://HOST[:8001], grpcs://HOST[:8001], http://HOST[:8000] or https://HOST[:443]"
 
 
@@ -21,6 +23,14 @@ class Endpoint:
     protocol: str  # "grpc" or "http"
     tls: bool
     address: str  # HOST:PORT, for HTTP with the base path if there is one
+    is_loopback: bool  # whether the host is this machine
+
+    @property
+    def channel_options(self) -> list[tuple[str, int]]:
+        """Options for gRPC: messages of any size, and no proxy between this machine and itself."""
+        options = [(f"grpc.max_{way}_message_length", _LARGEST_MESSAGE) for way in ("send", "receive")]
+        # gRPC obeys http_proxy for the loopback too, unless no_proxy names it. HTTP clients here obey neither.
+        return [*options, ("grpc.enable_http_proxy", 0)] if self.is_loopback else options
 
 
 def parse_url(url: str) -> Endpoint:
@@ -37,4 +47,17 @@ def parse_url(url: str) -> Endpoint:
     if path and protocol == "grpc":
         raise invalid("url", url, f"no path behind the host: {_EXPECTED}")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return Endpoint(url, protocol, tls=parts.scheme.endswith("s"), address=f"{host}:{port}{path}")
+    return Endpoint(
+        url,
+        protocol,
+        tls=parts.scheme.endswith("s"),
+        address=f"{host}:{port}{path}",
+        is_loopback=_is_loopback(parts.hostname),
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"

@@ -4,8 +4,6 @@ import os
 import subprocess
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 
 from serving.installation import find_triton
 from serving.local_server import free_ports
+from serving.loopback import read_page
 from serving.supervision import ServerError
 
 MODEL: Final = "whole_requests"
@@ -92,8 +91,9 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", http_port: int, log: P
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://localhost:{http_port}/v2/health/ready", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
+            read_page(http_port, "/v2/health/ready", timeout=5)
+        except OSError:
             time.sleep(0.2)
+        else:
+            return
     raise ServerError(f"the server of whole requests did not start:\n{log.read_text()[-4000:]}")

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Final
 
 from audioldm2_triton.settings import Settings, SettingsError, read_settings
 from serving.installation import InstallationError, find_triton
+from serving.plain_paths import PlainPathError, plain_directory
 from serving.repository import write_repository
 from serving.supervision import EXIT_TIMEOUT_IN_S, ServerError, check_ports_free, run_server
 
@@ -84,9 +84,9 @@ def main() -> int:
         for prefix, checkpoint in further.items():
             of_checkpoint = _with_local_checkpoint({**given, "checkpoint": checkpoint}, cache, "--also")
             settings[prefix] = read_settings(of_checkpoint, {})
-        with tempfile.TemporaryDirectory(prefix="audioldm2-triton-") as directory:
-            _serve(settings, Path(directory), ports, arguments.triton_arguments)
-    except (SettingsError, ServerError, InstallationError, OSError) as error:
+        with plain_directory() as directory:
+            _serve(settings, directory, ports, arguments.triton_arguments)
+    except (SettingsError, ServerError, InstallationError, PlainPathError, OSError) as error:
         print(f"scripts/serve: {error}", file=sys.stderr)
         return 1
     return 0

@@ -3,11 +3,13 @@
 import os
 import shutil
 import sys
-import sysconfig
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
+
+from serving.interpreter import InterpreterError, library_directory
+from serving.plain_paths import plain_path
 
 CONTAINER_BINARY: Final = Path("/opt/tritonserver/bin/tritonserver")
 
@@ -26,8 +28,11 @@ class TritonInstallation:
 def find_triton(run_directory: Path) -> TritonInstallation:
     """Finds the server; links that the wheel's needs are made in `run_directory`. Raises `InstallationError`."""
     environment = dict(os.environ)
-    # The Python backend's stub takes its interpreter from PATH.
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    # The Python backend's stub takes its interpreter from PATH. The link is to the virtual environment's parent: the
+    # package, installed by a relative path, lies beside the environment.
+    folder = Path(sys.executable).parent.parent
+    interpreters = plain_path(folder.parent, run_directory) / folder.name / "bin"
+    environment["PATH"] = os.pathsep.join([str(interpreters), environment.get("PATH", "")])
     container = CONTAINER_BINARY if CONTAINER_BINARY.exists() else shutil.which("tritonserver")
     if container:
         return TritonInstallation(Path(container), (), environment)
@@ -47,7 +52,10 @@ def find_triton(run_directory: Path) -> TritonInstallation:
         if not part.exists():
             raise InstallationError(f"nvidia-pytriton has no {part.name} for Python {version}: got no {part}")
         (backend / part.name).symlink_to(part)
-    libraries = [site_packages / "nvidia_pytriton.libs", sysconfig.get_config_var("LIBDIR")]
+    try:
+        libraries = [site_packages / "nvidia_pytriton.libs", library_directory()]
+    except InterpreterError as error:
+        raise InstallationError(str(error)) from None
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(
         [*map(str, libraries), *filter(None, [environment.get("LD_LIBRARY_PATH")])]
     )

@@ -1,6 +1,6 @@
 """Triton's `/metrics` page, as numbers."""
 
-import urllib.request
+from serving.loopback import read_page
 
 
 def read_metrics(port: int) -> dict[str, float]:
@@ -8,8 +8,7 @@ def read_metrics(port: int) -> dict[str, float]:
 
     Raises `OSError` where no server answers.
     """
-    with urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
+    lines = read_page(port, "/metrics", timeout=10).decode().splitlines()
     metrics: dict[str, float] = {}
     for line in lines:
         if not line or line.startswith("#"):

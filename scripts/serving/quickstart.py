@@ -18,25 +18,26 @@ CHECKPOINT: Final = ROOT / "scripts" / "demo_checkpoint" / "checkpoint"
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/quickstart", description="Writes out.wav and out.png.")
     parser.add_argument("prompt", nargs="?", default="A church bell rings slowly")
-    prompt: str = parser.parse_args().prompt
+    parser.add_argument("--out", type=Path, default=ROOT, help="a folder (default: that of the repository)")
+    arguments = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as directory:
             print("starting the server", file=sys.stderr)
             with local_server(CHECKPOINT, Path(directory) / "log") as server:
-                _generate(prompt, server.grpc_url)
+                _generate(arguments.prompt, server.grpc_url, arguments.out)
     except (AudioLDM2Error, ServerError, OSError) as error:
         print(f"scripts/quickstart: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _generate(prompt: str, url: str) -> None:
+def _generate(prompt: str, url: str, out: Path) -> None:
     with AudioLDM2Client(url) as client:
         client.server_info()
         start = time.perf_counter()
         result = client.generate(prompt, seed=0, return_scores=True)
         latency = time.perf_counter() - start
-    audio, image = ROOT / "out.wav", ROOT / "out.png"
+    audio, image = out / "out.wav", out / "out.png"
     result.save(audio)
     result.plot(image)
     assert result.scores is not None  # asked for

@@ -8,11 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from typing import Final
 
+from serving.loopback import read_page
 from serving.metrics import read_metrics
 
 EXIT_TIMEOUT_IN_S: Final = 30
@@ -43,7 +43,7 @@ def run_server(
     metrics_port: int,
     on_ready: Callable[[], None],
 ) -> None:
-    """Runs the server until SIGTERM or Ctrl-C. Raises `ServerError` where it stops by itself."""
+    """Runs the server until SIGTERM, or Ctrl-C unless ignored. Raises `ServerError` where it stops by itself."""
     process = subprocess.Popen(
         command,
         env=dict(environment),
@@ -61,7 +61,9 @@ def run_server(
             stopping.set()
             threading.Thread(target=_drain_and_terminate, args=(process, metrics_port), daemon=True).start()
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    # A job in the background is started with Ctrl-C ignored, and goes on when another job gets it.
+    obeyed = [signal.SIGTERM, *([] if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else [signal.SIGINT])]
+    previous = {number: signal.signal(number, stop) for number in obeyed}
     failures: list[str] = []
     log = threading.Thread(target=_forward_log, args=(process, failures), daemon=True)
     log.start()
@@ -115,12 +117,10 @@ def _report_ready(
     process: subprocess.Popen[str], http_port: int, metrics_port: int, on_ready: Callable[[], None]
 ) -> None:
     # Triton opens the port of the metrics last.
-    pages = [f"http://localhost:{http_port}/v2/health/ready", f"http://localhost:{metrics_port}/metrics"]
     while process.poll() is None:
         try:
-            for page in pages:
-                with urllib.request.urlopen(page, timeout=5):
-                    pass
+            read_page(http_port, "/v2/health/ready", timeout=5)
+            read_page(metrics_port, "/metrics", timeout=5)
         except (OSError, HTTPException):
             time.sleep(0.1)
         else:

@@ -7,8 +7,6 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from pathlib import Path
 from audioldm2_triton import contract
 from contract_stand_in.stand_in_audio import NATIVE_AUDIO_LENGTH_IN_S, SAMPLING_RATE
 from serving.installation import find_triton
+from serving.loopback import read_page
 
 SOURCES = Path(__file__).parent
 STEP = "stand_in"
@@ -142,8 +141,8 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) ->
     for _ in range(START_TIMEOUT_IN_S * 20):
         if process.poll() is not None:
             break
-        with contextlib.suppress(urllib.error.URLError, OSError):
-            urllib.request.urlopen(f"http://localhost:{port}/v2/health/ready")
+        with contextlib.suppress(OSError):
+            read_page(port, "/v2/health/ready", timeout=5)
             return
         time.sleep(0.05)
     raise RuntimeError(f"the stand-in server does not get ready:\n{log.read_text()[-3000:]}")

@@ -1,0 +1,47 @@
+"""Plain names for folders whose paths have blanks or letters outside ASCII.
+
+Triton's Python backend embeds an interpreter that starts in the locale C and ignores the environment: whatever
+`PYTHONUTF8` and `LC_ALL` say, no model can open a path with a letter outside ASCII. Blanks break the commands by which
+torch.compile runs the compiler.
+"""
+
+import shlex
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+_LINKS: Final = "links"
+
+
+class PlainPathError(RuntimeError):
+    """There is no place for links."""
+
+
+@contextmanager
+def plain_directory() -> Iterator[Path]:
+    """A temporary directory whose path Triton and its shell can read. Raises `PlainPathError` where there is none."""
+    with tempfile.TemporaryDirectory(prefix="audioldm2-triton-") as directory:
+        if not _is_plain(directory):  # Triton starts each model by a shell, without quotes
+            parent = str(Path(directory).parent)
+            raise PlainPathError(f"TMPDIR: got {parent!r} but expected a path of ASCII letters, digits and ._-+ only")
+        yield Path(directory)
+
+
+def plain_path(path: Path, directory: Path) -> Path:
+    """The same folder by a plain path: `path` itself, or a link in `directory`."""
+    if _is_plain(str(path)):
+        return path
+    links = directory / _LINKS
+    links.mkdir(exist_ok=True)
+    for link in links.iterdir():
+        if link.readlink() == path:
+            return link
+    link = links / str(len(list(links.iterdir())))
+    link.symlink_to(path, target_is_directory=True)
+    return link
+
+
+def _is_plain(path: str) -> bool:
+    return shlex.quote(path) == path

@@ -1,0 +1,99 @@
+"""Everything that is offered works with what ships: on servers in the product's environment, with no tool of ours."""
+
+import json
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from audioldm2_triton import AudioLDM2Client
+from audioldm2_triton.contract import MIN_AUDIO_LENGTH_IN_S, SCHEDULERS
+from conftest import ROOT
+from environments import environment, python
+from every_schedule import STEPS
+from serving.local_server import LocalServer, local_server
+
+DEADLINE_IN_S = 300  # a request that is never answered fails rather than hangs
+
+
+def descendants(process: int) -> set[int]:
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return {process} | {each for child in children for each in descendants(int(child))}
+
+
+def libraries(process: int) -> set[Path]:
+    """The files in a `site-packages` that a process has loaded."""
+    lines = Path(f"/proc/{process}/maps").read_text().splitlines()
+    return {Path(line.split(maxsplit=5)[5]) for line in lines if "/site-packages/" in line}
+
+
+def test_the_tests_servers_run_in_what_ships(server: LocalServer) -> None:
+    loaded = [libraries(process) for process in descendants(server.process.pid)]
+    stages = [files for files in loaded if any(file.name == "libtorch_cpu.so" for file in files)]
+    assert len(stages) >= 3
+    for files in loaded:
+        assert all(file.is_relative_to(environment("product").resolve()) for file in files)
+
+
+def test_every_scheduler_is_served(server: LocalServer) -> None:
+    cases = list(product(SCHEDULERS, STEPS))
+    with AudioLDM2Client(server.grpc_url) as client, ThreadPoolExecutor(len(cases)) as pool:
+
+        def generate(case: tuple[str, int]) -> np.ndarray:
+            scheduler, steps = case
+            result = client.generate(
+                "rain",
+                audio_length_in_s=MIN_AUDIO_LENGTH_IN_S,
+                num_inference_steps=steps,
+                scheduler=scheduler,
+                seed=0,
+                timeout=DEADLINE_IN_S,
+            )
+            return result.audio
+
+        generated = dict(zip(cases, pool.map(generate, cases), strict=True))
+    for case, audio in generated.items():
+        assert audio.shape == (1, 1600), case
+        assert 0 < np.abs(audio).max() <= 1, case
+
+
+@pytest.mark.parametrize("name", ["product", pytest.param("image", marks=pytest.mark.slow)])
+def test_every_schedule_in_a_process_of_its_own(name: str, tiny_checkpoint: Path) -> None:
+    """The image has other versions of what nobody pins: numpy 2 above all."""
+    paths = os.pathsep.join([str(ROOT / "scripts"), str(ROOT / "tests")])
+    run = subprocess.run(
+        [python(name), ROOT / "tests" / "every_schedule.py", tiny_checkpoint],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert report["audio"] == len(SCHEDULERS) * len(STEPS)
+    assert report["numpy"].startswith("2." if name == "image" else "1.26.")
+
+
+def test_settings_that_no_other_test_gives_a_server(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    arguments = (
+        "--device=cpu",
+        "--dtype=float32",
+        "--compile=off",
+        "--max-audio-length-in-s=0.5",
+        "--max-num-waveforms-per-prompt=2",
+        "--embedding-cache-size=0",
+        "--guidance-interval=0.1,0.7",
+        "--timestep-spacing=karras",
+    )
+    with (
+        local_server(tiny_checkpoint, tmp_path / "log", *arguments) as server,
+        AudioLDM2Client(server.http_url) as client,
+    ):
+        limits = client.server_info().limits
+        assert (limits.max_audio_length_in_s, limits.max_num_waveforms_per_prompt) == (0.5, 2)
+        result = client.generate("rain", audio_length_in_s=0.5, num_inference_steps=3, num_waveforms_per_prompt=2)
+    assert result.audio.shape == (2, 8000)
+    assert 0 < np.abs(result.audio).max() <= 1
