@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from audioldm2_triton import AudioLDM2Client, GenerationResult
-from audioldm2_triton.contract import DEFAULT_SCHEDULER, GenerationRow
+from audioldm2_triton.contract import DEFAULT_SCHEDULER
+from audioldm2_triton.server.generation_row import GenerationRow
 
 ROUNDINGS = 8
 """How many times as far apart two computations in float32 may be as the reference is from its own result in float64.

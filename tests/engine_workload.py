@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from audioldm2_triton.contract import DEFAULT_SCHEDULER
-from denoising_request import DenoisingRequest, DenoisingRow, TextStates
-from engine import Engine
-from engine_load import EngineLimits
-from forward_plan import ALWAYS_MIX, Bucket, ForwardCosts
-from schedule_table import ScheduleTable, ScheduleTables
-from step_batch import StepInputs, denoise
-from unet_layers import TextKeys
+from engine.engine import Engine
+from engine.limits import EngineLimits
+from stepping.forward_plan import ALWAYS_MIX, Bucket, ForwardCosts
+from stepping.request import DenoisingRequest, DenoisingRow, TextStates
+from stepping.schedule_table import ScheduleTable, ScheduleTables
+from stepping.step_batch import StepInputs, denoise
+from unet.layers import TextKeys
 
 CPU = torch.device("cpu")
 CHANNELS, WIDTH = 2, 4

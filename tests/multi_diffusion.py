@@ -7,7 +7,7 @@ import torch
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
 from torch import Tensor
 
-from denoising_request import DenoisingRow, TextStates
+from stepping.request import DenoisingRow, TextStates
 
 
 def window_weights(frames: int, overlap: int, total: int) -> tuple[list[int], np.ndarray]:

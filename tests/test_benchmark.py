@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from audioldm2_triton.geometry import AudioGeometry
-from audioldm2_triton.settings import Settings
+from audioldm2_triton.server.geometry import AudioGeometry
+from audioldm2_triton.server.settings import Settings
 from benchmarks import gpu
 from benchmarks.batcher import Batcher
 from benchmarks.flops import unet_gflop

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from audioldm2_pipeline import Call, Reference, as_row, difference, in_any_order
-from audioldm2_triton.settings import Settings
+from audioldm2_triton.server.settings import Settings
 from benchmarks.in_process import Stages, running_stages
 from checkpoints.building import build
 from checkpoints.shapes import component_config

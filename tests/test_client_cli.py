@@ -15,7 +15,7 @@ import soundfile
 
 from audioldm2_triton import contract
 from audioldm2_triton.cli import build_parser, main
-from audioldm2_triton.wire import GenerateOptions
+from audioldm2_triton.transport.wire import GenerateOptions
 from contract_stand_in.stand_in_audio import NATIVE_AUDIO_LENGTH_IN_S
 from contract_stand_in.stand_in_server import StandInServer, stand_in_server
 from environments import environment

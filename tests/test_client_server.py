@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 import audioldm2_triton
-from audioldm2_triton import AsyncAudioLDM2Client, AudioLDM2Client, ServerInfo, contract, errors, wire
+from audioldm2_triton import AsyncAudioLDM2Client, AudioLDM2Client, ServerInfo, contract, errors
 from audioldm2_triton.contract import Limits
+from audioldm2_triton.transport import wire
 from contract_stand_in.both_clients import Client, open_client
 from contract_stand_in.stand_in_audio import NATIVE_AUDIO_LENGTH_IN_S, SAMPLING_RATE, stand_in_audio, stand_in_scores
 from contract_stand_in.stand_in_server import StandInServer, stand_in_server

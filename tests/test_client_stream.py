@@ -15,15 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from audioldm2_triton import (
-    AsyncAudioLDM2Client,
-    AudioLDM2Client,
-    Finished,
-    Progress,
-    contract,
-    errors,
-    wire,
-)
+from audioldm2_triton import AsyncAudioLDM2Client, AudioLDM2Client, Finished, Progress, contract, errors
+from audioldm2_triton.transport import wire
 from contract_stand_in.both_clients import Client, open_client
 from contract_stand_in.stand_in_server import StandInServer, stand_in_server
 from environments import python

@@ -13,12 +13,12 @@ from tritonclient.utils import InferenceServerException
 
 from audioldm2_triton import AudioLDM2Client, contract, errors
 from audioldm2_triton.contract import Limits
-from audioldm2_triton.endpoint import parse_url
-from audioldm2_triton.event_stream import EventStream, refusal, request_body
-from audioldm2_triton.failures import clean_message, known_failures
 from audioldm2_triton.server_info import ServerInfo, read_server_info
-from audioldm2_triton.stream import StreamReader
-from audioldm2_triton.wire import DTYPES, InferRequest, build_request
+from audioldm2_triton.transport.endpoint import parse_url
+from audioldm2_triton.transport.failures import clean_message, known_failures
+from audioldm2_triton.transport.sse import EventStream, refusal, request_body
+from audioldm2_triton.transport.stream_reader import StreamReader
+from audioldm2_triton.transport.wire import DTYPES, InferRequest, build_request
 
 INFO = ServerInfo(Limits(), 10.24, 16000, ("DDIMScheduler", "EulerDiscreteScheduler"), "checkpoint", 8, True)
 UNPUBLISHED = read_server_info({"name": "audioldm2", "max_batch_size": 8}, False)

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from audioldm2_triton.compilation import compile_cache
-from audioldm2_triton.settings import Settings
+from audioldm2_triton.server.compilation import compile_cache
+from audioldm2_triton.server.settings import Settings
 
 CPU = torch.device("cpu")
 COMPILING = """
 import sys
 import torch
-from audioldm2_triton.compilation import compile_cache
-from audioldm2_triton.settings import Settings
+from audioldm2_triton.server.compilation import compile_cache
+from audioldm2_triton.server.settings import Settings
 settings = Settings("checkpoint", compile_cache=sys.argv[1])
 cache = compile_cache(settings, "stage", torch.device("cpu"), torch.float32, ())
 restored = cache.restore()

@@ -10,10 +10,10 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 import decoding_parts
-import resolved_tensors
+import denoising_inputs as resolved_tensors
 import watched_denoising
 from audioldm2_triton import contract
-from audioldm2_triton.settings import Settings, read_settings
+from audioldm2_triton.server.settings import Settings, read_settings
 from conftest import ROOT
 from serving.repository import write_repository
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 import text_compilation
-from audioldm2_triton import compilation
-from audioldm2_triton.compilation import for_fixed_shapes
-from audioldm2_triton.cuda_graphs import WARM_UP_CALLS, GraphedFunction
-from audioldm2_triton.geometry import read_audio_geometry
-from audioldm2_triton.settings import Settings, SettingsError, resolve_compile
+from audioldm2_triton.server import compilation
+from audioldm2_triton.server.compilation import for_fixed_shapes
+from audioldm2_triton.server.cuda_graphs import WARM_UP_CALLS, GraphedFunction
+from audioldm2_triton.server.geometry import read_audio_geometry
+from audioldm2_triton.server.settings import Settings, SettingsError, resolve_compile
 from decoder_buckets import Buckets
 from decoder_compilation import compile_decoder
-from denoising_unet import load_unet
+from stepping.denoising_unet import load_unet
 from text_buckets import TextBuckets
 from text_encoders import encode_texts, load_text_encoders, tokenize_t5
 from vocoder_chunks import CHUNK_FRAMES

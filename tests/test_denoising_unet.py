@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-import denoising_unet
 from audioldm2_triton.errors import UnavailableError
-from audioldm2_triton.geometry import read_audio_geometry
-from audioldm2_triton.settings import Settings
-from denoiser import compile_buckets, load_schedule_tables
-from denoising_request import DenoisingRequest, DenoisingRow, TextStates
-from denoising_unet import DenoisingUNet, load_unet
-from engine import Engine
-from engine_load import EngineLimits
+from audioldm2_triton.server.geometry import read_audio_geometry
+from audioldm2_triton.server.settings import Settings
+from denoiser_stage import compile_buckets, load_schedule_tables
+from denoising_inputs import draw_noise
+from engine.engine import Engine
+from engine.limits import EngineLimits
 from engine_workload import CPU, Outcomes
-from forward_plan import Bucket, ForwardCosts, LinearCost
-from resolved_tensors import draw_noise
+from stepping import denoising_unet
+from stepping.denoising_unet import DenoisingUNet, load_unet
+from stepping.forward_plan import Bucket, ForwardCosts, LinearCost
+from stepping.request import DenoisingRequest, DenoisingRow, TextStates
 
 PLAIN, MASKED = Bucket(4, 16, False), Bucket(4, 16, True)
 SLOW = LinearCost(1000.0, 0.0)

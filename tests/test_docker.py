@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from audioldm2_triton.contract import MAX_BATCH_SIZE
-from audioldm2_triton.settings import Settings, environment_name
+from audioldm2_triton.server.settings import Settings, environment_name
 from serving.supervision import EXIT_TIMEOUT_IN_S
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -164,7 +164,7 @@ def imports() -> Iterator[tuple[str, str]]:
     own = {path.stem for folder in CODE for path in (ROOT / folder).rglob("*") if path.suffix == ".py" or path.is_dir()}
     files = [
         *ROOT.glob("client/**/*.py"),
-        *ROOT.glob("model_repository/*/1/*.py"),
+        *ROOT.glob("model_repository/*/1/**/*.py"),
         *ROOT.glob("scripts/serving/*.py"),
         *ROOT.glob("scripts/checkpoints/*.py"),
     ]

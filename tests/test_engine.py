@@ -22,13 +22,13 @@ from audioldm2_triton.errors import (
     UnavailableError,
 )
 from conftest import ROOT
-from denoiser import load_schedule_tables
-from engine import Engine
-from engine_load import EngineLimits
-from engine_pool import EnginePool
+from denoiser_stage import load_schedule_tables
+from engine.engine import Engine
+from engine.limits import EngineLimits
+from engine.pool import EnginePool
 from engine_workload import CPU, Outcomes, WatchedUNet, make_engine, make_request, random_request, reference_latents
-from forward_plan import ALWAYS_MIX, NEVER_MIX, ForwardCosts
-from schedule_table import ScheduleTables
+from stepping.forward_plan import ALWAYS_MIX, NEVER_MIX, ForwardCosts
+from stepping.schedule_table import ScheduleTables
 
 SCHEDULER_CONFIG: dict[str, Any] = json.loads(
     (ROOT / "scripts/checkpoints/reference_configs/audioldm2/scheduler/scheduler_config.json").read_text()

@@ -22,18 +22,19 @@ from tritonclient.utils import InferenceServerException
 
 import engine as engine_module
 from audioldm2_pipeline import difference
-from audioldm2_triton import contract, faults
+from audioldm2_triton import contract
 from audioldm2_triton.errors import InternalError, InvalidArgumentError, UnavailableError
-from audioldm2_triton.faults import NAN, PANIC, POINTS, RAISE, STALL
+from audioldm2_triton.server import faults
+from audioldm2_triton.server.faults import NAN, PANIC, POINTS, RAISE, STALL
 from conftest import ROOT
-from engine import Engine
-from engine_load import EngineLimits
-from engine_pool import EnginePool
+from engine.engine import Engine
+from engine.limits import EngineLimits
+from engine.pool import EnginePool
 from engine_workload import CPU, Outcomes, WatchedUNet, make_engine, make_request
-from forward_plan import ALWAYS_MIX
 from metrics_page import is_idle, wait_for_metrics
-from schedule_table import ScheduleTables
 from serving.local_server import LocalServer, local_server
+from stepping.forward_plan import ALWAYS_MIX
+from stepping.schedule_table import ScheduleTables
 from test_engine import SCHEDULER_CONFIG, TABLES, assert_is_reference, wait_until
 from test_invalid_requests import infer_inputs
 from test_stream import Stream
@@ -520,7 +521,7 @@ def test_latents_that_are_not_finite_fail_their_own_request(unet: WatchedUNet, d
 
 
 def test_every_point_is_in_the_code() -> None:
-    code = "\n".join(path.read_text() for path in (ROOT / "model_repository").glob("*/1/*.py"))
+    code = "\n".join(path.read_text() for path in (ROOT / "model_repository").glob("*/1/**/*.py"))
     for point in POINTS:
         if point not in ("decoder.VAE", "decoder.vocoder"):  # by the name of the part
             assert code.count(f'"{point}"') == 1, point

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forward_plan import (
+from stepping.forward_plan import (
     ALWAYS_MIX,
     NEVER_MIX,
     Flight,

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from audioldm2_triton.contract import SCHEDULERS
-from audioldm2_triton.geometry import read_audio_geometry
-from audioldm2_triton.settings import Settings
+from audioldm2_triton.server.geometry import read_audio_geometry
+from audioldm2_triton.server.settings import Settings
 from benchmarks.in_process import running_stages
 from benchmarks.workload import make_rows
-from denoiser import load_engines
-from denoising_request import DenoisingRequest, DenoisingRow, TextStates
+from denoiser_stage import load_engines
+from denoising_inputs import draw_noise
 from engine_workload import Outcomes
-from forward_plan import LinearCost
-from resolved_tensors import draw_noise
+from stepping.forward_plan import LinearCost
+from stepping.request import DenoisingRequest, DenoisingRow, TextStates
 
 pytestmark = pytest.mark.gpu
 

@@ -38,7 +38,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("activate", [False, True])
 def test_group_norm_is_exact(activate: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    import gpu_kernels
+    from unet import gpu_kernels
 
     channels, frames, width, rows = shape
     generator = torch.Generator().manual_seed(frames)
@@ -72,7 +72,7 @@ def test_group_norm_is_exact(activate: bool, shape: tuple[int, ...], dtype: torc
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("columns", [96, 512, 1280])
 def test_gated_gelu_is_exact(columns: int, dtype: torch.dtype) -> None:
-    import gpu_kernels
+    from unet import gpu_kernels
 
     hidden = torch.randn(2, 5, 2 * columns, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
     value, gate = hidden.double().chunk(2, dim=-1)

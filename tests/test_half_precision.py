@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from audioldm2_pipeline import Call, Reference, as_row
-from audioldm2_triton.settings import Settings
+from audioldm2_triton.server.settings import Settings
 from benchmarks.in_process import Stages, running_stages
-from resolved_tensors import draw_noise
+from denoising_inputs import draw_noise
 
 CALLS = [
     Call(prompt, negative, 0.64, steps, guidance, seed=seed)

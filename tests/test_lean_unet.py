@@ -20,8 +20,9 @@ if DENOISER not in sys.path:
 
 import length_masks  # noqa: E402
 import unet_layers  # noqa: E402
-from lean_unet import LeanUNet  # noqa: E402
-from length_masks import LengthMasks, level_sizes, masked_group_norm  # noqa: E402
+
+from unet.lean_unet import LeanUNet  # noqa: E402
+from unet.length_masks import LengthMasks, level_sizes, masked_group_norm  # noqa: E402
 
 TOPOLOGIES = {"base": [None, 24, 32], "large": [None, 24, 32, None]}
 DEPTHS = {"base": 1, "large": 2}

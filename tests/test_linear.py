@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-import audioldm2_triton.linear
-from audioldm2_triton.linear import Linear, linear, replace_linear_layers
+import audioldm2_triton.server.linear
+from audioldm2_triton.server.linear import Linear, linear, replace_linear_layers
 
 
 @pytest.fixture(autouse=True)
 def _small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audioldm2_triton.linear, "WORTHWHILE", 0)
+    monkeypatch.setattr(audioldm2_triton.server.linear, "WORTHWHILE", 0)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -50,12 +50,12 @@ def test_onednn_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(arguments)
         return functional.linear(*arguments[:3])
 
-    monkeypatch.setattr(audioldm2_triton.linear, "PRODUCT", product)
+    monkeypatch.setattr(audioldm2_triton.server.linear, "PRODUCT", product)
     with torch.inference_mode():
         linear(random(2, 48), random(32, 48))
         assert len(calls) == 1
         linear(random(2, 48).bfloat16(), random(32, 48).bfloat16())
-        monkeypatch.setattr(audioldm2_triton.linear, "WORTHWHILE", 2 * 48 * 32 + 1)
+        monkeypatch.setattr(audioldm2_triton.server.linear, "WORTHWHILE", 2 * 48 * 32 + 1)
         linear(random(2, 48), random(32, 48))
     assert len(calls) == 1
 

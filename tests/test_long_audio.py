@@ -17,13 +17,13 @@ import waveform_decoder
 from audioldm2_pipeline import Call, Reference, difference, generate
 from audioldm2_triton import AudioLDM2Client
 from audioldm2_triton.errors import InternalError
-from audioldm2_triton.memory import peak_resident_bytes
+from audioldm2_triton.server.memory import peak_resident_bytes
 from benchmarks.memory import device_peaks
 from benchmarks.server_memory import server_processes
 from chunked_vae import decode_chunked
-from denoising_unet import DenoisingUNet, load_unet
 from metrics_page import is_idle, read_metrics, wait_for_metrics
 from serving.local_server import LocalServer
+from stepping.denoising_unet import DenoisingUNet, load_unet
 from test_stream import check_responses, streamed, whole
 from waveform_decoder import MAX_WHOLE_FRAMES, WaveformDecoder, decode_mels, load_waveform_decoder
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from audioldm2_triton.geometry import AudioGeometry, read_audio_geometry
-from audioldm2_triton.settings import Settings
+from audioldm2_triton.server.geometry import AudioGeometry, read_audio_geometry
+from audioldm2_triton.server.settings import Settings
 from decoder_buckets import Buckets, map_in_buckets
 from decoder_compilation import compile_decoder, compile_with_cache
 from decoding_parts import decode_parts

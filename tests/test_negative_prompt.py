@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from audioldm2_pipeline import Call, Reference, as_row, difference, generate
 from audioldm2_triton import AudioLDM2Client
-from audioldm2_triton.geometry import read_audio_geometry
+from audioldm2_triton.server.geometry import read_audio_geometry
 from conditioning import condition
 from embedding_cache import EmbeddingCache
 from serving.local_server import LocalServer, local_server

@@ -13,7 +13,7 @@ import pytest
 
 from audioldm2_pipeline import Call, Reference, generate, in_any_order, random_call
 from audioldm2_triton import AudioLDM2Client
-from audioldm2_triton.device_lease import DeviceLease
+from audioldm2_triton.server.device_lease import DeviceLease
 from metrics_page import is_idle, wait_for_metrics
 from serving.local_server import LocalServer, local_server
 

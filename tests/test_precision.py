@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-import lean_unet
 from audioldm2_pipeline import Call, Reference, as_row
 from audioldm2_triton.contract import SCHEDULERS
-from audioldm2_triton.settings import Settings
+from audioldm2_triton.server.settings import Settings
 from benchmarks.exactness import Distances, Precisions, latent_distances, stage_distances
 from benchmarks.in_process import Stages, running_stages
-from denoising_unet import DenoisingUNet
-from forward_plan import ALWAYS_MIX
+from stepping.denoising_unet import DenoisingUNet
+from stepping.forward_plan import ALWAYS_MIX
+from unet import lean_unet
 
 BOUND = 1.5
 CALL = Call("A dog barks twice while leaves rustle", "low quality", 0.64, num_waveforms_per_prompt=5, seed=11)

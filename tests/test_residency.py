@@ -14,21 +14,21 @@ import torch
 from torch import nn
 from transformers import SpeechT5HifiGan
 
-from audioldm2_triton import residency as module
-from audioldm2_triton.device_lease import DeviceLease
-from audioldm2_triton.residency import MappedHome, PinnedHome, Residency, stage_residency
-from audioldm2_triton.settings import Settings, SettingsError, read_settings, resolve_compile
-from engine import Engine
-from engine_load import EngineLimits
+from audioldm2_triton.server import residency as module
+from audioldm2_triton.server.device_lease import DeviceLease
+from audioldm2_triton.server.residency import MappedHome, PinnedHome, Residency, stage_residency
+from audioldm2_triton.server.settings import Settings, SettingsError, read_settings, resolve_compile
+from engine.engine import Engine
+from engine.limits import EngineLimits
 from engine_workload import Outcomes, WatchedUNet, make_request
-from forward_plan import ALWAYS_MIX
+from stepping.forward_plan import ALWAYS_MIX
 from test_engine import TABLES, assert_is_reference
 
 CPU = torch.device("cpu")
 HOLDER = """
 import sys
 from pathlib import Path
-from audioldm2_triton.device_lease import DeviceLease
+from audioldm2_triton.server.device_lease import DeviceLease
 lease = DeviceLease("cpu", Path(sys.argv[1]))
 lease.acquire()
 Path(sys.argv[1], "was-held").touch()

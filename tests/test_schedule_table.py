@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from audioldm2_triton.contract import SCHEDULERS
 from conftest import ROOT
-from schedule_table import WINDOW, ScheduleError, ScheduleTables
+from stepping.schedule_table import WINDOW, ScheduleError, ScheduleTables
 
 REFERENCE_CONFIGS = ROOT / "scripts" / "checkpoints" / "reference_configs" / "audioldm2"
 SCHEDULER_CONFIG = json.loads((REFERENCE_CONFIGS / "scheduler" / "scheduler_config.json").read_text())

@@ -5,15 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from audioldm2_triton.geometry import AudioGeometry
-from audioldm2_triton.settings import Settings
+from audioldm2_triton.server.geometry import AudioGeometry
+from audioldm2_triton.server.settings import Settings
 from benchmarks.in_process import running_stages
 from benchmarks.seams import SCALES_IN_S
 from benchmarks.spectral_flux import SeamFlux, flux_difference, seam_flux, spectral_flux
 from benchmarks.window_layout import make_layout
 from benchmarks.workload import make_rows
 from demo_checkpoint.__main__ import OUT
-from windows import Windowing
+from stepping.windows import Windowing
 
 RATE = 16000
 GEOMETRY = AudioGeometry(RATE, 160, 4, 64, 8, 16, 8)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from audioldm2_triton import AudioLDM2Client
-from audioldm2_triton.settings import Settings
+from audioldm2_triton.server.settings import Settings
 from benchmarks.measurement import Row, read_rows
 from benchmarks.memory import measure_served
 from benchmarks.server_memory import watching

@@ -2,7 +2,7 @@
 
 import pytest
 
-from audioldm2_triton.settings import Settings, SettingsError, read_default_timeout, read_settings
+from audioldm2_triton.server.settings import Settings, SettingsError, read_default_timeout, read_settings
 
 
 def read(**given: str) -> Settings:

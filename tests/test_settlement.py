@@ -11,7 +11,7 @@ from queue import Empty, SimpleQueue
 import pytest
 
 from audioldm2_triton.errors import DeadlineExceededError, InternalError, UnavailableError
-from audioldm2_triton.settlement import AnsweredError, Settlement, Settlements
+from audioldm2_triton.server.settlement import AnsweredError, Settlement, Settlements
 
 STAGE = "some_stage"
 GRACE_IN_S = 0.05

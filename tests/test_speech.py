@@ -15,7 +15,7 @@ import torch
 from audioldm2_pipeline import Call, Reference, difference, generate, in_any_order
 from audioldm2_triton import AsyncAudioLDM2Client, AudioLDM2Client, InvalidArgumentError
 from audioldm2_triton.cli import main
-from audioldm2_triton.settings import SettingsError
+from audioldm2_triton.server.settings import SettingsError
 from checkpoints.building import build
 from checkpoints.verification import verify
 from serving.local_server import LocalServer, local_server

@@ -13,9 +13,9 @@ from tritonclient.utils import InferenceServerException
 from audioldm2_pipeline import Reference, difference, tolerance
 from audioldm2_triton.contract import DEFAULT_SCHEDULER
 from conftest import ROOT
-from denoising_request import DenoisingRow, TextStates
 from multi_diffusion import multi_diffusion
 from serving.local_server import LocalServer
+from stepping.request import DenoisingRow, TextStates
 from test_readme import on_test_ports
 
 PAGE = (ROOT / "model_repository/STAGES.md").read_text()

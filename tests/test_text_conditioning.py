@@ -9,9 +9,9 @@ import torch
 
 import text_encoders
 from audioldm2_pipeline import Reference
-from audioldm2_triton.contract import GenerationRow
-from audioldm2_triton.geometry import read_audio_geometry
-from audioldm2_triton.settings import Settings
+from audioldm2_triton.server.generation_row import GenerationRow
+from audioldm2_triton.server.geometry import read_audio_geometry
+from audioldm2_triton.server.settings import Settings
 from conditioning import condition
 from embedding_cache import EmbeddingCache
 from text_buckets import TextBuckets

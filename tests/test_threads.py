@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from audioldm2_triton.threads import set_measured_threads
+from audioldm2_triton.server.threads import set_measured_threads
 
 
 @pytest.fixture(autouse=True)

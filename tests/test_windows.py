@@ -16,21 +16,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from audioldm2_triton.errors import InvalidArgumentError, RequestCancelledError
-from audioldm2_triton.geometry import read_audio_geometry
+from audioldm2_triton.server.geometry import read_audio_geometry
 from conftest import ROOT
-from denoiser import load_schedule_tables
-from denoising_request import DenoisingRequest, DenoisingRow, TextStates
-from denoising_unet import DenoisingUNet, load_unet
-from engine import Engine
-from engine_load import EngineLimits
+from denoiser_stage import load_schedule_tables
+from denoising_inputs import draw_noise
+from engine.engine import Engine
+from engine.limits import EngineLimits
 from engine_workload import CPU, Outcomes, WatchedUNet, make_engine, make_request, reference_latents
-from forward_plan import ALWAYS_MIX, NEVER_MIX, Bucket, ForwardCosts, LinearCost
 from multi_diffusion import multi_diffusion
-from resolved_tensors import draw_noise
-from schedule_table import ScheduleTables
-from step_batch import StepInputs
+from stepping.denoising_unet import DenoisingUNet, load_unet
+from stepping.forward_plan import ALWAYS_MIX, NEVER_MIX, Bucket, ForwardCosts, LinearCost
+from stepping.request import DenoisingRequest, DenoisingRow, TextStates
+from stepping.schedule_table import ScheduleTables
+from stepping.step_batch import StepInputs
+from stepping.windows import Windowing, blend_windows, cut_windows, plan_windows
 from test_engine import wait_until
-from windows import Windowing, blend_windows, cut_windows, plan_windows
 
 SCHEDULER_CONFIG: dict[str, Any] = json.loads(
     (ROOT / "scripts/checkpoints/reference_configs/audioldm2/scheduler/scheduler_config.json").read_text()

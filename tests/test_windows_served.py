@@ -10,11 +10,11 @@ import torch
 from audioldm2_pipeline import Reference, difference, tolerance
 from audioldm2_triton import AudioLDM2Client
 from audioldm2_triton.contract import DEFAULT_SCHEDULER
-from denoising_request import DenoisingRow, TextStates
+from denoising_inputs import draw_noise
 from metrics_page import read_metrics
 from multi_diffusion import multi_diffusion
-from resolved_tensors import draw_noise
 from serving.local_server import LocalServer
+from stepping.request import DenoisingRow, TextStates
 
 PROMPT, LENGTH_IN_S, STEPS = "A hammer hits a wooden surface", 2.56, 5
 FRAMES, WINDOW, OVERLAP = 64, 32, 16  # latent frames: three windows of 1.28 s

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
         RequestCancelledError,
         UnavailableError,
     )
+    from audioldm2_triton.events import AudioChunk, Finished, Progress
     from audioldm2_triton.result import GenerationResult
     from audioldm2_triton.server_info import ServerInfo
-    from audioldm2_triton.stream import AudioChunk, Finished, Progress
 
 __all__ = [
     "AsyncAudioLDM2Client",
@@ -38,12 +38,12 @@ __all__ = [
 
 _MODULES = {
     "AsyncAudioLDM2Client": "aio",
-    "AudioChunk": "stream",
+    "AudioChunk": "events",
     "AudioLDM2Client": "client",
-    "Finished": "stream",
+    "Finished": "events",
     "GenerationResult": "result",
     "Limits": "contract",
-    "Progress": "stream",
+    "Progress": "events",
     "ServerInfo": "server_info",
 }
 

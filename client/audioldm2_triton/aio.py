@@ -6,14 +6,16 @@ from os import PathLike, fspath
 from types import TracebackType
 from typing import TYPE_CHECKING, overload
 
-from audioldm2_triton import contract, wire
-from audioldm2_triton.aio_connection import AsyncGrpcConnection, AsyncHttpConnection
-from audioldm2_triton.endpoint import DEFAULT_URL, parse_url
-from audioldm2_triton.failures import known_failures
+from audioldm2_triton import contract
+from audioldm2_triton.events import Finished, OnProgress, Progress, StreamEvent
 from audioldm2_triton.result import GenerationResult
 from audioldm2_triton.server_info import ServerInfo, read_server_info
-from audioldm2_triton.stream import Finished, OnProgress, Progress, StreamEvent, StreamReader
-from audioldm2_triton.wire import GenerateOptions, InferRequest, PerRow
+from audioldm2_triton.transport import wire
+from audioldm2_triton.transport.aio_connection import AsyncGrpcConnection, AsyncHttpConnection
+from audioldm2_triton.transport.endpoint import DEFAULT_URL, parse_url
+from audioldm2_triton.transport.failures import known_failures
+from audioldm2_triton.transport.stream_reader import StreamReader
+from audioldm2_triton.transport.wire import GenerateOptions, InferRequest, PerRow
 
 if TYPE_CHECKING:
     from typing import Self, Unpack

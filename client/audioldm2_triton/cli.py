@@ -13,12 +13,13 @@ from tqdm import tqdm
 
 from audioldm2_triton import contract
 from audioldm2_triton.aio import AsyncAudioLDM2Client
-from audioldm2_triton.endpoint import DEFAULT_URL
 from audioldm2_triton.errors import AudioLDM2Error, invalid
-from audioldm2_triton.result import GenerationResult, check_audio_path, check_path
+from audioldm2_triton.events import Progress
+from audioldm2_triton.files import check_audio_path, check_path
+from audioldm2_triton.result import GenerationResult
 from audioldm2_triton.server_info import ServerInfo
-from audioldm2_triton.stream import Progress
-from audioldm2_triton.wire import GenerateOptions
+from audioldm2_triton.transport.endpoint import DEFAULT_URL
+from audioldm2_triton.transport.wire import GenerateOptions
 
 T = TypeVar("T")
 

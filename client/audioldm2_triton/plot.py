@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from audioldm2_triton.result import check_path
+from audioldm2_triton.files import check_path
 
 NUM_MELS: Final = 64  # as in AudioLDM 2's own spectrograms
 WINDOW: Final = 1024  # samples, 64 ms at 16 kHz

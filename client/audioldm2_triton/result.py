@@ -3,15 +3,14 @@
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
 from audioldm2_triton.errors import invalid
-
-AUDIO_FORMATS: Final = {".wav": "WAV", ".flac": "FLAC"}
+from audioldm2_triton.files import AUDIO_FORMATS, check_audio_path
+from audioldm2_triton.plot import save_plot
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +58,6 @@ class GenerationResult:
         Returns the path. Needs the extra `plot`: raises `ImportError`, which says so. Raises `InvalidArgumentError`
         for another suffix, a directory that does not exist or an index that is not there.
         """
-        from audioldm2_triton.plot import save_plot
-
         return save_plot(path, self._waveform(index), self.sampling_rate, self.prompt)
 
     def _waveform(self, index: int) -> NDArray[np.float32]:
@@ -68,18 +65,3 @@ class GenerationResult:
             raise invalid("index", index, f"an integer from 0 to {self.num_waveforms - 1}")
         waveform: NDArray[np.float32] = self.audio[index]
         return waveform
-
-
-def check_audio_path(path: str | PathLike[str]) -> Path:
-    """The path of an audio file that could be written. Raises `InvalidArgumentError`."""
-    return check_path(path, tuple(AUDIO_FORMATS))
-
-
-def check_path(path: str | PathLike[str], suffixes: tuple[str, ...]) -> Path:
-    """A path with one of the suffixes in a directory that exists. Raises `InvalidArgumentError`."""
-    checked = Path(path)
-    if checked.suffix.lower() not in suffixes:
-        raise invalid("path", str(path), f"a file name that ends in {' or '.join(suffixes)}")
-    if not checked.parent.is_dir():
-        raise invalid("path", str(path), "a file in a directory that exists")
-    return checked

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audioldm2_triton.contract import GenerationRow
+from audioldm2_triton.server.generation_row import GenerationRow
 from benchmarks.in_process import Stages
 from benchmarks.reference import load_pipeline
 
 from clap_scores import clap_features  # isort: skip  # in_process has put the stages on the path
-from resolved_tensors import draw_noise  # isort: skip
+from denoising_inputs import draw_noise  # isort: skip
 from waveform_decoder import decode_mels, vocode  # isort: skip
 
 CPU: Final = torch.device("cpu")

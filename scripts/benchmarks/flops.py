@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
-from audioldm2_triton.linear import PRODUCT, linear
+from audioldm2_triton.server.linear import PRODUCT, linear
 from benchmarks.timing import time_repeatedly
 
 T5_TOKENS: Final = 16

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audioldm2_triton.contract import GenerationRow
-from audioldm2_triton.geometry import AudioGeometry, read_audio_geometry
-from audioldm2_triton.settings import Settings, resolve_device, resolve_dtype
+from audioldm2_triton.server.generation_row import GenerationRow
+from audioldm2_triton.server.geometry import AudioGeometry, read_audio_geometry
+from audioldm2_triton.server.settings import Settings, resolve_device, resolve_dtype
 from benchmarks.batcher import Batcher
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -26,13 +26,13 @@ for _stage in ("text_conditioning", "denoiser", "decoder"):
 from conditioning import condition  # noqa: E402
 from decoder_stage import load_decoder_stage  # noqa: E402
 from decoding import decode  # noqa: E402
-from denoiser import load_engines  # noqa: E402
+from denoiser_stage import load_engines  # noqa: E402
+from denoising_inputs import parse_denoising_request, read_tensor_shapes  # noqa: E402
 from embedding_cache import EmbeddingCache  # noqa: E402
-from resolved_tensors import parse_denoising_request, read_tensor_shapes  # noqa: E402
 from text_stage import load_text_stage  # noqa: E402
 
 if TYPE_CHECKING:
-    from denoising_unet import DenoisingUNet
+    from stepping.denoising_unet import DenoisingUNet
 
 Tensors: TypeAlias = dict[str, np.ndarray]
 

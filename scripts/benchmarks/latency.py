@@ -16,8 +16,8 @@ from typing import Final
 
 import torch
 
-from audioldm2_triton.contract import GenerationRow
-from audioldm2_triton.geometry import read_audio_geometry
+from audioldm2_triton.server.generation_row import GenerationRow
+from audioldm2_triton.server.geometry import read_audio_geometry
 from benchmarks.in_process import running_stages
 from benchmarks.measurement import Row, print_table, with_latencies
 from benchmarks.reference import load_pipeline, run_pipeline, use_dpm_solver

@@ -19,8 +19,8 @@ from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DCond
 from torch import Tensor
 from torch.nn import functional
 
-import audioldm2_triton.linear
-from audioldm2_triton.linear import linear
+import audioldm2_triton.server.linear
+from audioldm2_triton.server.linear import linear
 from benchmarks.measurement import Row, print_table, with_times
 from benchmarks.setting import Setting, add_common_arguments, read_setting
 from benchmarks.timing import time_once
@@ -29,7 +29,8 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "model_repository" / "denoiser" / "1"))
 
 import unet_layers  # noqa: E402
-from lean_unet import LeanUNet  # noqa: E402
+
+from unet.lean_unet import LeanUNet  # noqa: E402
 
 T5_TOKENS: Final = 20
 WIDTH: Final = 16
@@ -109,7 +110,7 @@ def make_ways(setting: Setting, rows: int, frames: int, compiled: bool) -> dict[
             unet_layers.Pointwise, "forward", _as_convolution, lambda: lean(sample, biases, text, None)
         ),
         "linear layers by PyTorch": lambda: _patched(
-            audioldm2_triton.linear, "PRODUCT", None, lambda: lean(sample, biases, text, None)
+            audioldm2_triton.server.linear, "PRODUCT", None, lambda: lean(sample, biases, text, None)
         ),
         "contiguous instead of channels-last": lambda: contiguous(sample, biases, text, None),
     }

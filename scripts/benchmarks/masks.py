@@ -26,8 +26,8 @@ from checkpoints.shapes import component_config
 ROOT: Final = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "model_repository" / "denoiser" / "1"))
 
-from lean_unet import LeanUNet  # noqa: E402
-from unet_layers import TextKeys  # noqa: E402
+from unet.layers import TextKeys  # noqa: E402
+from unet.lean_unet import LeanUNet  # noqa: E402
 
 # Latent frames of each row, 25 a second. Rows of one clip with guidance come in pairs.
 MIXTURES: Final[dict[str, tuple[tuple[int, ...], ...]]] = {

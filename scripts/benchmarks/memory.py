@@ -18,8 +18,8 @@ from typing import Final
 import torch
 
 from audioldm2_triton import AudioChunk, AudioLDM2Client
-from audioldm2_triton.contract import GenerationRow
-from audioldm2_triton.settings import OFFLOAD
+from audioldm2_triton.server.generation_row import GenerationRow
+from audioldm2_triton.server.settings import OFFLOAD
 from benchmarks.measurement import Row, print_table
 from benchmarks.reference import load_pipeline, run_pipeline, use_dpm_solver
 from benchmarks.server_memory import reset_peak, server_processes, watching

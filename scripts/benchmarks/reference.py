@@ -6,7 +6,7 @@ from typing import Any
 import diffusers
 import torch
 
-from audioldm2_triton.contract import GenerationRow
+from audioldm2_triton.server.generation_row import GenerationRow
 
 
 def load_pipeline(checkpoint: Path, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> Any:

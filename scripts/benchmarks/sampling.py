@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from audioldm2_triton.settings import Settings
+from audioldm2_triton.server.settings import Settings
 from benchmarks.in_process import Stages, Tensors, running_stages
 from benchmarks.measurement import Row, print_table, with_times
 from benchmarks.setting import Setting, add_common_arguments, read_setting

@@ -17,7 +17,7 @@ from typing import Final
 
 import numpy as np
 
-from audioldm2_triton.contract import GenerationRow
+from audioldm2_triton.server.generation_row import GenerationRow
 from benchmarks.in_process import Stages, running_stages
 from benchmarks.measurement import Row, print_table
 from benchmarks.setting import add_common_arguments, read_setting

@@ -7,7 +7,7 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Final
 
-from audioldm2_triton.memory import peak_resident_bytes
+from audioldm2_triton.server.memory import peak_resident_bytes
 
 SERVER: Final = "tritonserver"
 STUB: Final = "triton_python_backend_stub"

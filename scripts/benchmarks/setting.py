@@ -13,7 +13,7 @@ from typing import Final
 
 import torch
 
-from audioldm2_triton.settings import COMPILE, DTYPES, Settings, resolve_compile, resolve_device, resolve_dtype
+from audioldm2_triton.server.settings import COMPILE, DTYPES, Settings, resolve_compile, resolve_device, resolve_dtype
 from benchmarks.measurement import Row, append_row
 
 ROOT: Final = Path(__file__).resolve().parents[2]

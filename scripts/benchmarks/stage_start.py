@@ -12,7 +12,7 @@ def main() -> int:
     parser.add_argument("--audio-length-in-s", type=float, required=True)
     arguments = parser.parse_args()
     start = time.perf_counter()
-    from audioldm2_triton.settings import Settings
+    from audioldm2_triton.server.settings import Settings
     from benchmarks.in_process import running_stages
     from benchmarks.workload import make_rows
 

@@ -13,9 +13,9 @@ from typing import Any, Final, TypeAlias
 
 import torch
 
-from audioldm2_triton.contract import GenerationRow
-from audioldm2_triton.geometry import read_audio_geometry
-from audioldm2_triton.settings import DTYPES
+from audioldm2_triton.server.generation_row import GenerationRow
+from audioldm2_triton.server.geometry import read_audio_geometry
+from audioldm2_triton.server.settings import DTYPES
 from benchmarks.flops import count_gflop, decoder_gflop, peak_gflop_per_s, unet_gflop
 from benchmarks.in_process import Stages, running_stages
 from benchmarks.latency import has_triton, served

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from audioldm2_triton.memory import peak_memory_bytes
+from audioldm2_triton.server.memory import peak_memory_bytes
 
 
 def synchronise(device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from audioldm2_triton.geometry import AudioGeometry
+from audioldm2_triton.server.geometry import AudioGeometry
 from benchmarks.spectral_flux import Stretch
 
 

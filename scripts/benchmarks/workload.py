@@ -2,7 +2,8 @@
 
 from typing import Any, Final
 
-from audioldm2_triton.contract import DEFAULT_GUIDANCE_SCALE, DEFAULT_SCHEDULER, GenerationRow
+from audioldm2_triton.contract import DEFAULT_GUIDANCE_SCALE, DEFAULT_SCHEDULER
+from audioldm2_triton.server.generation_row import GenerationRow
 
 PROMPTS: Final = (
     "A hammer hits a wooden surface",

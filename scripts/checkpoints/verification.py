@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from audioldm2_triton.speech import END_TOKEN, SPEECH_ENCODER
+from audioldm2_triton.server.speech import END_TOKEN, SPEECH_ENCODER
 
 from .layout import CLASSES, CONFIG_FILES, MODEL_INDEX, WEIGHTS, is_pickle
 

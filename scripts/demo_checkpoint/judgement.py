@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from audioldm2_triton.geometry import read_audio_geometry
+from audioldm2_triton.server.geometry import read_audio_geometry
 from benchmarks.window_layout import make_layout
 from serving.local_server import local_server
 

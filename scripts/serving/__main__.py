@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Final
 
-from audioldm2_triton.settings import Settings, SettingsError, read_settings
+from audioldm2_triton.server.settings import Settings, SettingsError, read_settings
 from serving.installation import InstallationError, find_triton
 from serving.plain_paths import PlainPathError, plain_directory
 from serving.repository import write_repository

@@ -13,9 +13,9 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from audioldm2_triton.contract import ENSEMBLE, SCHEDULERS, STREAM
-from audioldm2_triton.geometry import read_audio_geometry
-from audioldm2_triton.settings import Settings
-from audioldm2_triton.speech import speaks
+from audioldm2_triton.server.geometry import read_audio_geometry
+from audioldm2_triton.server.settings import Settings
+from audioldm2_triton.server.speech import speaks
 from serving.plain_paths import plain_path
 
 FRONTS = (ENSEMBLE, STREAM)

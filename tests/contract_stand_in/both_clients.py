@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from audioldm2_triton import AsyncAudioLDM2Client, AudioLDM2Client, ServerInfo
 from audioldm2_triton.contract import ENSEMBLE
-from audioldm2_triton.stream import StreamEvent
+from audioldm2_triton.events import StreamEvent
 
 
 class Client(Protocol):

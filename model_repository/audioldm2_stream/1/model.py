@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from audioldm2_triton import faults
-from audioldm2_triton import triton_adapter as adapter
 from audioldm2_triton.errors import (
     AudioLDM2Error,
     InternalError,
@@ -16,7 +14,9 @@ from audioldm2_triton.errors import (
     RequestCancelledError,
     UnavailableError,
 )
-from audioldm2_triton.settings import read_default_timeout
+from audioldm2_triton.server import faults
+from audioldm2_triton.server import triton_adapter as adapter
+from audioldm2_triton.server.settings import read_default_timeout
 from generation_stream import StreamRequest, stream_generation
 from running_streams import RunningStreams
 from stage_calls import StageCall, Tensors

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from audioldm2_triton import faults
+from audioldm2_triton.server import faults
 
 CLOSE_TIMEOUT_IN_S = 10.0
 

@@ -10,8 +10,8 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
-from audioldm2_triton import faults
 from audioldm2_triton.errors import AudioLDM2Error, as_exception
+from audioldm2_triton.server import faults
 from stage_calls import CallStage, Interruption, Send, StageCall, Tensors
 
 DENOISER: Final = "denoiser"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import ClapFeatureExtractor, ClapModel
 
-from audioldm2_triton.linear import replace_linear_layers
+from audioldm2_triton.server.linear import replace_linear_layers
 from clap_features import ClapFrontEnd, audio_windows, clap_front_end, log_mel
 from resampling import resample
 

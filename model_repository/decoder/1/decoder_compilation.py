@@ -10,9 +10,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from audioldm2_triton.compilation import compile_cache, for_fixed_shapes
-from audioldm2_triton.geometry import AudioGeometry
-from audioldm2_triton.settings import Settings, uses_compiler
+from audioldm2_triton.server.compilation import compile_cache, for_fixed_shapes
+from audioldm2_triton.server.geometry import AudioGeometry
+from audioldm2_triton.server.settings import Settings, uses_compiler
 from decoder_buckets import Buckets
 from masked_vae import decode_masked
 from masked_vocoder import vocode_masked

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from audioldm2_triton.geometry import AudioGeometry
-from audioldm2_triton.residency import stage_residency
-from audioldm2_triton.settings import Settings, resolve_compile, resolve_dtype
-from audioldm2_triton.threads import set_measured_threads
+from audioldm2_triton.server.geometry import AudioGeometry
+from audioldm2_triton.server.residency import stage_residency
+from audioldm2_triton.server.settings import Settings, resolve_compile, resolve_dtype
+from audioldm2_triton.server.threads import set_measured_threads
 from clap_scores import ClapScorer, load_clap_scorer
 from decoder_compilation import compile_with_cache
 from decoding import warm_up

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from audioldm2_triton import faults
 from audioldm2_triton.errors import InternalError, invalid
-from audioldm2_triton.geometry import AudioGeometry
+from audioldm2_triton.server import faults
+from audioldm2_triton.server.geometry import AudioGeometry
 from clap_scores import ClapScorer, score_waveforms
 from waveform_decoder import WaveformDecoder, decode_waveforms
 

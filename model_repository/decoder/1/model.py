@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from audioldm2_triton import faults
-from audioldm2_triton import triton_adapter as adapter
-from audioldm2_triton.geometry import read_audio_geometry
-from audioldm2_triton.settings import resolve_device
+from audioldm2_triton.server import faults
+from audioldm2_triton.server import triton_adapter as adapter
+from audioldm2_triton.server.geometry import read_audio_geometry
+from audioldm2_triton.server.settings import resolve_device
 from decoder_stage import load_decoder_stage
 from decoding_parts import check_decodable, decode_parts
 

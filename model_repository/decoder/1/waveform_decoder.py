@@ -10,10 +10,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import SpeechT5HifiGan
 
-from audioldm2_triton import faults
 from audioldm2_triton.errors import InternalError
-from audioldm2_triton.linear import replace_linear_layers
-from audioldm2_triton.residency import Residency
+from audioldm2_triton.server import faults
+from audioldm2_triton.server.linear import replace_linear_layers
+from audioldm2_triton.server.residency import Residency
 from chunked_vae import decode_chunked
 from decoder_buckets import Buckets, map_in_buckets
 from vae_walk import check_followed

@@ -14,10 +14,10 @@ from audioldm2_triton.errors import (
     RequestCancelledError,
     UnavailableError,
 )
-from audioldm2_triton.geometry import AudioGeometry
-from audioldm2_triton.triton_adapter import MemoryGauge
-from denoising_request import DenoisingRequest
-from engine_load import EngineLoad
+from audioldm2_triton.server.geometry import AudioGeometry
+from audioldm2_triton.server.triton_adapter import MemoryGauge
+from engine.limits import EngineLoad
+from stepping.request import DenoisingRequest
 
 ROWS_BUCKETS = [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64]
 STEP_BUCKETS_MS = [1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000]

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from audioldm2_triton import faults
-from audioldm2_triton import triton_adapter as adapter
 from audioldm2_triton.errors import invalid
-from audioldm2_triton.settlement import Settlement
-from denoiser import load_engines
+from audioldm2_triton.server import faults
+from audioldm2_triton.server import triton_adapter as adapter
+from audioldm2_triton.server.settlement import Settlement
 from denoiser_metrics import DenoiserMetrics
-from resolved_tensors import parse_denoising_request, read_tensor_shapes
+from denoiser_stage import load_engines
+from denoising_inputs import parse_denoising_request, read_tensor_shapes
 
 
 class TritonPythonModel:

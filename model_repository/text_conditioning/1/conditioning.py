@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audioldm2_triton import faults
-from audioldm2_triton.contract import GenerationRow
 from audioldm2_triton.errors import InternalError
-from audioldm2_triton.geometry import AudioGeometry
+from audioldm2_triton.server import faults
+from audioldm2_triton.server.generation_row import GenerationRow
+from audioldm2_triton.server.geometry import AudioGeometry
 from embedding_cache import EmbeddingCache, TextKey
 from row_texts import RowTexts, row_texts
 from text_encoders import EncodedTexts, TextEncoders, encode_texts

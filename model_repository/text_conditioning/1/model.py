@@ -6,11 +6,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from audioldm2_triton import faults
-from audioldm2_triton import triton_adapter as adapter
-from audioldm2_triton.contract import GenerationRow
-from audioldm2_triton.geometry import read_audio_geometry
-from audioldm2_triton.settings import resolve_device
+from audioldm2_triton.server import faults
+from audioldm2_triton.server import triton_adapter as adapter
+from audioldm2_triton.server.generation_row import GenerationRow
+from audioldm2_triton.server.geometry import read_audio_geometry
+from audioldm2_triton.server.settings import resolve_device
 from conditioning import condition
 from embedding_cache import EmbeddingCache
 from request_rows import parse_rows

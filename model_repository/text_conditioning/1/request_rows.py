@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from audioldm2_triton import contract
-from audioldm2_triton.contract import GenerationRow, Limits
+from audioldm2_triton.contract import Limits
 from audioldm2_triton.errors import invalid
+from audioldm2_triton.server.generation_row import GenerationRow, shortest_decimal
 
 
 def parse_rows(
@@ -115,7 +116,7 @@ def _whole_number(inputs: Mapping[str, np.ndarray], name: str, row: int, default
 
 def _audio_length(inputs: Mapping[str, np.ndarray], row: int, limits: Limits, native: float) -> float:
     name = "audio_length_in_s"
-    value = contract.shortest_decimal(inputs[name][row, 0]) if name in inputs else native
+    value = shortest_decimal(inputs[name][row, 0]) if name in inputs else native
     low, high = contract.MIN_AUDIO_LENGTH_IN_S, limits.max_audio_length_in_s
     if not (math.isfinite(value) and low <= value <= high):
         raise invalid(name, value, f"a finite number of seconds from {low:g} to {high:g}")
@@ -124,7 +125,7 @@ def _audio_length(inputs: Mapping[str, np.ndarray], row: int, limits: Limits, na
 
 def _window_length(inputs: Mapping[str, np.ndarray], row: int, limits: Limits) -> float:
     name = "window_length_in_s"
-    value = contract.shortest_decimal(inputs[name][row, 0]) if name in inputs else contract.DEFAULT_WINDOW_LENGTH_IN_S
+    value = shortest_decimal(inputs[name][row, 0]) if name in inputs else contract.DEFAULT_WINDOW_LENGTH_IN_S
     low, high = contract.MIN_WINDOW_LENGTH_IN_S, limits.max_audio_length_in_s
     if value != 0 and not (math.isfinite(value) and low <= value <= high):
         raise invalid(name, value, f"0 for no windows, or a finite number of seconds from {low:g} to {high:g}")
@@ -133,7 +134,7 @@ def _window_length(inputs: Mapping[str, np.ndarray], row: int, limits: Limits) -
 
 def _guidance_scale(inputs: Mapping[str, np.ndarray], row: int) -> float:
     name = "guidance_scale"
-    value = contract.shortest_decimal(inputs[name][row, 0]) if name in inputs else contract.DEFAULT_GUIDANCE_SCALE
+    value = shortest_decimal(inputs[name][row, 0]) if name in inputs else contract.DEFAULT_GUIDANCE_SCALE
     if not (math.isfinite(value) and 0 <= value <= contract.MAX_GUIDANCE_SCALE):
         raise invalid(name, value, f"a finite number from 0 to {contract.MAX_GUIDANCE_SCALE:g}")
     return value

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from audioldm2_triton.contract import GenerationRow
 from audioldm2_triton.errors import invalid
+from audioldm2_triton.server.generation_row import GenerationRow
 from embedding_cache import TextKey
 from text_encoders import TextEncoders, tokenize_t5
 from transcriptions import tokenize_transcription, untruncated_length

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import StaticCache
 
-from audioldm2_triton.compilation import compile_cache, compiled, for_fixed_shapes, graphed
-from audioldm2_triton.settings import Settings, uses_compiler
+from audioldm2_triton.server.compilation import compile_cache, compiled, for_fixed_shapes, graphed
+from audioldm2_triton.server.settings import Settings, uses_compiler
 from state_generation import allocate, generate_states, state_cache
 from text_buckets import TextBuckets
 from text_encoders import NUM_ADDED_POSITIONS, CompiledNetworks, TextEncoders

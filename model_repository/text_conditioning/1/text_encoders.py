@@ -18,9 +18,9 @@ from torch.nn.functional import pad
 from transformers import AutoTokenizer, ClapModel, GPT2Model, StaticCache, T5EncoderModel
 from transformers.models.vits.modeling_vits import VitsTextEncoder
 
-from audioldm2_triton.linear import replace_linear_layers
-from audioldm2_triton.residency import Residency
-from audioldm2_triton.speech import speaks
+from audioldm2_triton.server.linear import replace_linear_layers
+from audioldm2_triton.server.residency import Residency
+from audioldm2_triton.server.speech import speaks
 from state_generation import state_cache
 from text_buckets import TextBuckets
 from text_networks import TextNetworks, text_networks

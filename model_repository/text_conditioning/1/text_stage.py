@@ -9,10 +9,10 @@ from typing import Final
 import torch
 
 from audioldm2_triton import contract
-from audioldm2_triton.contract import GenerationRow
-from audioldm2_triton.residency import stage_residency
-from audioldm2_triton.settings import Settings, resolve_compile, resolve_dtype
-from audioldm2_triton.threads import set_measured_threads
+from audioldm2_triton.server.generation_row import GenerationRow
+from audioldm2_triton.server.residency import stage_residency
+from audioldm2_triton.server.settings import Settings, resolve_compile, resolve_dtype
+from audioldm2_triton.server.threads import set_measured_threads
 from row_texts import row_texts
 from text_buckets import TextBuckets
 from text_compilation import compile_with_cache

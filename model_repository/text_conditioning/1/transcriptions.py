@@ -9,8 +9,8 @@ from transformers import VitsModel, VitsTokenizer
 from transformers.models.vits.modeling_vits import VitsTextEncoder
 from transformers.utils.import_utils import is_phonemizer_available
 
-from audioldm2_triton.settings import SettingsError
-from audioldm2_triton.speech import END_TOKEN
+from audioldm2_triton.server.settings import SettingsError
+from audioldm2_triton.server.speech import END_TOKEN
 
 _MAX_LENGTH: Final = 100_000  # a tokenizer that was saved without a length has 10 ** 30
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from audioldm2_triton.cuda_graphs import CudaGraphRecorder, GraphedFunction
-from audioldm2_triton.settings import Settings
+from audioldm2_triton.server.cuda_graphs import CudaGraphRecorder, GraphedFunction
+from audioldm2_triton.server.settings import Settings
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audioldm2_triton import faults
+from audioldm2_triton.server import faults
 
 WINDOW: Final = 4
 """Pairs of (sample, model output) that a scheduler may look back on; LMS needs all four."""

@@ -17,7 +17,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from audioldm2_triton import faults
 from audioldm2_triton.errors import (
     DEADLINE_EXCEEDED,
     DeadlineExceededError,
@@ -27,16 +26,17 @@ from audioldm2_triton.errors import (
     as_exception,
     invalid,
 )
-from audioldm2_triton.residency import Residency
-from denoising_request import DenoisingRequest, OnDone
-from device_queue import RunAhead, device_works
-from engine_load import EngineLimits, EngineLoad, GuardedObserver, Observer
-from forward_plan import Bucket, Flight, ForwardCosts, plan_forwards
-from job import Job, OnProgress, call_all
-from schedule_table import ScheduleError, ScheduleTables
-from step_batch import StepBatch, UNet, WaveformState, stack_waveforms, start_waveform
-from step_group import StepGroup
-from windows import plan_windows
+from audioldm2_triton.server import faults
+from audioldm2_triton.server.residency import Residency
+from engine.device import RunAhead, device_works
+from engine.job import Job, OnProgress, call_all
+from engine.limits import EngineLimits, EngineLoad, GuardedObserver, Observer
+from engine.step_group import StepGroup
+from stepping.forward_plan import Bucket, Flight, ForwardCosts, plan_forwards
+from stepping.request import DenoisingRequest, OnDone
+from stepping.schedule_table import ScheduleError, ScheduleTables
+from stepping.step_batch import StepBatch, UNet, WaveformState, stack_waveforms, start_waveform
+from stepping.windows import plan_windows
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from audioldm2_triton.contract import SCHEDULERS
 from audioldm2_triton.errors import invalid
-from audioldm2_triton.geometry import AudioGeometry, read_audio_geometry
-from denoising_request import DenoisingRequest, DenoisingRow, TextStates
-from windows import Windowing
+from audioldm2_triton.server.geometry import AudioGeometry, read_audio_geometry
+from stepping.request import DenoisingRequest, DenoisingRow, TextStates
+from stepping.windows import Windowing
 
 TEXT: Final = ("prompt_embeds", "attention_mask", "generated_prompt_embeds")
 NEGATIVE_TEXT: Final = tuple(f"negative_{name}" for name in TEXT)

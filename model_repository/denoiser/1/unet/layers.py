@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from audioldm2_triton.linear import linear
-from length_masks import LengthMasks, LevelMasks, masked_group_norm
+from audioldm2_triton.server.linear import linear
+from unet.length_masks import LengthMasks, LevelMasks, masked_group_norm
 
 gpu_kernels: Any
 try:
-    import gpu_kernels
+    from unet import gpu_kernels
 except ImportError:  # PyTorch without CUDA comes without Triton's language too
     gpu_kernels = None
 

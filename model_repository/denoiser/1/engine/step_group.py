@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from step_batch import StepBatch, UNet, WaveformState, advance, unstack_waveforms
-from windows import blend_windows, cut_windows
+from stepping.step_batch import StepBatch, UNet, WaveformState, advance, unstack_waveforms
+from stepping.windows import blend_windows, cut_windows
 
 Stack = Callable[[Sequence[WaveformState]], StepBatch]
 """The batch of one forward of these rows."""

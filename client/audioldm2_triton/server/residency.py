@@ -17,8 +17,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from audioldm2_triton.device_lease import DeviceLease
-from audioldm2_triton.settings import Settings
+from audioldm2_triton.server.device_lease import DeviceLease
+from audioldm2_triton.server.settings import Settings
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -6,8 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from audioldm2_triton import faults
-from denoising_request import DenoisingRequest, DenoisingRow
+from audioldm2_triton.server import faults
+from stepping.request import DenoisingRequest, DenoisingRow
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from tritonclient.utils import InferenceServerException
 
 from audioldm2_triton import contract
 from audioldm2_triton.errors import InternalError, invalid
-from audioldm2_triton.stream import Tensors
-from audioldm2_triton.wire import InferRequest
+from audioldm2_triton.transport.stream_reader import Tensors
+from audioldm2_triton.transport.wire import InferRequest
 
 HEADERS: Final = {"Content-Type": "application/json", "Accept": "text/event-stream"}
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from windows import Windowing
+from stepping.windows import Windowing
 
 
 @dataclass(frozen=True)

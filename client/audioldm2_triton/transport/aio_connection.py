@@ -5,10 +5,11 @@ import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from audioldm2_triton import contract, event_stream, wire
-from audioldm2_triton.endpoint import Endpoint
-from audioldm2_triton.stream import Tensors
-from audioldm2_triton.wire import InferRequest
+from audioldm2_triton import contract
+from audioldm2_triton.transport import sse, wire
+from audioldm2_triton.transport.endpoint import Endpoint
+from audioldm2_triton.transport.stream_reader import Tensors
+from audioldm2_triton.transport.wire import InferRequest
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
@@ -114,15 +115,15 @@ class AsyncHttpConnection:
         if self._session is None:
             self._session = ClientSession(connector=TCPConnector(ssl=self._ssl, limit=0))
         response = await self._session.post(
-            f"{self._scheme}://{self._address}{event_stream.path(self._model)}",
-            data=event_stream.request_body(request),
-            headers=event_stream.HEADERS,
+            f"{self._scheme}://{self._address}{sse.path(self._model)}",
+            data=sse.request_body(request),
+            headers=sse.HEADERS,
             timeout=ClientTimeout(total=wire.client_timeout(request.timeout)),
         )
         try:
             if response.status != 200:
-                raise event_stream.refusal(response.status, await response.read())
-            events = event_stream.EventStream()
+                raise sse.refusal(response.status, await response.read())
+            events = sse.EventStream()
             async for piece in response.content.iter_any():
                 for tensors in events.feed(piece):
                     yield tensors

@@ -9,7 +9,6 @@ from typing import Final
 import grpc
 from tritonclient.utils import InferenceServerException
 
-from audioldm2_triton.endpoint import Endpoint
 from audioldm2_triton.errors import (
     DEADLINE_EXCEEDED,
     AudioLDM2Error,
@@ -19,6 +18,7 @@ from audioldm2_triton.errors import (
     RequestCancelledError,
     UnavailableError,
 )
+from audioldm2_triton.transport.endpoint import Endpoint
 
 CANCELLED: Final = "cancelled"
 """How the message of a cancellation begins, which tells it over HTTP from an invalid argument: both are 400."""

@@ -18,9 +18,9 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from audioldm2_triton.errors import AudioLDM2Error, InternalError, UnavailableError
-from audioldm2_triton.memory import peak_memory_bytes
-from audioldm2_triton.settings import Settings, read_settings
-from audioldm2_triton.settlement import AnsweredError, Settlement, Settlements
+from audioldm2_triton.server.memory import peak_memory_bytes
+from audioldm2_triton.server.settings import Settings, read_settings
+from audioldm2_triton.server.settlement import AnsweredError, Settlement, Settlements
 
 if TYPE_CHECKING:
     import torch

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from denoising_request import TextStates
-from forward_plan import Bucket
-from length_masks import LengthMasks
-from schedule_table import WINDOW, ScheduleTable
-from unet_layers import TextKeys
-from windows import Windows
+from stepping.forward_plan import Bucket
+from stepping.request import TextStates
+from stepping.schedule_table import WINDOW, ScheduleTable
+from stepping.windows import Windows
+from unet.layers import TextKeys
+from unet.length_masks import LengthMasks
 
 T = TypeVar("T")
 

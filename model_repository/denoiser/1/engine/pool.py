@@ -7,10 +7,10 @@ from functools import partial
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from audioldm2_triton.errors import UnavailableError, as_exception
-from denoising_request import DenoisingRequest, OnDone
-from engine import Engine
-from job import Job, OnProgress
-from schedule_table import ScheduleError, ScheduleTables
+from engine.engine import Engine
+from engine.job import Job, OnProgress
+from stepping.request import DenoisingRequest, OnDone
+from stepping.schedule_table import ScheduleError, ScheduleTables
 
 
 class EnginePool:

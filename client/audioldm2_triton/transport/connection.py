@@ -11,10 +11,11 @@ from typing import Any, Final
 
 from tritonclient.utils import InferenceServerException
 
-from audioldm2_triton import contract, event_stream, wire
-from audioldm2_triton.endpoint import Endpoint
-from audioldm2_triton.stream import Tensors
-from audioldm2_triton.wire import InferRequest
+from audioldm2_triton import contract
+from audioldm2_triton.transport import sse, wire
+from audioldm2_triton.transport.endpoint import Endpoint
+from audioldm2_triton.transport.stream_reader import Tensors
+from audioldm2_triton.transport.wire import InferRequest
 
 PIECE: Final = 2**16  # bytes of an HTTP stream read at once, at most
 
@@ -112,13 +113,13 @@ class HttpConnection:
         remaining = _countdown(wire.client_timeout(request.timeout))
         host, slash, base = self._endpoint.address.partition("/")
         with contextlib.closing(self._open_connection(host, next(remaining))) as connection:
-            body = event_stream.request_body(request)
-            connection.request("POST", f"{slash}{base}{event_stream.path(self._model)}", body, event_stream.HEADERS)
+            body = sse.request_body(request)
+            connection.request("POST", f"{slash}{base}{sse.path(self._model)}", body, sse.HEADERS)
             socket = connection.sock  # which the connection forgets
             with connection.getresponse() as response:
                 if response.status != 200:
-                    raise event_stream.refusal(response.status, response.read())
-                events = event_stream.EventStream()
+                    raise sse.refusal(response.status, response.read())
+                events = sse.EventStream()
                 while piece := response.read1(PIECE):
                     yield from events.feed(piece)
                     socket.settimeout(next(remaining))

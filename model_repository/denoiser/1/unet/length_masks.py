@@ -12,7 +12,7 @@ Everything else (1x1 convolutions, layer normalisation, feed-forward, cross-atte
 position. A strided convolution makes `ceil(h / 2)` frames of `h`, and upsampling to whatever size copies frame
 `d // 2` to frame `d`, padded or not, so the valid frames of each level follow from those of the latents.
 
-`unet_layers` applies them.
+`unet.layers` applies them.
 """
 
 from __future__ import annotations

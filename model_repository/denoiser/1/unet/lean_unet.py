@@ -19,9 +19,9 @@ from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DCond
 from torch import Tensor, nn
 from torch.nn import functional
 
-from audioldm2_triton.linear import linear
-from length_masks import LengthMasks, length_masks
-from unet_layers import Conv, FusedInputs, GroupNorm, Step, TextKeys, frozen, layers_of
+from audioldm2_triton.server.linear import linear
+from unet.layers import Conv, FusedInputs, GroupNorm, Step, TextKeys, frozen, layers_of
+from unet.length_masks import LengthMasks, length_masks
 
 _FOLLOWED = {
     "act_fn": "silu",

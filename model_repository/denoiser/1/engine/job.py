@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from audioldm2_triton import faults
 from audioldm2_triton.errors import InternalError, as_exception
-from denoising_request import DenoisingRequest, OnDone
-from step_batch import WaveformState
+from audioldm2_triton.server import faults
+from stepping.request import DenoisingRequest, OnDone
+from stepping.step_batch import WaveformState
 
 logger = logging.getLogger(__name__)
 

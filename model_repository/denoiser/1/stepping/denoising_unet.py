@@ -12,14 +12,14 @@ import torch
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
 from torch import Tensor
 
-from audioldm2_triton.compilation import for_fixed_shapes
-from audioldm2_triton.threads import set_measured_threads
-from forward_plan import Bucket, ForwardCosts, LaunchBoundCost, LinearCost, fit_cost, fit_launch_bound
-from lean_unet import LeanUNet
-from length_masks import LengthMasks
-from schedule_table import WINDOW, ScheduleTable
-from step_batch import COMPILED_T5_LENGTH, T5_BUCKET, StepInputs, denoise, update_dtype
-from unet_layers import TextKeys
+from audioldm2_triton.server.compilation import for_fixed_shapes
+from audioldm2_triton.server.threads import set_measured_threads
+from stepping.forward_plan import Bucket, ForwardCosts, LaunchBoundCost, LinearCost, fit_cost, fit_launch_bound
+from stepping.schedule_table import WINDOW, ScheduleTable
+from stepping.step_batch import COMPILED_T5_LENGTH, T5_BUCKET, StepInputs, denoise, update_dtype
+from unet.layers import TextKeys
+from unet.lean_unet import LeanUNet
+from unet.length_masks import LengthMasks
 
 logger = logging.getLogger(__name__)
 

@@ -7,16 +7,16 @@ from typing import Final
 
 import torch
 
-from audioldm2_triton.compilation import compile_cache
-from audioldm2_triton.geometry import AudioGeometry
-from audioldm2_triton.residency import stage_residency
-from audioldm2_triton.settings import Settings, resolve_compile, resolve_device, resolve_dtype, uses_compiler
-from denoising_unet import load_unet
-from engine import Engine
-from engine_load import EngineLimits, Observer
-from engine_pool import EnginePool
-from forward_plan import Bucket
-from schedule_table import ScheduleTables
+from audioldm2_triton.server.compilation import compile_cache
+from audioldm2_triton.server.geometry import AudioGeometry
+from audioldm2_triton.server.residency import stage_residency
+from audioldm2_triton.server.settings import Settings, resolve_compile, resolve_device, resolve_dtype, uses_compiler
+from engine.engine import Engine
+from engine.limits import EngineLimits, Observer
+from engine.pool import EnginePool
+from stepping.denoising_unet import load_unet
+from stepping.forward_plan import Bucket
+from stepping.schedule_table import ScheduleTables
 
 CPU_MAX_ACTIVE_ROWS: Final = 32
 CPU_MAX_WAITING: Final = 64

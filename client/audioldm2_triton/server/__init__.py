@@ -1,0 +1,1 @@
+"""What the stages share; needs the extra `server`. Nothing outside imports it."""

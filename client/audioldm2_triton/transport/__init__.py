@@ -1,0 +1,1 @@
+"""How a request travels to a server and its answer back. Not public."""

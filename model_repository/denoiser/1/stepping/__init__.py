@@ -1,0 +1,1 @@
+"""What one denoising step is, of any mixture of waveforms."""

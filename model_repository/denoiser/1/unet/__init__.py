@@ -1,0 +1,1 @@
+"""The network: one forward, exact for rows of different lengths."""
