@@ -35,6 +35,11 @@ class StepGroup:
         """Whether some of its windows have made the step under way and others not: then it must stay as it is."""
         return self._next > 0
 
+    @property
+    def last_step(self) -> float:
+        """When the waveform that has waited longest took its last step."""
+        return min(waveform.last_step for waveform in self.waveforms)
+
     def advance(self, unet: UNet) -> int:
         """One forward. Returns its UNet batch items."""
         if self._batch is not None:

@@ -42,9 +42,9 @@ COMPILED_T5_LENGTH: Final = 64
 """To this in compiled code; a batch with a longer text runs uncompiled."""
 
 
-@dataclass
+@dataclass(eq=False)
 class WaveformState:
-    """One waveform between two steps."""
+    """One waveform between two steps; equal to none but itself."""
 
     positive: TextStates
     negative: TextStates | None
