@@ -19,7 +19,7 @@ from audioldm2_triton.errors import UnavailableError, as_exception
 from audioldm2_triton.server import faults
 from audioldm2_triton.server.residency import Residency
 from engine.device import RunAhead, device_works
-from engine.job import Job, OnProgress, call_all, start_waveforms
+from engine.job import Job, JobStatus, OnProgress, call_all, start_waveforms
 from engine.limits import EngineLimits, EngineLoad, GuardedObserver, Observer
 from engine.roster import Roster
 from engine.step_group import StepGroup
@@ -27,7 +27,8 @@ from engine.step_groups import StepGroups
 from stepping.forward_plan import ForwardCosts
 from stepping.request import DenoisingRequest, OnDone
 from stepping.schedule_table import ScheduleTables
-from stepping.step_batch import UNet, WaveformState
+from stepping.step_batch import UNet
+from stepping.waveform import WaveformState
 
 logger = logging.getLogger(__name__)
 
@@ -288,7 +289,7 @@ class Engine:
         """Lets a job go and answers it, once; raises nothing."""
         with self._changed:
             self._leave(job.waveforms)
-            if job.done:
+            if job.status is JobStatus.DONE:
                 return
             self._roster.remove(job)
             calls = job.end()

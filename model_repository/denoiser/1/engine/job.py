@@ -4,6 +4,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from enum import Enum, auto
 from typing import Final
 
 import torch
@@ -21,7 +22,7 @@ from audioldm2_triton.server import faults
 from engine.limits import EngineLimits
 from stepping.request import DenoisingRequest, OnDone
 from stepping.schedule_table import ScheduleError, ScheduleTables
-from stepping.step_batch import WaveformState, start_waveform
+from stepping.waveform import WaveformState, start_waveform
 from stepping.windows import plan_windows
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,15 @@ CANCELLATION_POLL_NS: Final = 20_000_000  # asking Triton costs more than a flag
 
 OnProgress = Callable[[int, int], None]
 """Called with the UNet evaluations done and in all; with zeros where the request is not in flight any more."""
+
+
+class JobStatus(Enum):
+    """How far a request has come."""
+
+    ADMISSIBLE = auto()  # there was room when it came: it enters before the next step
+    WAITING = auto()  # there was none
+    IN_FLIGHT = auto()  # since its first waveform has entered
+    DONE = auto()  # answered, or about to be
 
 
 class Job:
@@ -47,10 +57,8 @@ class Job:
         self.pending = deque(waveforms)  # not yet in flight, in generation order
         self.on_done = on_done
         self.is_cancelled = is_cancelled
-        self.cancelled = False
-        self.started = False
-        self.done = False
-        self.must_wait = False  # there was no room when it came
+        self.status = JobStatus.ADMISSIBLE
+        self.cancelled = False  # somebody wants it to end
         self.submitted_ns = time.monotonic_ns()
         self.polled_ns = 0
         self.listeners: list[tuple[int, OnProgress]] = []
@@ -86,7 +94,7 @@ class Job:
 
     def listen(self, after: int, on_progress: OnProgress) -> list[Callable[[], None]]:
         """Takes in who waits for more than `after` evaluations. Returns the calls that are due."""
-        if self.done:
+        if self.status is JobStatus.DONE:
             return [lambda: on_progress(0, 0)]
         self.listeners.append((after, on_progress))
         return self.progressed()
@@ -100,7 +108,7 @@ class Job:
 
     def end(self) -> list[Callable[[], None]]:
         """Makes it done. Returns the calls to those who wait for progress."""
-        self.done = True
+        self.status = JobStatus.DONE
         calls: list[Callable[[], None]] = [
             lambda listener=listener: listener(0, 0)  # type: ignore[misc]
             for _, listener in self.listeners

@@ -6,7 +6,7 @@ Pure functions over plain data, which a simulator can run as well. Nothing here 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from stepping.forward_plan import Bucket, Flight, ForwardCosts, plan_forwards
+from stepping.forward_plan import Bucket, ForwardCosts, PlannedWaveform, plan_forwards
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def admit(waiting: Iterable[Waiting], room: int, is_empty: bool) -> list[int]:
 def plan_groups(waveforms: Sequence[InFlight], costs: ForwardCosts) -> list[Group]:
     """The groups of the cheapest forwards, and one for each request whose windows take several forwards a step."""
     whole = [
-        Flight(index, waveform.items, waveform.frames)
+        PlannedWaveform(index, waveform.items, waveform.frames)
         for index, waveform in enumerate(waveforms)
         if not waveform.in_turns
     ]

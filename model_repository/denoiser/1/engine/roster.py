@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 from audioldm2_triton.errors import UnavailableError, as_exception
 from audioldm2_triton.server import faults
-from engine.job import Job
+from engine.job import Job, JobStatus
 from engine.limits import EngineLimits, EngineLoad
 from engine.policy import Waiting, admit
-from stepping.step_batch import WaveformState
+from stepping.waveform import WaveformState
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Roster:
 
     @property
     def load(self) -> EngineLoad:
-        waiting = sum(job.must_wait and not job.started for job in self.jobs)
+        waiting = sum(job.status is JobStatus.WAITING for job in self.jobs)
         pending = [waveform for job in self.jobs for waveform in job.pending]
         return EngineLoad(
             active_rows=sum(waveform.unet_items for waveform in self.in_flight),
@@ -48,12 +48,13 @@ class Roster:
     def add(self, job: Job) -> None:
         """Raises `UnavailableError` where there is no room and the waiting list is full."""
         load = self.load
-        job.must_wait = bool(self.jobs) and self._frames(job.waveforms) > load.free_frames
-        if job.must_wait and load.waiting_requests >= self._limits.max_waiting:
-            raise UnavailableError(
-                f"denoiser is full: {load.active_requests} requests in flight and {load.waiting_requests} waiting;"
-                " try again later"
-            )
+        if self.jobs and self._frames(job.waveforms) > load.free_frames:
+            job.status = JobStatus.WAITING
+            if load.waiting_requests >= self._limits.max_waiting:
+                raise UnavailableError(
+                    f"denoiser is full: {load.active_requests} requests in flight and {load.waiting_requests} waiting;"
+                    " try again later"
+                )
         self.jobs.append(job)
 
     def admit(self) -> Admission:
@@ -73,8 +74,8 @@ class Roster:
         faults.at("denoiser.admit")
         self.in_flight[job.pending.popleft()] = job
         admission.entered += 1
-        if not job.started:
-            job.started = True
+        if job.status is not JobStatus.IN_FLIGHT:
+            job.status = JobStatus.IN_FLIGHT
             admission.started.append(job)
 
     def leave(self, waveforms: Iterable[WaveformState]) -> bool:

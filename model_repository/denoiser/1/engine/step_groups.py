@@ -9,7 +9,8 @@ from audioldm2_triton.server import faults
 from engine.policy import Group, InFlight, next_group, plan_groups
 from engine.step_group import StepGroup
 from stepping.forward_plan import Bucket, ForwardCosts
-from stepping.step_batch import StepBatch, UNet, WaveformState, stack_waveforms
+from stepping.step_batch import StepBatch, UNet, stack_waveforms
+from stepping.waveform import WaveformState
 
 
 class StepGroups:
