@@ -20,13 +20,13 @@ from torch import Tensor
 from tritonclient import grpc, http
 from tritonclient.utils import InferenceServerException
 
-import engine as engine_module
 from audioldm2_pipeline import difference
 from audioldm2_triton import contract
 from audioldm2_triton.errors import InternalError, InvalidArgumentError, UnavailableError
 from audioldm2_triton.server import faults
 from audioldm2_triton.server.faults import NAN, PANIC, POINTS, RAISE, STALL
 from conftest import ROOT
+from engine import engine as engine_module
 from engine.engine import Engine
 from engine.limits import EngineLimits
 from engine.pool import EnginePool
