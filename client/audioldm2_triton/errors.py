@@ -10,13 +10,13 @@ class AudioLDM2Error(Exception):
 
 
 class InvalidArgumentError(AudioLDM2Error):
-    """The request cannot be served as it is; sending it again changes nothing."""
+    """The request is wrong; sending it again changes nothing."""
 
     code = "INVALID_ARG"
 
 
 class UnavailableError(AudioLDM2Error):
-    """The server is full, out of memory or not reachable; the same request may succeed later."""
+    """The server is full, out of memory or unreachable; the same request may succeed later."""
 
     code = "UNAVAILABLE"
 
@@ -36,11 +36,11 @@ class InternalError(AudioLDM2Error):
 
 
 DEADLINE_EXCEEDED = "deadline exceeded"
-"""How the message of a `DeadlineExceededError` begins, which tells it from a cancellation on the wire."""
+"""The message of a `DeadlineExceededError` begins like this, which distinguishes it from a cancellation on the wire."""
 
 
 def invalid(argument: str, got: Any, expected: str) -> InvalidArgumentError:
-    """The one wording of a refusal: the argument, what was given, what is accepted."""
+    """Makes the error of a refused argument, in one wording: the argument, what was given, what is accepted."""
     given = repr(got)
     if len(given) > 80:
         given = f"{given[:77]}..."
@@ -48,7 +48,7 @@ def invalid(argument: str, got: Any, expected: str) -> InvalidArgumentError:
 
 
 def as_exception(error: BaseException) -> Exception:
-    """An error as one that concerns a request alone: the panics of libraries in Rust, for one, are no `Exception`."""
+    """Returns an error as an `Exception`, which ends one request only: panics of Rust libraries, for example, are none."""
     if isinstance(error, Exception):
         return error
     wrapped = RuntimeError(f"{type(error).__name__}: {error}")
