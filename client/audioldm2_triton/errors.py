@@ -48,7 +48,7 @@ def invalid(argument: str, got: Any, expected: str) -> InvalidArgumentError:
 
 
 def as_exception(error: BaseException) -> Exception:
-    """Returns an error as an `Exception`, which ends one request only: panics of Rust libraries, for example, are none."""
+    """Returns an error as an `Exception`, which ends one request only. Panics of Rust libraries are no `Exception`."""
     if isinstance(error, Exception):
         return error
     wrapped = RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,7 +1,7 @@
-"""Where the checkpoint, the device, the dtype and the limits come from.
+"""The settings of a server: the checkpoint, the device, the dtype, the limits and so on.
 
-Each setting is a parameter of the models' `config.pbtxt`; an environment variable of the same name in capitals, with
-the prefix `AUDIOLDM2_`, overrides it for all models at once.
+Each setting is a parameter in the models' `config.pbtxt`. The environment variable of the same name, in capitals and
+with the prefix `AUDIOLDM2_`, overrides it for all models at once.
 """
 
 import os
@@ -38,17 +38,17 @@ class Settings:
     max_num_inference_steps: int = 200
     max_num_waveforms_per_prompt: int = 8
     max_active_rows: int = 0  # UNet batch items in flight in one engine; 0: derived from the device
-    max_waiting: int = 0  # requests that may wait for a place; 0: derived from the device
+    max_waiting: int = 0  # requests that may wait for room; 0: derived from the device
     compile: str = "auto"  # forwards of fixed shapes: torch.compile and CUDA graphs, graphs alone, or neither
     compile_cache: str = ""  # a directory in which compiled code outlives the server; empty: none
     compile_lengths_in_s: str = ""  # the audio lengths to compile for, as 2.56,10.24; empty: the native length
     compile_max_rows: int = 0  # UNet batch items of the largest compiled forward; 0: derived from the device
     embedding_cache_size: int = 1024  # texts whose encoding is kept; 0: none
-    guidance_interval: str = "0,1"  # the share of the steps from which and to which there is guidance; 0,1: all
-    timestep_spacing: str = ""  # instead of the checkpoint's, for schedulers that have it; empty: the checkpoint's
+    guidance_interval: str = "0,1"  # guidance begins and ends after these shares of the steps; 0,1: always on
+    timestep_spacing: str = ""  # replaces the checkpoint's, for schedulers that support it; empty: the checkpoint's
     full_negative_prompt: str = "off"  # off: cut to the prompt's number of T5 tokens, as the reference does; on: whole
     offload: str = "off"  # whether a stage's weights are on the device only while it works
-    default_timeout_in_s: float = 3600.0  # of a request that sets none; 0: none
+    default_timeout_in_s: float = 3600.0  # for requests that set none; 0: none
 
     @property
     def limits(self) -> Limits:
@@ -111,7 +111,7 @@ def read_settings(parameters: Mapping[str, str], environ: Mapping[str, str] = os
         raise SettingsError(f"offload: got {settings.offload!r} but expected one of {', '.join(OFFLOAD)}")
     if settings.offload == "on" and settings.compile in ("on", "graphs"):
         raise SettingsError(
-            f"compile: got {settings.compile!r} with offload but expected auto or off: graphs need weights that stay"
+            f"compile: got {settings.compile!r} with offload but expected auto or off: graphs need weights in place"
         )
     if settings.timestep_spacing not in TIMESTEP_SPACINGS:
         expected = ", ".join(TIMESTEP_SPACINGS[1:])
@@ -157,7 +157,7 @@ def _check_guidance_interval(settings: Settings) -> None:
         valid = False
     if not valid:
         given = settings.guidance_interval
-        raise SettingsError(f"guidance_interval: got {given!r} but expected two shares of the steps, as 0,0.7")
+        raise SettingsError(f"guidance_interval: got {given!r} but expected two shares of the steps, such as 0,0.7")
 
 
 def _number(name: str, given: str, whole: bool) -> int | float:
@@ -173,9 +173,9 @@ def _number(name: str, given: str, whole: bool) -> int | float:
 
 
 def resolve_device(settings: Settings, instance_kind: str = "", instance_id: int = 0) -> "torch.device":
-    """The device of one model instance: what is set, else the GPU that Triton dealt the instance, else the CPU.
+    """Returns the device of one model instance: the configured one, or the GPU that Triton assigned, or the CPU.
 
-    Raises `SettingsError` where CUDA is asked for and there is none.
+    Raises `SettingsError` if CUDA is configured but unavailable.
     """
     import torch
 
@@ -191,7 +191,10 @@ def resolve_device(settings: Settings, instance_kind: str = "", instance_id: int
 
 
 def resolve_dtype(settings: Settings, device: "torch.device") -> "torch.dtype":
-    """float16 on CUDA and float32 on a CPU, unless set. Raises `SettingsError` for float16 on a CPU."""
+    """Returns the configured dtype, by default float16 on CUDA and float32 on a CPU.
+
+    Raises `SettingsError` for float16 on a CPU.
+    """
     import torch
 
     if settings.dtype == "auto":
@@ -205,8 +208,8 @@ def resolve_dtype(settings: Settings, device: "torch.device") -> "torch.dtype":
 def resolve_compile(settings: Settings, device: "torch.device") -> bool:
     """Whether a stage on this device prepares forwards of fixed shapes before it is ready.
 
-    Never with offload: weights that come and go cannot be replayed in CUDA graphs. Raises `SettingsError` for graphs
-    without a GPU.
+    Never with offload, because CUDA graphs need weights that stay in place. Raises `SettingsError` for graphs without a
+    GPU.
     """
     if settings.offload == "on":
         return False
@@ -216,5 +219,5 @@ def resolve_compile(settings: Settings, device: "torch.device") -> bool:
 
 
 def uses_compiler(settings: Settings) -> bool:
-    """Whether what is prepared goes through `torch.compile`; on a GPU it becomes CUDA graphs either way."""
+    """Whether the prepared forwards go through `torch.compile`; on a GPU they become CUDA graphs either way."""
     return settings.compile == "on"
