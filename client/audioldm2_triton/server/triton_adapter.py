@@ -1,7 +1,6 @@
-"""The common part of the models' `model.py`: Triton requests to NumPy and back, exceptions to Triton's error codes.
+"""The common part of the models' `model.py`, whose adapters take, parse, compute and settle requests.
 
-An adapter takes a request, parses it, computes, and settles it. Imports `triton_python_backend_utils`, which exists
-only inside Triton's Python backend.
+Imports `triton_python_backend_utils`, which exists only inside Triton's Python backend.
 """
 
 import json
