@@ -10,7 +10,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Final
 
-from audioldm2_triton.server.settings import Settings, SettingsError, read_settings
+from audioldm2_triton.server.settings import (
+    ENVIRONMENT_PREFIX,
+    Settings,
+    SettingsError,
+    environment_name,
+    read_settings,
+)
 from serving.installation import InstallationError, find_triton
 from serving.plain_paths import PlainPathError, plain_directory
 from serving.repository import write_repository
@@ -21,50 +27,31 @@ MODEL_REPOSITORY: Final = SCRIPTS.parent / "model_repository"
 DEFAULT_CACHE: Final = "~/.cache/audioldm2-triton"
 _NAME: Final = re.compile(r"[A-Za-z]\w*", re.ASCII)
 
-_HELP: Final = {
-    "checkpoint": "a directory, or a hub id such as cvssp/audioldm2, which is fetched first",
-    "device": "auto, cpu, cuda or cuda:INDEX (default: auto)",
-    "dtype": "auto, float32, float16 or bfloat16 (default: auto: float16 on a GPU, else float32)",
-    "max_active_rows": "UNet batch items in flight (default: derived from the device)",
-    "max_waiting": "requests that may wait for room (default: derived from the device)",
-    "compile": "on: torch.compile, and CUDA graphs on a GPU; graphs: those alone; off (default: auto: graphs on a GPU)",
-    "compile_cache": "a directory in which compiled code outlives the server (default: none)",
-    "compile_lengths_in_s": "audio lengths to compile for, as 2.56,10.24 (default: the native length)",
-    "embedding_cache_size": "texts whose encoding is kept (default: 1024)",
-    "guidance_interval": "lossy: guidance in a part of the steps only, as 0,0.7 (default: 0,1)",
-    "timestep_spacing": "other timesteps than the checkpoint's: leading, linspace, trailing, karras, exponential or "
-    "lu_lambdas",
-    "full_negative_prompt": "on or off: whether a negative prompt longer than the prompt is read whole (default: off)",
-    "offload": "off or on: a stage's weights are on the device only while it works, one stage at a time (default: off)",
-    "default_timeout_in_s": "seconds until a request that sets no timeout is given up; 0: never (default: 3600)",
-    "compile_max_rows": "UNet batch items of the largest compiled forward (default: derived from the device)",
-}
-
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/serve",
-        description="Serves AudioLDM 2 in the foreground. Each setting may also come from the environment, "
-        "as AUDIOLDM2_ and its name in capitals.",
+        description="Serves AudioLDM 2 in the foreground. Each setting can also be given in the environment, as "
+        "AUDIOLDM2_ followed by its name in capitals.",
     )
     for field in fields(Settings):
         option = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(option, default="", help=_HELP.get(field.name, f"default: {field.default}"))
+        parser.add_argument(option, default="", help=field.metadata["help"])
     parser.add_argument(
         "--also",
         action="append",
         default=[],
         metavar="NAME=CHECKPOINT",
-        help="a further checkpoint, with the same settings, whose models are NAME_audioldm2, NAME_audioldm2_stream and "
-        "so on; may be repeated",
+        help="another checkpoint with the same settings; its models are NAME_audioldm2, NAME_audioldm2_stream and so "
+        "on; may be repeated",
     )
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
     parser.add_argument("--metrics-port", type=int, default=8002)
     parser.add_argument(
-        "--cache-dir", default=DEFAULT_CACHE, help=f"where hub checkpoints go (default: {DEFAULT_CACHE})"
+        "--cache-dir", default=DEFAULT_CACHE, help=f"where hub checkpoints are stored (default: {DEFAULT_CACHE})"
     )
-    parser.add_argument("triton_arguments", nargs="*", help="after --: further arguments of tritonserver")
+    parser.add_argument("triton_arguments", nargs="*", help="after --: more arguments for tritonserver")
     return parser.parse_args()
 
 
@@ -98,15 +85,15 @@ def _further_checkpoints(given: Sequence[str]) -> dict[str, str]:
     for text in given:
         name, _, checkpoint = text.partition("=")
         if not _NAME.fullmatch(name) or not checkpoint or f"{name}_" in checkpoints:
-            expected = "NAME=CHECKPOINT, with a name of letters, digits and _ that no other checkpoint has"
+            expected = "NAME=CHECKPOINT, with a unique name of letters, digits and _"
             raise SettingsError(f"--also: got {text!r} but expected {expected}")
         checkpoints[f"{name}_"] = checkpoint
     return checkpoints
 
 
 def _with_local_checkpoint(given: dict[str, str], cache: Path, option: str) -> dict[str, str]:
-    """The settings as text, of the command line before the environment, with a verified local checkpoint."""
-    resolved = {name: value or os.environ.get(f"AUDIOLDM2_{name.upper()}", "") for name, value in given.items()}
+    """Returns the settings as text, from the command line or the environment, with a verified local checkpoint."""
+    resolved = {name: value or os.environ.get(environment_name(name), "") for name, value in given.items()}
     checkpoint = resolved["checkpoint"]
     if not checkpoint:
         raise SettingsError(f"{option}: got nothing but expected a directory or a hub id")
@@ -122,10 +109,10 @@ def _with_local_checkpoint(given: dict[str, str], cache: Path, option: str) -> d
 
 
 def _run_checkpoint_command(option: str, *arguments: str) -> None:
-    """In a process of its own, so that the memory of what it imports is free again when the server runs."""
+    """Runs it in a separate process, so that the memory of its imports is free again when the server runs."""
     environment = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
     command = [sys.executable, "-m", "checkpoints", *arguments]
-    # Standard output is this command's; progress bars and faults go to standard error.
+    # Standard output belongs to this command; progress bars and faults go to standard error.
     if subprocess.run(command, env=environment, stdout=sys.stderr).returncode:
         raise ServerError(f"{option}: {' '.join(arguments[:2])} failed, see above")
 
@@ -133,16 +120,16 @@ def _run_checkpoint_command(option: str, *arguments: str) -> None:
 def _serve(
     settings: Mapping[str, Settings], run_directory: Path, ports: dict[str, int], triton_arguments: list[str]
 ) -> None:
-    """Runs a server with the models of each of `settings`, by the prefix of their names."""
+    """Runs a server with one set of models for each entry of `settings`, whose key is the prefix of their names."""
     triton = find_triton(run_directory)
     repository = run_directory / "models"
     for prefix, of_checkpoint in settings.items():
         write_repository(MODEL_REPOSITORY, repository, of_checkpoint, prefix)
     # The settings are in the configurations now; the environment would override them.
-    environment = {name: value for name, value in triton.environment.items() if not name.startswith("AUDIOLDM2_")}
-    # Idle OpenMP threads must not spin: the stages are processes that share the cores (ten times slower otherwise).
+    environment = {name: value for name, value in triton.environment.items() if not name.startswith(ENVIRONMENT_PREFIX)}
+    # Idle OpenMP threads must not spin, because the stages' processes share the cores (ten times slower otherwise).
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Progress bars of the libraries that load the weights do not belong in a server's log.
+    # The progress bars of the libraries that load the weights do not belong in a server's log.
     environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     environment.setdefault("TRANSFORMERS_VERBOSITY", "error")
     environment.setdefault("DIFFUSERS_VERBOSITY", "error")
