@@ -159,8 +159,7 @@ class AudioLDM2Client:
         requested. Whatever ends the iteration early (`break`, an exception, `close()`) cancels the request on the
         server, at its next denoising step.
 
-        Over HTTP the server sees a cancellation as a closed connection, which a proxy may hide from it. Errors in a
-        stream have no codes: their kind is derived from the wording of the message.
+        Over HTTP the server sees a cancellation as a closed connection, which a proxy may hide from it.
         """
         request = wire.build_request(self._info or self.server_info(options.get("timeout")), prompt, **options)
         yield from self._events(request)
