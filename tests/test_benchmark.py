@@ -31,7 +31,6 @@ from benchmarks.measurement import (
     read_rows,
     with_latencies,
 )
-from benchmarks.plot import draw
 from benchmarks.profile_export import goodput, read_profile_export, throughput
 from benchmarks.setting import Setting
 from benchmarks.whole_requests import MODEL, write_whole_request_repository
@@ -150,21 +149,6 @@ def test_whole_requests_are_batched_only_where_asked_for(tmp_path: Path) -> None
         assert ("dynamic_batching" in config) == (max_batch > 1)
         assert f"max_batch_size: {max_batch}" in config
         assert (tmp_path / name / MODEL / "1" / "model.py").exists()
-
-
-def test_a_plot_is_written_for_what_there_is(tmp_path: Path) -> None:
-    over_concurrency = [
-        replace(ROW, path=path, concurrency=count, clips_per_s=count / 2, median_ms=100.0)
-        for path in ("engine", "one by one")
-        for count in (1, 2, 4)
-    ]
-    over_rate = [replace(ROW, rate_per_s=rate, goodput_per_s=rate / 2, objective_ms=500) for rate in (1.0, 2.0)]
-    assert [path.name for path in draw(over_concurrency, tmp_path / "a")] == ["concurrency.png"]
-    written = draw([*over_concurrency, *over_rate], tmp_path / "b")
-    assert [path.name for path in written] == ["concurrency.png", "goodput.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
-    with pytest.raises(ValueError, match="got no rows"):
-        draw([ROW], tmp_path)
 
 
 def test_what_waits_is_computed_together() -> None:
