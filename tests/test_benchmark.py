@@ -16,11 +16,10 @@ import torch
 
 from audioldm2_triton.server.geometry import AudioGeometry
 from audioldm2_triton.server.settings import Settings
-from benchmarks import gpu
-from benchmarks.batcher import Batcher
+from benchmarks.commands import gpu
+from benchmarks.commands.latency import scale_up
+from benchmarks.commands.load import Options, aim, with_answers
 from benchmarks.flops import unet_gflop
-from benchmarks.latency import scale_up
-from benchmarks.load import Options, aim, with_answers
 from benchmarks.measurement import (
     COLUMNS,
     Row,
@@ -32,10 +31,11 @@ from benchmarks.measurement import (
     with_latencies,
 )
 from benchmarks.profile_export import goodput, read_profile_export, throughput
-from benchmarks.setting import Setting
+from benchmarks.run import Setting
 from benchmarks.whole_requests import MODEL, write_whole_request_repository
 from checkpoints.shapes import component_config
 from conftest import ROOT
+from in_process.batcher import Batcher
 
 ROW = Row("load", "engine, grpc", "CPU", "float32", "2.0", "tiny", length_s=0.64, steps=4, guidance=3.5)
 EXPECTED_COLUMNS = (
@@ -212,8 +212,9 @@ def test_gpu_tells_its_measurements_apart() -> None:
 
 def test_the_budget_ends_whatever_runs() -> None:
     code = (
-        "import threading; from argparse import Namespace; from pathlib import Path; from benchmarks import gpu; "
-        "gpu.end_after(0.1, Namespace(csv=Path('none'))); threading.Lock().acquire(); threading.Event().wait()"
+        "import threading; from argparse import Namespace; from pathlib import Path; "
+        "from benchmarks.commands import gpu; gpu.end_after(0.1, Namespace(csv=Path('none'))); "
+        "threading.Lock().acquire(); threading.Event().wait()"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)

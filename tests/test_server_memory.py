@@ -9,10 +9,10 @@ import torch
 
 from audioldm2_triton import AudioLDM2Client
 from audioldm2_triton.server.settings import Settings
+from benchmarks.commands.memory import measure_served
 from benchmarks.measurement import Row, read_rows
-from benchmarks.memory import measure_served
+from benchmarks.run import Setting
 from benchmarks.server_memory import watching
-from benchmarks.setting import Setting
 from benchmarks.workload import make_rows
 from serving.local_server import LocalServer
 

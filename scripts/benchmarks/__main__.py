@@ -28,7 +28,7 @@ def main() -> int:
     for name, description in COMMANDS.items():
         command = commands.add_parser(name, help=description)
         if name == chosen:
-            module = import_module(f"benchmarks.{name}")
+            module = import_module(f"benchmarks.commands.{name}")
             module.add_arguments(command)
             command.set_defaults(measure=module.measure)
     arguments = parser.parse_args()

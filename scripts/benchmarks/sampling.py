@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from audioldm2_triton.server.settings import Settings
-from benchmarks.in_process import Stages, Tensors, running_stages
 from benchmarks.measurement import Row, print_table, with_times
-from benchmarks.setting import Setting, add_common_arguments, read_setting
+from benchmarks.run import Setting, add_common_arguments, read_setting
 from benchmarks.workload import make_rows
+from in_process.stages import Stages, Tensors, running_stages
 
 SPACINGS = ("", "trailing", "linspace", "karras", "exponential", "lu_lambdas")
 INTERVALS = ("0,0.8", "0,0.6", "0.1,0.9", "0.2,0.8")

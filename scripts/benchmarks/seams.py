@@ -18,12 +18,12 @@ from typing import Final
 import numpy as np
 
 from audioldm2_triton.server.generation_row import GenerationRow
-from benchmarks.in_process import Stages, running_stages
 from benchmarks.measurement import Row, print_table
-from benchmarks.setting import add_common_arguments, read_setting
+from benchmarks.run import add_common_arguments, read_setting
 from benchmarks.spectral_flux import SeamFlux, flux_difference, seam_flux
 from benchmarks.window_layout import Layout, make_layout
 from benchmarks.workload import PROMPTS, make_rows
+from in_process.stages import Stages, running_stages
 
 WHOLE: Final = "as a whole"
 SCALES_IN_S: Final = (0.02, 0.3)  # clicks; changes of character

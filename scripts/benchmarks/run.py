@@ -15,9 +15,8 @@ import torch
 
 from audioldm2_triton.server.settings import COMPILE, DTYPES, Settings, resolve_compile, resolve_device, resolve_dtype
 from benchmarks.measurement import Row, append_row
+from project import CACHE, ROOT
 
-ROOT: Final = Path(__file__).resolve().parents[2]
-CACHE: Final = ROOT / ".cache"
 PARTS_THAT_COUNT: Final = ("model_repository", "client", "scripts")  # for the figures
 
 

@@ -13,10 +13,10 @@ from statistics import fmean
 
 from audioldm2_triton.contract import SCHEDULERS
 from benchmarks.exactness import Distances, latent_distances, load_precisions, stage_distances
-from benchmarks.in_process import running_stages
 from benchmarks.measurement import Row, print_table
-from benchmarks.setting import Setting, add_common_arguments, read_setting
+from benchmarks.run import Setting, add_common_arguments, read_setting
 from benchmarks.workload import make_rows
+from in_process.stages import running_stages
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

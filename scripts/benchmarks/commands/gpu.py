@@ -32,12 +32,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from audioldm2_triton.server.geometry import AudioGeometry, read_audio_geometry
 from benchmarks.flops import peak_gflop_per_s, unet_gflop
-from benchmarks.in_process import Stages, running_stages
 from benchmarks.measurement import Row, is_measured, print_table, read_rows, with_latencies, with_times
 from benchmarks.reference import load_pipeline, run_pipeline, use_dpm_solver
-from benchmarks.setting import CACHE, ROOT, Setting, add_common_arguments, read_setting
+from benchmarks.run import Setting, add_common_arguments, read_setting
 from benchmarks.timing import free_memory, peak_memory_mib, synchronise, time_repeatedly
 from benchmarks.workload import make_rows
+from in_process.stages import Stages, running_stages
+from project import CACHE, ROOT
 from stepping.denoising_unet import DenoisingUNet, load_unet
 from stepping.forward_plan import Bucket
 

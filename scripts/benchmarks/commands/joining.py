@@ -17,7 +17,7 @@ from typing import Any
 
 from audioldm2_triton import AudioLDM2Client, Progress
 from benchmarks.measurement import print_table, with_latencies
-from benchmarks.setting import Setting, add_common_arguments, read_setting
+from benchmarks.run import Setting, add_common_arguments, read_setting
 from serving.local_server import local_server
 
 LONG_SCHEDULER = "HeunDiscreteScheduler"

@@ -16,14 +16,14 @@ import torch
 from audioldm2_triton.server.generation_row import GenerationRow
 from audioldm2_triton.server.geometry import read_audio_geometry
 from audioldm2_triton.server.settings import DTYPES
+from benchmarks.commands.latency import has_triton, served
 from benchmarks.flops import count_gflop, decoder_gflop, peak_gflop_per_s, unet_gflop
-from benchmarks.in_process import Stages, running_stages
-from benchmarks.latency import has_triton, served
 from benchmarks.measurement import Row, print_table, with_latencies, with_times
 from benchmarks.reference import load_pipeline, run_pipeline, use_dpm_solver
-from benchmarks.setting import Setting, add_common_arguments, read_setting
+from benchmarks.run import Setting, add_common_arguments, read_setting
 from benchmarks.timing import free_memory, peak_memory_mib, time_once, time_repeatedly
 from benchmarks.workload import make_rows
+from in_process.stages import Stages, running_stages
 
 Times: TypeAlias = dict[str, list[float]]  # seconds, by part
 

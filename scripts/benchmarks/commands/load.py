@@ -18,9 +18,10 @@ from audioldm2_triton.contract import ENSEMBLE
 from benchmarks.measurement import Row, print_table, with_latencies
 from benchmarks.perf_analyzer import Target, install_perf_analyzer, run_load, write_input_data
 from benchmarks.profile_export import Answered, goodput, throughput
-from benchmarks.setting import CACHE, Setting, add_common_arguments, read_setting
+from benchmarks.run import Setting, add_common_arguments, read_setting
 from benchmarks.whole_requests import MODEL, whole_request_server
 from benchmarks.workload import as_inputs, make_rows
+from project import CACHE
 from serving.local_server import local_server
 from serving.metrics import read_metrics
 

@@ -22,8 +22,8 @@ from audioldm2_triton.server.generation_row import GenerationRow
 from audioldm2_triton.server.settings import OFFLOAD
 from benchmarks.measurement import Row, print_table
 from benchmarks.reference import load_pipeline, run_pipeline, use_dpm_solver
+from benchmarks.run import Setting, add_common_arguments, read_setting
 from benchmarks.server_memory import reset_peak, server_processes, watching
-from benchmarks.setting import Setting, add_common_arguments, read_setting
 from benchmarks.timing import free_memory, peak_memory_mib, time_once
 from benchmarks.workload import make_rows
 from serving.local_server import LocalServer, local_server

@@ -17,7 +17,7 @@ from typing import Final
 
 from audioldm2_triton import AudioLDM2Client
 from benchmarks.measurement import Row, print_table, with_times
-from benchmarks.setting import Setting, add_common_arguments, read_setting
+from benchmarks.run import Setting, add_common_arguments, read_setting
 from serving.local_server import local_server
 
 GIVEN_UP: Final = "going on without"  # what the stages log where the compiler fails

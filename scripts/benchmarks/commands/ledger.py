@@ -10,7 +10,6 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final
 from unittest.mock import patch
 
@@ -22,15 +21,10 @@ from torch.nn import functional
 import audioldm2_triton.server.linear
 from audioldm2_triton.server.linear import linear
 from benchmarks.measurement import Row, print_table, with_times
-from benchmarks.setting import Setting, add_common_arguments, read_setting
+from benchmarks.run import Setting, add_common_arguments, read_setting
 from benchmarks.timing import time_once
-
-ROOT: Final = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "model_repository" / "denoiser" / "1"))
-
-import unet_layers  # noqa: E402
-
-from unet.lean_unet import LeanUNet  # noqa: E402
+from unet import layers
+from unet.lean_unet import LeanUNet
 
 T5_TOKENS: Final = 20
 WIDTH: Final = 16
@@ -104,10 +98,10 @@ def make_ways(setting: Setting, rows: int, frames: int, compiled: bool) -> dict[
         ),
         "time projections at every step": lambda: lean(sample, lean.time_biases(timesteps), text, None),
         "queries, keys and values apart": lambda: _patched(
-            unet_layers.SelfAttention, "forward", _apart, lambda: lean(sample, biases, text, None)
+            layers.SelfAttention, "forward", _apart, lambda: lean(sample, biases, text, None)
         ),
         "1x1 convolutions of the shortcuts as convolutions": lambda: _patched(
-            unet_layers.Pointwise, "forward", _as_convolution, lambda: lean(sample, biases, text, None)
+            layers.Pointwise, "forward", _as_convolution, lambda: lean(sample, biases, text, None)
         ),
         "linear layers by PyTorch": lambda: _patched(
             audioldm2_triton.server.linear, "PRODUCT", None, lambda: lean(sample, biases, text, None)
@@ -138,7 +132,7 @@ def _patched(owner: Any, name: str, value: Any, run: Forward) -> Tensor:
 def _apart(self: Any, hidden: Tensor, step: Any, level: int) -> Tensor:
     masks = step.level(level)
     query, key, value = (linear(hidden, weight) for weight in self.to_qkv.chunk(3))
-    return unet_layers.attend(self, query, key, value, None if masks is None else masks.keys)
+    return layers.attend(self, query, key, value, None if masks is None else masks.keys)
 
 
 def _as_convolution(self: Any, hidden: Tensor) -> Tensor:

@@ -18,12 +18,12 @@ import torch
 
 from audioldm2_triton.server.generation_row import GenerationRow
 from audioldm2_triton.server.geometry import read_audio_geometry
-from benchmarks.in_process import running_stages
 from benchmarks.measurement import Row, print_table, with_latencies
 from benchmarks.reference import load_pipeline, run_pipeline, use_dpm_solver
-from benchmarks.setting import Setting, add_common_arguments, read_setting
+from benchmarks.run import Setting, add_common_arguments, read_setting
 from benchmarks.timing import free_memory, peak_memory_mib, time_repeatedly
 from benchmarks.workload import make_rows
+from in_process.stages import running_stages
 from serving.installation import InstallationError, find_triton
 
 AS_IT_COMES: Final = "pipeline as it comes"
