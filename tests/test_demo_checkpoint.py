@@ -1,6 +1,6 @@
 """The demonstration checkpoint: its size, its parity with the reference, and whether the right sound comes out.
 
-The judge knows only the library's sounds; `scripts/demo-checkpoint judge` is the long version of what is here.
+The judge knows only the library's sounds; `scripts/sound-quality judge` is the long version of what is here.
 """
 
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ import pytest
 
 from audioldm2_pipeline import Call, Reference, difference, generate
 from audioldm2_triton import AudioLDM2Client
-from demo_checkpoint import experiments
 from demo_checkpoint.assembly import MAX_SIZE_IN_BYTES
-from demo_checkpoint.judge import Judge, attributes_right, own_accuracy, train_judge
 from demo_checkpoint.sounds import KINDS
 from project import DEMO_CHECKPOINT
 from serving.local_server import LocalServer, local_server
+from sound_quality import experiments
+from sound_quality.judge import Judge, attributes_right, own_accuracy, train_judge
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,7 @@ COMMANDS: Final = {
     "ledger": "what each change to the UNet's step gains",
     "load": "perf_analyzer over concurrency and Poisson rates: the engine, dynamic batching, one by one",
     "memory": "the most memory that each stage holds, by the length of the audio",
-    "sampling": "what other timesteps and guidance in a part of the steps lose",
     "precision": "how exact float32 is on a CPU, beside the reference pipeline's own float32",
-    "seams": "whether the windows of long audio can be heard: spectral flux where they overlap and elsewhere",
     "stages": "time and arithmetic of each stage, beside the pipeline's, and what Triton adds",
 }
 

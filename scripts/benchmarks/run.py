@@ -75,7 +75,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument("--threads", type=int, help="of PyTorch on a CPU (default: PyTorch's)")
 
 
-def read_run(arguments: argparse.Namespace, command: str) -> Run:
+def read_run(arguments: argparse.Namespace, command: str, script: str = "scripts/benchmark") -> Run:
     # The same for every way, in this process and in those that are started.
     threads = arguments.threads or int(os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads())
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -100,7 +100,7 @@ def read_run(arguments: argparse.Namespace, command: str) -> Run:
         checkpoint=checkpoint.name,
         commit=commit(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=shlex.join(["scripts/benchmark", *sys.argv[1:]]),
+        command=shlex.join([script, *sys.argv[1:]]),
     )
     return Run(settings, device, dtype, arguments.csv, record)
 

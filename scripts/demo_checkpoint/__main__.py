@@ -1,4 +1,4 @@
-"""`scripts/demo-checkpoint`: trains the demo checkpoint, part by part or all at once, and judges it."""
+"""`scripts/demo-checkpoint`: trains the demo checkpoint, part by part or all at once."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ import torch
 
 from project import CACHE, DEMO_CHECKPOINT
 
-from . import assembly, contact_sheet, corpus, diffusion_training, judgement, parts, sound_training, text_training
+from . import assembly, corpus, diffusion_training, parts, sound_training, text_training
 from .training import Plan
 
 FOLDER: Final = CACHE / "demo_checkpoint"
@@ -31,16 +31,8 @@ def main() -> int:
     train.add_argument(
         "--start-from", type=Path, help="a checkpoint of these parts: its UNet is trained on, all else stays as it is"
     )
-    judge = commands.add_parser("judge", help="what it makes, through a real server, by a judge that knows only sounds")
-    judgement.add_arguments(judge, DEMO_CHECKPOINT, FOLDER / "judgement.json")
-    sheet = commands.add_parser("sheet", help="spectrograms of generated sounds beside the library's, as a PNG")
-    contact_sheet.add_arguments(sheet, DEMO_CHECKPOINT, DEMO_CHECKPOINT.parent / "contact_sheet.png")
     options = parser.parse_args()
-    if options.command == "judge":
-        judgement.judge_checkpoint(options)
-    elif options.command == "sheet":
-        contact_sheet.draw_sheet(options)
-    elif options.start_from:
+    if options.start_from:
         if options.part not in (None, "unet", "save"):
             parser.error(f"--part: got {options.part} but expected unet or save with --start-from")
         training = _FurtherTraining(options.folder, options.out, options.steps, options.start_from)

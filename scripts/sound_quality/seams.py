@@ -1,4 +1,4 @@
-"""`scripts/benchmark seams`: whether the windows of long audio can be heard, by the spectral flux at the overlaps.
+"""`scripts/sound-quality seams`: whether the windows of long audio can be heard, by the spectral flux at the overlaps.
 
 Three kinds of clips from the same prompts: generated in windows, generated as a whole, and joined from separate clips
 with a hard cut in the middle of each overlap, which shows that the measure finds a seam where there is one. The flux
@@ -20,10 +20,10 @@ import numpy as np
 from audioldm2_triton.server.generation_row import GenerationRow
 from benchmarks.measurement import Record, print_table
 from benchmarks.run import add_common_arguments, read_run
-from benchmarks.spectral_flux import SeamFlux, flux_difference, seam_flux
-from benchmarks.window_layout import Layout, make_layout
 from benchmarks.workload import PROMPTS, make_rows
 from in_process.stages import Stages, running_stages
+from sound_quality.spectral_flux import SeamFlux, flux_difference, seam_flux
+from sound_quality.window_layout import Layout, make_layout
 
 WHOLE: Final = "as a whole"
 SCALES_IN_S: Final = (0.02, 0.3)  # clicks; changes of character
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    run = read_run(arguments, "seams")
+    run = read_run(arguments, "seams", "scripts/sound-quality")
     with running_stages(run.settings) as stages:
         layout = make_layout(stages.geometry, arguments.window_length_in_s, arguments.windows)
         rows = [

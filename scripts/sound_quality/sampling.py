@@ -1,4 +1,4 @@
-"""`scripts/benchmark sampling`: what the lossy options lose, by the distance to the solution of the same seed.
+"""`scripts/sound-quality sampling`: what the lossy options lose, by the distance to the solution of the same seed.
 
 The solution is a run of many steps of the same solver. `distance` is of the latents, relative to the solution's norm,
 the median over the requests; the time is of the whole denoising.
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(arguments: argparse.Namespace) -> None:
     options = Options(arguments.audio_length_in_s, arguments.solution_steps, arguments.requests)
-    run = read_run(arguments, "sampling")
+    run = read_run(arguments, "sampling", "scripts/sound-quality")
     records = []
     solution, _ = _denoise(run.settings, options, options.solution_steps)
     for path, settings, steps in _variants(run):
