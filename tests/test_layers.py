@@ -99,6 +99,7 @@ def test_only_adapters_know_triton() -> None:
         if backend in imports(path)
     } == {
         "client/audioldm2_triton/server/triton_adapter.py",
+        "client/audioldm2_triton/server/triton_metrics.py",
         "model_repository/audioldm2_stream/1/model.py",
         "model_repository/denoiser/1/denoiser_metrics.py",
     }

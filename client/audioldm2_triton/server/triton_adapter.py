@@ -6,26 +6,24 @@ Imports `triton_python_backend_utils`, which exists only inside Triton's Python 
 import json
 import locale
 import logging
-import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from audioldm2_triton.errors import AudioLDM2Error, InternalError, UnavailableError, stream_message
-from audioldm2_triton.server.memory import peak_memory_bytes
-from audioldm2_triton.server.metric_names import PEAK_MEMORY_BYTES, STAGE_REQUESTS
 from audioldm2_triton.server.settings import Settings, read_settings
 from audioldm2_triton.server.settlement import AnsweredError, Settlement, Settlements
 from audioldm2_triton.server.stage_tensors import CODED, CONTROL
+from audioldm2_triton.server.triton_metrics import requests_gauge
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -136,56 +134,6 @@ def as_known_error(error: BaseException, stage: str) -> AudioLDM2Error:
         return UnavailableError(f"{stage} is out of memory; try again later, or ask for less")
     logger.error("%s failed\n%s", stage, "".join(traceback.format_exception(error)))
     return InternalError(f"{stage} failed: {type(error).__name__}: {error}")
-
-
-@cache
-def _requests_family() -> Any:
-    return pb_utils.MetricFamily(
-        name=STAGE_REQUESTS, description="Requests in progress in a stage", kind=pb_utils.MetricFamily.GAUGE
-    )
-
-
-class RequestsGauge:
-    """Gauge of requests in progress in a stage. scripts/serve waits for zero before it stops the server."""
-
-    def __init__(self, model: str) -> None:
-        self._metric = _requests_family().Metric(labels={"model": model})
-        self._lock = threading.Lock()
-
-    def add(self, requests: int) -> None:
-        # Two concurrent operations on one metric bring down the whole server (2.51.0): they share a buffer.
-        with self._lock:
-            self._metric.increment(requests)
-
-
-requests_gauge = cache(RequestsGauge)
-
-
-@cache
-def _memory_family() -> Any:
-    return pb_utils.MetricFamily(
-        name=PEAK_MEMORY_BYTES,
-        description="Peak memory of a stage: on its GPU, or the resident set of its process",
-        kind=pb_utils.MetricFamily.GAUGE,
-    )
-
-
-class MemoryGauge:
-    """Gauge of the peak memory of a stage on one device since its start."""
-
-    def __init__(self, stage: str, device: "torch.device") -> None:
-        self._device = device
-        self._metric = _memory_family().Metric(labels={"model": stage, "device": str(device)})
-        self._lock = threading.Lock()
-        self.update()
-
-    def update(self) -> None:
-        """Never fails, because a measurement must not fail a request."""
-        try:
-            with self._lock:  # as `RequestsGauge`
-                self._metric.set(peak_memory_bytes(self._device))
-        except Exception:
-            logger.exception("the peak memory cannot be measured")
 
 
 def open_settlements(model: str) -> Settlements:

@@ -11,6 +11,7 @@ from audioldm2_triton.server import faults
 from audioldm2_triton.server import triton_adapter as adapter
 from audioldm2_triton.server.geometry import read_audio_geometry
 from audioldm2_triton.server.settings import resolve_device
+from audioldm2_triton.server.triton_metrics import MemoryGauge
 from decoder_stage import load_decoder_stage
 from decoding_parts import check_decodable, decode_parts
 
@@ -22,7 +23,7 @@ class TritonPythonModel:
         device = resolve_device(settings, args["model_instance_kind"], int(args["model_instance_device_id"]))
         geometry = read_audio_geometry(Path(settings.checkpoint))
         self.decoder, self.scorer = load_decoder_stage(settings, geometry, device)
-        self.memory = adapter.MemoryGauge(args["model_name"], device)
+        self.memory = MemoryGauge(args["model_name"], device)
         self.settlements = adapter.open_settlements(args["model_name"])
 
     def execute(self, requests: Sequence[Any]) -> None:

@@ -16,7 +16,7 @@ from audioldm2_triton.errors import (
 )
 from audioldm2_triton.server import metric_names as names
 from audioldm2_triton.server.geometry import AudioGeometry
-from audioldm2_triton.server.triton_adapter import MemoryGauge
+from audioldm2_triton.server.triton_metrics import MemoryGauge
 from engine.limits import EngineLoad
 from stepping.request import DenoisingRequest
 

@@ -11,6 +11,7 @@ from audioldm2_triton.server import triton_adapter as adapter
 from audioldm2_triton.server.generation_row import GenerationRow
 from audioldm2_triton.server.geometry import read_audio_geometry
 from audioldm2_triton.server.settings import resolve_device
+from audioldm2_triton.server.triton_metrics import MemoryGauge
 from conditioning import condition
 from embedding_cache import EmbeddingCache
 from request_rows import parse_rows
@@ -26,7 +27,7 @@ class TritonPythonModel:
         device = resolve_device(self.settings, args["model_instance_kind"], int(args["model_instance_device_id"]))
         self.geometry = read_audio_geometry(Path(self.settings.checkpoint))
         self.encoders = load_text_stage(self.settings, device)
-        self.memory = adapter.MemoryGauge(args["model_name"], device)
+        self.memory = MemoryGauge(args["model_name"], device)
         self.settlements = adapter.open_settlements(args["model_name"])
         self.cache = EmbeddingCache[EncodedTexts](self.settings.embedding_cache_size)
 

@@ -1,0 +1,69 @@
+"""The gauges that all stages have on Triton's `/metrics`.
+
+Imports `triton_python_backend_utils`, which exists only inside Triton's Python backend.
+"""
+
+import logging
+import threading
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import triton_python_backend_utils as pb_utils
+
+from audioldm2_triton.server.memory import peak_memory_bytes
+from audioldm2_triton.server.metric_names import PEAK_MEMORY_BYTES, STAGE_REQUESTS
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+@cache
+def _requests_family() -> Any:
+    return pb_utils.MetricFamily(
+        name=STAGE_REQUESTS, description="Requests in progress in a stage", kind=pb_utils.MetricFamily.GAUGE
+    )
+
+
+class RequestsGauge:
+    """Gauge of requests in progress in a stage. scripts/serve waits for zero before it stops the server."""
+
+    def __init__(self, model: str) -> None:
+        self._metric = _requests_family().Metric(labels={"model": model})
+        self._lock = threading.Lock()
+
+    def add(self, requests: int) -> None:
+        # Two concurrent operations on one metric bring down the whole server (2.51.0): they share a buffer.
+        with self._lock:
+            self._metric.increment(requests)
+
+
+requests_gauge = cache(RequestsGauge)
+
+
+@cache
+def _memory_family() -> Any:
+    return pb_utils.MetricFamily(
+        name=PEAK_MEMORY_BYTES,
+        description="Peak memory of a stage: on its GPU, or the resident set of its process",
+        kind=pb_utils.MetricFamily.GAUGE,
+    )
+
+
+class MemoryGauge:
+    """Gauge of the peak memory of a stage on one device since its start."""
+
+    def __init__(self, stage: str, device: "torch.device") -> None:
+        self._device = device
+        self._metric = _memory_family().Metric(labels={"model": stage, "device": str(device)})
+        self._lock = threading.Lock()
+        self.update()
+
+    def update(self) -> None:
+        """Never fails, because a measurement must not fail a request."""
+        try:
+            with self._lock:  # as `RequestsGauge`
+                self._metric.set(peak_memory_bytes(self._device))
+        except Exception:
+            logger.exception("the peak memory cannot be measured")
