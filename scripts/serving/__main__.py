@@ -142,7 +142,7 @@ def _serve(
         f"--metrics-port={ports['--metrics-port']}",
         "--disable-auto-complete-config",
         "--model-control-mode=none",
-        "--backend-config=python,stub-timeout-seconds=120",
+        "--backend-config=python,stub-timeout-seconds=600",  # a busy machine may take minutes to import torch
         # Calls of a stage by `audioldm2_stream` hold two threads each until they are answered.
         "--backend-config=python,thread-pool-size=256",
         f"--exit-timeout-secs={EXIT_TIMEOUT_IN_S}",
