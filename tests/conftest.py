@@ -23,9 +23,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 for variable in ("no_proxy", "NO_PROXY"):
     os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "localhost,127.0.0.1,::1"]))
 
-ROOT = Path(__file__).resolve().parent.parent
-for folder in (ROOT / "scripts", *sorted((ROOT / "model_repository").glob("*/1"))):
-    sys.path.insert(0, str(folder))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+from project import ROOT, add_stages_to_path  # noqa: E402
+
+add_stages_to_path()
 
 if TYPE_CHECKING:
     # A machine that only runs the tests of a GPU has neither a client nor a server.

@@ -10,81 +10,60 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from audioldm2_triton.server.geometry import AudioGeometry
 from audioldm2_triton.server.settings import Settings
-from benchmarks import gpu
-from benchmarks.batcher import Batcher
+from benchmarks.commands import gpu
+from benchmarks.commands.latency import scale_up
+from benchmarks.commands.load import Options, aim, with_answers
 from benchmarks.flops import unet_gflop
-from benchmarks.latency import scale_up
-from benchmarks.load import Options, aim, with_answers
 from benchmarks.measurement import (
-    COLUMNS,
-    Row,
-    append_row,
+    Record,
+    append_record,
     is_measured,
-    percentile,
     print_table,
-    read_rows,
+    read_records,
     with_latencies,
 )
-from benchmarks.plot import draw
-from benchmarks.profile_export import goodput, read_profile_export, throughput
-from benchmarks.setting import Setting
+from benchmarks.perf_analyzer import goodput, read_profile_export, throughput
+from benchmarks.run import Run
 from benchmarks.whole_requests import MODEL, write_whole_request_repository
 from checkpoints.shapes import component_config
 from conftest import ROOT
+from in_process.batcher import Batcher
 
-ROW = Row("load", "engine, grpc", "CPU", "float32", "2.0", "tiny", length_s=0.64, steps=4, guidance=3.5)
-EXPECTED_COLUMNS = (
-    *("device", "dtype", "torch", "checkpoint", "length_s", "steps", "guidance", "rows", "concurrency", "path", "what"),
-    *("median_ms", "p50_ms", "p95_ms", "p99_ms", "rtf", "times_real_time", "clips_per_s", "peak_memory_mib"),
-    *("commit", "date", "command", "note"),
-)
-
-
-def test_columns_are_fixed() -> None:
-    assert set(EXPECTED_COLUMNS) <= set(COLUMNS)
+RECORD = Record("load", "engine, grpc", "CPU", "float32", "2.0", "tiny", length_s=0.64, steps=4, guidance=3.5)
 
 
 def test_rows_survive_a_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "rows.csv"
-    rows = [ROW, replace(ROW, concurrency=8, clips_per_s=1.25, note='a, "b"\nc'), replace(ROW, rows=7.5)]
-    for row in rows:
-        append_row(path, row)
-    assert read_rows(path) == rows
-    assert path.read_text().splitlines()[0] == ",".join(field.name for field in fields(Row))
+    records = [RECORD, replace(RECORD, concurrency=8, clips_per_s=1.25, note='a, "b"\nc'), replace(RECORD, rows=7.5)]
+    for record in records:
+        append_record(path, record)
+    assert read_records(path) == records
+    assert path.read_text().splitlines()[0] == ",".join(field.name for field in fields(Record))
 
 
 def test_a_file_of_other_columns_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("device,time\ncpu,1\n")
     with pytest.raises(ValueError, match="got the columns device, time but expected what, path"):
-        append_row(path, ROW)
+        append_record(path, RECORD)
     with pytest.raises(ValueError, match="got the columns"):
-        read_rows(path)
-
-
-def test_percentiles_are_those_of_numpy() -> None:
-    values = np.random.default_rng(0).random(37).tolist()
-    for percent in (0, 50, 95, 99, 100):
-        assert percentile(values, percent) == pytest.approx(np.percentile(values, percent))
-    with pytest.raises(ValueError, match="got no values but expected"):
-        percentile([], 50)
+        read_records(path)
 
 
 def test_latencies_and_the_real_time_factor() -> None:
-    row = with_latencies(replace(ROW, length_s=2.0), [0.5, 1.0, 4.0])
-    assert (row.median_ms, row.p50_ms, row.samples) == (1000, 1000, 3)
-    assert row.rtf == 0.5  # latency / seconds of audio
-    assert row.times_real_time == 2
+    record = with_latencies(replace(RECORD, length_s=2.0), [0.5, 1.0, 4.0])
+    assert (record.median_ms, record.p50_ms, record.samples) == (1000, 1000, 3)
+    assert record.rtf == 0.5  # latency / seconds of audio
+    assert record.times_real_time == 2
 
 
 def test_the_table_shows_what_differs(capsys: pytest.CaptureFixture[str]) -> None:
-    print_table([replace(ROW, concurrency=count, median_ms=1.0 * count) for count in (1, 2)], sys.stdout)
+    print_table([replace(RECORD, concurrency=count, median_ms=1.0 * count) for count in (1, 2)], sys.stdout)
     first, _, header, _, *lines = capsys.readouterr().out.splitlines()
     assert "checkpoint tiny" in first
     assert header == "| path | concurrency | median_ms |"
@@ -114,8 +93,10 @@ def test_goodput_of_a_profile_export(tmp_path: Path) -> None:
     assert throughput(answered) == pytest.approx(3 / 5)
     assert goodput(answered, objective_s=1.0) == pytest.approx(1 / 5)
     assert goodput(answered, objective_s=2.0) == pytest.approx(3 / 5)  # the objective itself is within it
-    row = with_answers(ROW, answered, objective_ms=1000, rows=3.5)
-    assert (row.goodput_per_s, row.clips_per_s, row.p50_ms, row.rows) == pytest.approx((0.2, 0.6, 2000, 3.5))
+    record = with_answers(RECORD, answered, objective_ms=1000, rows=3.5)
+    assert (record.goodput_per_s, record.clips_per_s, record.p50_ms, record.rows) == pytest.approx(
+        (0.2, 0.6, 2000, 3.5)
+    )
 
 
 def test_goodput_of_nothing_is_an_error() -> None:
@@ -152,21 +133,6 @@ def test_whole_requests_are_batched_only_where_asked_for(tmp_path: Path) -> None
         assert (tmp_path / name / MODEL / "1" / "model.py").exists()
 
 
-def test_a_plot_is_written_for_what_there_is(tmp_path: Path) -> None:
-    over_concurrency = [
-        replace(ROW, path=path, concurrency=count, clips_per_s=count / 2, median_ms=100.0)
-        for path in ("engine", "one by one")
-        for count in (1, 2, 4)
-    ]
-    over_rate = [replace(ROW, rate_per_s=rate, goodput_per_s=rate / 2, objective_ms=500) for rate in (1.0, 2.0)]
-    assert [path.name for path in draw(over_concurrency, tmp_path / "a")] == ["concurrency.png"]
-    written = draw([*over_concurrency, *over_rate], tmp_path / "b")
-    assert [path.name for path in written] == ["concurrency.png", "goodput.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
-    with pytest.raises(ValueError, match="got no rows"):
-        draw([ROW], tmp_path)
-
-
 def test_what_waits_is_computed_together() -> None:
     batches: list[list[int]] = []
 
@@ -190,46 +156,47 @@ GEOMETRY = AudioGeometry(16000, 160, 4, 256, 8, 16, 8)
 
 
 def test_gpu_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = replace(ROW, what="gpu")
-    setting = Setting(Settings("/weights/tiny"), torch.device("cpu"), torch.float32, tmp_path / "gpu.csv", row)
+    record = replace(RECORD, what="gpu")
+    run = Run(Settings("/weights/tiny"), torch.device("cpu"), torch.float32, tmp_path / "gpu.csv", record)
     ran: list[str] = []
 
     def work(name: str) -> Any:
-        def run(_: gpu.Loaded, row: Row) -> Row:
+        def run(_: gpu.Loaded, record: Record) -> Record:
             ran.append(name)
             if name == "failing" and ran.count(name) == 1:
                 raise RuntimeError("out of memory")
-            return replace(row, median_ms=1.0)
+            return replace(record, median_ms=1.0)
 
         return run
 
     names = ("first", "failing", "last")
-    measurements = [gpu.Measurement(replace(setting.row, path=name), work(name)) for name in names]
+    measurements = [gpu.Measurement(replace(run.record, path=name), work(name)) for name in names]
     monkeypatch.setattr(gpu, "list_measurements", lambda *_: measurements)
     plan = gpu.make_plan(Namespace(size="tiny", audio_length_in_s=None), GEOMETRY)
-    assert gpu.measure_all(setting, GEOMETRY, plan, only=["first"]) == 0
-    assert gpu.measure_all(setting, GEOMETRY, plan) == 1
-    assert read_rows(setting.csv)[1].note == "failed: RuntimeError: out of memory"
-    assert gpu.measure_all(setting, GEOMETRY, plan) == 0, "what failed is tried again"
+    assert gpu.measure_all(run, GEOMETRY, plan, only=["first"]) == 0
+    assert gpu.measure_all(run, GEOMETRY, plan) == 1
+    assert read_records(run.csv)[1].note == "failed: RuntimeError: out of memory"
+    assert gpu.measure_all(run, GEOMETRY, plan) == 0, "what failed is tried again"
     assert ran == ["first", "failing", "last", "failing"]
 
 
 def test_gpu_tells_its_measurements_apart() -> None:
     plan = gpu.make_plan(Namespace(size="base", audio_length_in_s=None), GEOMETRY)
     for device in ("cpu", "cuda"):
-        setting = SimpleNamespace(
-            row=replace(ROW, what="gpu"), device=torch.device(device), settings=Settings("/weights/tiny")
+        run = SimpleNamespace(
+            record=replace(RECORD, what="gpu"), device=torch.device(device), settings=Settings("/weights/tiny")
         )
-        rows = [measurement.row for measurement in gpu.list_measurements(setting, plan)]  # type: ignore[arg-type]
-        for index, row in enumerate(rows):
-            assert not is_measured(rows[:index], row), row
-        assert {row.concurrency for row in rows} >= {1, 31}
+        records = [measurement.record for measurement in gpu.list_measurements(run, plan)]  # type: ignore[arg-type]
+        for index, record in enumerate(records):
+            assert not is_measured(records[:index], record), record
+        assert {record.concurrency for record in records} >= {1, 31}
 
 
 def test_the_budget_ends_whatever_runs() -> None:
     code = (
-        "import threading; from argparse import Namespace; from pathlib import Path; from benchmarks import gpu; "
-        "gpu.end_after(0.1, Namespace(csv=Path('none'))); threading.Lock().acquire(); threading.Event().wait()"
+        "import threading; from argparse import Namespace; from pathlib import Path; "
+        "from benchmarks.commands import gpu; gpu.end_after(0.1, Namespace(csv=Path('none'))); "
+        "threading.Lock().acquire(); threading.Event().wait()"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
@@ -245,8 +212,8 @@ def test_gpu_command_end_to_end(tmp_path: Path) -> None:
     run = subprocess.run([*command, "--budget-s=250"], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert "all measured" in run.stdout, run.stdout
-    rows = read_rows(csv)
-    assert not [row.note for row in rows if row.note.startswith("failed")]
-    assert len({row.path for row in rows}) == 10
+    records = read_records(csv)
+    assert not [record.note for record in records if record.note.startswith("failed")]
+    assert len({record.path for record in records}) == 10
     subprocess.run(command, check=True, capture_output=True, timeout=300)
-    assert len(read_rows(csv)) == len(rows)  # nothing is done twice
+    assert len(read_records(csv)) == len(records)  # nothing is done twice

@@ -10,9 +10,9 @@ import pytest
 
 from audioldm2_pipeline import Call, Reference, as_row, difference, in_any_order
 from audioldm2_triton.server.settings import Settings
-from benchmarks.in_process import Stages, running_stages
 from checkpoints.building import build
 from checkpoints.shapes import component_config
+from in_process.stages import Stages, running_stages
 
 CALLS = [
     Call("Techno music with a strong, upbeat tempo", "low quality, and noise and hum", 0.64, 4, 3.5, seed=1),

@@ -1,6 +1,6 @@
 """The demonstration checkpoint: its size, its parity with the reference, and whether the right sound comes out.
 
-The judge knows only the library's sounds; `scripts/demo-checkpoint judge` is the long version of what is here.
+The judge knows only the library's sounds; `scripts/sound-quality judge` is the long version of what is here.
 """
 
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ import pytest
 
 from audioldm2_pipeline import Call, Reference, difference, generate
 from audioldm2_triton import AudioLDM2Client
-from demo_checkpoint import experiments
-from demo_checkpoint.__main__ import OUT
 from demo_checkpoint.assembly import MAX_SIZE_IN_BYTES
-from demo_checkpoint.judge import Judge, attributes_right, own_accuracy, train_judge
 from demo_checkpoint.sounds import KINDS
+from project import DEMO_CHECKPOINT
 from serving.local_server import LocalServer, local_server
+from sound_quality import experiments
+from sound_quality.judge import Judge, attributes_right, own_accuracy, train_judge
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +27,12 @@ def judge() -> Judge:
 
 @pytest.fixture(scope="module")
 def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    with local_server(OUT, tmp_path_factory.mktemp("demo") / "log") as running:
+    with local_server(DEMO_CHECKPOINT, tmp_path_factory.mktemp("demo") / "log") as running:
         yield running
 
 
 def test_checkpoint_is_small() -> None:
-    sizes = [path.stat().st_size for path in OUT.rglob("*") if path.is_file()]
+    sizes = [path.stat().st_size for path in DEMO_CHECKPOINT.rglob("*") if path.is_file()]
     assert 1_000_000 < sum(sizes) <= MAX_SIZE_IN_BYTES
 
 
@@ -81,5 +81,5 @@ def test_served_sound_is_the_reference_pipelines(demo_server: LocalServer) -> No
     call = Call("A high-pitched beep", negative_prompt="wind", audio_length_in_s=2.56, num_inference_steps=10, seed=3)
     with AudioLDM2Client(demo_server.grpc_url) as client:
         served = generate(client, call)
-    reference = Reference(Path(OUT))
+    reference = Reference(Path(DEMO_CHECKPOINT))
     assert difference(served.audio, reference.generate(call)) <= reference.tolerance(call)

@@ -15,11 +15,11 @@ from torch import Tensor
 from audioldm2_triton.contract import SCHEDULERS
 from audioldm2_triton.server.geometry import read_audio_geometry
 from audioldm2_triton.server.settings import Settings
-from benchmarks.in_process import running_stages
 from benchmarks.workload import make_rows
 from denoiser_stage import load_engines
 from denoising_inputs import draw_noise
 from engine_workload import Outcomes
+from in_process.stages import running_stages
 from stepping.forward_plan import LinearCost
 from stepping.request import DenoisingRequest, DenoisingRow, TextStates
 

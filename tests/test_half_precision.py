@@ -12,8 +12,8 @@ import torch
 
 from audioldm2_pipeline import Call, Reference, as_row
 from audioldm2_triton.server.settings import Settings
-from benchmarks.in_process import Stages, running_stages
 from denoising_inputs import draw_noise
+from in_process.stages import Stages, running_stages
 
 CALLS = [
     Call(prompt, negative, 0.64, steps, guidance, seed=seed)

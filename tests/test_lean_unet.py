@@ -1,10 +1,8 @@
 """Rows of different lengths in one forward of the UNet: each as if it were alone."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,15 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-DENOISER = str(Path(__file__).parents[1] / "model_repository" / "denoiser" / "1")
-if DENOISER not in sys.path:
-    sys.path.append(DENOISER)
-
-import length_masks  # noqa: E402
-import unet_layers  # noqa: E402
-
-from unet.lean_unet import LeanUNet  # noqa: E402
-from unet.length_masks import LengthMasks, level_sizes, masked_group_norm  # noqa: E402
+from unet import layers, length_masks
+from unet.lean_unet import LeanUNet
+from unet.length_masks import LengthMasks, level_sizes, masked_group_norm
 
 TOPOLOGIES = {"base": [None, 24, 32], "large": [None, 24, 32, None]}
 DEPTHS = {"base": 1, "large": 2}
@@ -188,7 +180,7 @@ def test_each_measure_is_needed(topology: str, measure: str, monkeypatch: pytest
             )
         )
     else:
-        monkeypatch.setattr(unet_layers.Conv, "forward", lambda self, hidden, _masks: self.conv(hidden))
+        monkeypatch.setattr(layers.Conv, "forward", lambda self, hidden, _masks: self.conv(hidden))
     assert difference(run_masked(unet, rows, masks), run_alone(UNETS[topology], rows)) > 1e-3
 
 
@@ -247,7 +239,7 @@ def test_the_norm_of_channels_last_has_two_passes(dtype: torch.dtype) -> None:
     x = (torch.randn(2, 64, 48, 16, generator=torch.Generator().manual_seed(0)) + 30).to(dtype)
     truth = torch.nn.functional.group_norm(x.double(), 8)
     norm = torch.nn.GroupNorm(8, 64, eps=1e-5, dtype=dtype)
-    output = unet_layers.GroupNorm(norm)(x.contiguous(memory_format=torch.channels_last), None)
+    output = layers.GroupNorm(norm)(x.contiguous(memory_format=torch.channels_last), None)
     assert (output - truth).abs().max() <= 2 * (norm(x) - truth).abs().max()
 
 

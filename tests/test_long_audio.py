@@ -18,7 +18,7 @@ from audioldm2_pipeline import Call, Reference, difference, generate
 from audioldm2_triton import AudioLDM2Client
 from audioldm2_triton.errors import InternalError
 from audioldm2_triton.server.memory import peak_resident_bytes
-from benchmarks.memory import device_peaks
+from benchmarks.commands.memory import device_peaks
 from benchmarks.server_memory import server_processes
 from chunked_vae import decode_chunked
 from metrics_page import is_idle, read_metrics, wait_for_metrics

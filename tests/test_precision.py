@@ -16,7 +16,7 @@ from audioldm2_pipeline import Call, Reference, as_row
 from audioldm2_triton.contract import SCHEDULERS
 from audioldm2_triton.server.settings import Settings
 from benchmarks.exactness import Distances, Precisions, latent_distances, stage_distances
-from benchmarks.in_process import Stages, running_stages
+from in_process.stages import Stages, running_stages
 from stepping.denoising_unet import DenoisingUNet
 from stepping.forward_plan import ALWAYS_MIX
 from unet import lean_unet

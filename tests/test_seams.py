@@ -7,12 +7,12 @@ import pytest
 
 from audioldm2_triton.server.geometry import AudioGeometry
 from audioldm2_triton.server.settings import Settings
-from benchmarks.in_process import running_stages
-from benchmarks.seams import SCALES_IN_S
-from benchmarks.spectral_flux import SeamFlux, flux_difference, seam_flux, spectral_flux
-from benchmarks.window_layout import make_layout
 from benchmarks.workload import make_rows
-from demo_checkpoint.__main__ import OUT
+from in_process.stages import running_stages
+from project import DEMO_CHECKPOINT
+from sound_quality.seams import SCALES_IN_S
+from sound_quality.spectral_flux import SeamFlux, flux_difference, seam_flux, spectral_flux
+from sound_quality.window_layout import make_layout
 from stepping.windows import Windowing
 
 RATE = 16000
@@ -104,9 +104,9 @@ def test_stretches_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.slow
 def test_no_seam_is_found_in_windows_of_the_demonstration_checkpoint() -> None:
-    """More in the overlaps than in the middle of the windows, that is; `scripts/benchmark seams` has more clips."""
+    """More in the overlaps than in the middle of the windows, that is; `scripts/sound-quality seams` has more clips."""
     prompts = ("a steady hiss", "rain comes down", "a clock ticks", "a low engine hums", "birds sing", "ocean waves")
-    with running_stages(Settings(str(OUT), device="cpu")) as stages:
+    with running_stages(Settings(str(DEMO_CHECKPOINT), device="cpu")) as stages:
         layout = make_layout(stages.geometry, None, 4)
         rows = [
             replace(row, prompt=prompt, window_length_in_s=layout.window)

@@ -13,12 +13,8 @@ COMMANDS: Final = {
     "latency": "one request alone: the pipeline, the guide's recipe, the stages, the server",
     "ledger": "what each change to the UNet's step gains",
     "load": "perf_analyzer over concurrency and Poisson rates: the engine, dynamic batching, one by one",
-    "masks": "mixed lengths in one forward, against groups of equal length",
     "memory": "the most memory that each stage holds, by the length of the audio",
-    "sampling": "what other timesteps and guidance in a part of the steps lose",
     "precision": "how exact float32 is on a CPU, beside the reference pipeline's own float32",
-    "plot": "the rows of load and gpu as pictures",
-    "seams": "whether the windows of long audio can be heard: spectral flux where they overlap and elsewhere",
     "stages": "time and arithmetic of each stage, beside the pipeline's, and what Triton adds",
 }
 
@@ -30,7 +26,7 @@ def main() -> int:
     for name, description in COMMANDS.items():
         command = commands.add_parser(name, help=description)
         if name == chosen:
-            module = import_module(f"benchmarks.{name}")
+            module = import_module(f"benchmarks.commands.{name}")
             module.add_arguments(command)
             command.set_defaults(measure=module.measure)
     arguments = parser.parse_args()

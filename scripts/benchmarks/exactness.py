@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from audioldm2_triton.server.generation_row import GenerationRow
-from benchmarks.in_process import Stages
 from benchmarks.reference import load_pipeline
-
-from clap_scores import clap_features  # isort: skip  # in_process has put the stages on the path
-from denoising_inputs import draw_noise  # isort: skip
-from waveform_decoder import decode_mels, vocode  # isort: skip
+from clap_scores import clap_features
+from denoising_inputs import draw_noise
+from in_process.stages import Stages
+from waveform_decoder import decode_mels, vocode
 
 CPU: Final = torch.device("cpu")
 

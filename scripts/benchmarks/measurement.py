@@ -1,4 +1,4 @@
-"""What every command writes: one row per measurement, in columns that all commands share."""
+"""What every command writes: one record per measurement, in columns that all commands share."""
 
 import csv
 import statistics
@@ -8,9 +8,11 @@ from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, TextIO, get_args
 
+import numpy as np
+
 
 @dataclass(frozen=True)
-class Row:
+class Record:
     """One measurement. An empty field does not apply, or was not measured; times are of the wall clock."""
 
     what: str  # the command
@@ -25,7 +27,7 @@ class Row:
     rows: float | None = None  # UNet batch items in one forward; the mean, where it varies
     concurrency: int | None = None  # requests in flight
     rate_per_s: float | None = None  # of Poisson arrivals
-    samples: int | None = None  # how many measurements the row sums up
+    samples: int | None = None  # how many measurements the record sums up
     median_ms: float | None = None
     p50_ms: float | None = None  # these three where single requests were timed
     p95_ms: float | None = None
@@ -44,7 +46,7 @@ class Row:
     note: str = ""
 
 
-COLUMNS: Final = tuple(field.name for field in fields(Row))
+COLUMNS: Final = tuple(field.name for field in fields(Record))
 _KEY: Final = (
     *("what", "path", "device", "dtype", "torch", "checkpoint", "length_s", "steps", "guidance", "rows", "concurrency"),
     "commit",
@@ -52,35 +54,24 @@ _KEY: Final = (
 _HIDDEN: Final = ("what", "commit", "date", "command")  # in the CSV only
 
 
-def with_latencies(row: Row, seconds: Sequence[float]) -> Row:
-    """`row` with the percentiles of the latencies of single requests, and the real-time factor of their median."""
-    timed = with_times(row, seconds)
-    p50, p95, p99 = (1000 * percentile(seconds, percent) for percent in (50, 95, 99))
+def with_latencies(record: Record, seconds: Sequence[float]) -> Record:
+    """`record` with the percentiles of the latencies of single requests, and the real-time factor of their median."""
+    timed = with_times(record, seconds)
+    p50, p95, p99 = (float(1000 * value) for value in np.percentile(seconds, (50, 95, 99)))
     timed = replace(timed, p50_ms=p50, p95_ms=p95, p99_ms=p99)
-    if row.length_s is None:
+    if record.length_s is None:
         return timed
     median = statistics.median(seconds)
-    return replace(timed, rtf=median / row.length_s, times_real_time=row.length_s / median)
+    return replace(timed, rtf=median / record.length_s, times_real_time=record.length_s / median)
 
 
-def with_times(row: Row, seconds: Sequence[float]) -> Row:
-    """`row` with the median of the times of a part of the work."""
-    return replace(row, samples=len(seconds), median_ms=1000 * statistics.median(seconds))
+def with_times(record: Record, seconds: Sequence[float]) -> Record:
+    """`record` with the median of the times of a part of the work."""
+    return replace(record, samples=len(seconds), median_ms=1000 * statistics.median(seconds))
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Between the two nearest ranks, linearly."""
-    if not values:
-        raise ValueError("percentile: got no values but expected at least one")
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
-def append_row(path: Path, row: Row) -> None:
-    """Adds to a file of such rows, which is made where it is missing.
+def append_record(path: Path, record: Record) -> None:
+    """Adds to a file of such records, which is made where it is missing.
 
     Raises `ValueError` for a file of other columns.
     """
@@ -92,46 +83,50 @@ def append_row(path: Path, row: Row) -> None:
         writer = csv.writer(file)
         if is_new:
             writer.writerow(COLUMNS)
-        writer.writerow([_text(value) for value in astuple(row)])
+        writer.writerow([_text(value) for value in astuple(record)])
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file; none where there is no file. Raises `ValueError` for a file of other columns."""
+def read_records(path: Path) -> list[Record]:
+    """The records of a file; none where there is no file. Raises `ValueError` for a file of other columns."""
     if not path.exists():
         return []
     _check_columns(path)
     with path.open(newline="") as file:
         return [
-            Row(**{field.name: _value(field.type, record[field.name]) for field in fields(Row)})
+            Record(**{field.name: _value(field.type, record[field.name]) for field in fields(Record)})
             for record in csv.DictReader(file)
         ]
 
 
-def is_measured(rows: Sequence[Row], row: Row) -> bool:
-    """Whether `rows` have one of the same work on the same device, as far as a file tells."""
+def is_measured(records: Sequence[Record], record: Record) -> bool:
+    """Whether `records` have one of the same work on the same device, as far as a file tells."""
 
-    def key(one: Row) -> list[str]:
+    def key(one: Record) -> list[str]:
         return [_text(getattr(one, name)) for name in _KEY]
 
-    return any(key(other) == key(row) for other in rows)
+    return any(key(other) == key(record) for other in records)
 
 
-def print_table(rows: Sequence[Row], out: TextIO) -> None:
+def print_table(records: Sequence[Record], out: TextIO) -> None:
     """A Markdown table of the columns that differ, after a line with those that do not."""
-    if not rows:
+    if not records:
         return
     shown = [
-        name for name in COLUMNS if name not in _HIDDEN and any(getattr(row, name) not in (None, "") for row in rows)
+        name
+        for name in COLUMNS
+        if name not in _HIDDEN and any(getattr(record, name) not in (None, "") for record in records)
     ]
     same = [
-        name for name in shown if name != "path" and len({getattr(row, name) for row in rows}) == 1 and name != "note"
+        name
+        for name in shown
+        if name != "path" and len({getattr(record, name) for record in records}) == 1 and name != "note"
     ]
-    columns = [name for name in shown if name not in same or len(rows) == 1]
-    if len(rows) > 1:
-        print(", ".join(f"{name} {_short(getattr(rows[0], name))}" for name in same) + "\n", file=out)
+    columns = [name for name in shown if name not in same or len(records) == 1]
+    if len(records) > 1:
+        print(", ".join(f"{name} {_short(getattr(records[0], name))}" for name in same) + "\n", file=out)
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns), file=out)
-    for row in rows:
-        print("| " + " | ".join(_short(getattr(row, name)) for name in columns) + " |", file=out, flush=True)
+    for record in records:
+        print("| " + " | ".join(_short(getattr(record, name)) for name in columns) + " |", file=out, flush=True)
 
 
 def _check_columns(path: Path) -> None:

@@ -1,44 +1,31 @@
 """The processes of a server on this machine, and the memory that they hold."""
 
-import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Final
 
+import psutil
+
 from audioldm2_triton.server.memory import peak_resident_bytes
 
 SERVER: Final = "tritonserver"
 STUB: Final = "triton_python_backend_stub"
-PAGE: Final = resource.getpagesize()  # bytes
 _INTERVAL_S: Final = 0.02
 
 
 def server_processes(root: int) -> dict[str, int]:
     """The ids of `tritonserver` and of its stubs, by the model that a stub runs, below the process `root`."""
-    parents: dict[int, int] = {}
-    commands: dict[int, list[str]] = {}
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            status = (directory / "status").read_text()
-            command = (directory / "cmdline").read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue  # it has ended
-        process = int(directory.name)
-        parents[process] = int(status.partition("\nPPid:")[2].split()[0])
-        commands[process] = command
-
-    def is_below(process: int) -> bool:
-        while process in parents and process != root:
-            process = parents[process]
-        return process == root
-
     found: dict[str, int] = {}
-    for process, command in commands.items():
-        name = Path(command[0]).name
-        if name in (SERVER, STUB) and is_below(process):
-            found[name if name == SERVER else _unused(_model_of(command), found)] = process
+    for process in psutil.Process(root).children(recursive=True):
+        try:
+            command = process.cmdline()
+        except psutil.Error:
+            continue  # it has ended
+        name = Path(command[0]).name if command else ""
+        if name in (SERVER, STUB):
+            found[name if name == SERVER else _unused(_model_of(command), found)] = process.pid
     return dict(sorted(found.items()))
 
 
@@ -67,24 +54,22 @@ class HighestMemory:
     """
 
     def __init__(self, processes: Mapping[str, int]) -> None:
-        self._processes = dict(processes)
+        self._processes = {name: psutil.Process(id_) for name, id_ in processes.items()}
         self._each = dict.fromkeys(processes, 0)
         self._lock = Lock()
         self.at_once = 0
 
     def sample(self) -> None:
         with self._lock:
-            held = {name: resident_bytes(process) for name, process in self._processes.items()}
+            held = {name: process.memory_info().rss for name, process in self._processes.items()}
             self._each = {name: max(self._each[name], held[name]) for name in held}
             self.at_once = max(self.at_once, sum(held.values()))
 
     @property
     def each(self) -> dict[str, int]:
-        return {name: max(self._each[name], peak_resident_bytes(id_)) for name, id_ in self._processes.items()}
-
-
-def resident_bytes(process: int) -> int:
-    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * PAGE
+        return {
+            name: max(self._each[name], peak_resident_bytes(process.pid)) for name, process in self._processes.items()
+        }
 
 
 @contextmanager

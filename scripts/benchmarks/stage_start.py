@@ -13,8 +13,8 @@ def main() -> int:
     arguments = parser.parse_args()
     start = time.perf_counter()
     from audioldm2_triton.server.settings import Settings
-    from benchmarks.in_process import running_stages
     from benchmarks.workload import make_rows
+    from in_process.stages import running_stages
 
     with running_stages(Settings(**json.loads(arguments.settings))) as stages:
         ready = time.perf_counter()

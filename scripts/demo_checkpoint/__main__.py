@@ -1,4 +1,4 @@
-"""`scripts/demo-checkpoint`: trains the demo checkpoint, part by part or all at once, and judges it."""
+"""`scripts/demo-checkpoint`: trains the demo checkpoint, part by part or all at once."""
 
 import argparse
 import os
@@ -10,12 +10,12 @@ from typing import Any, Final
 
 import torch
 
-from . import assembly, contact_sheet, corpus, diffusion_training, judgement, parts, sound_training, text_training
+from project import CACHE, DEMO_CHECKPOINT
+
+from . import assembly, corpus, diffusion_training, parts, sound_training, text_training
 from .training import Plan
 
-ROOT: Final = Path(__file__).resolve().parent.parent.parent
-FOLDER: Final = ROOT / ".cache" / "demo_checkpoint"
-OUT: Final = Path(__file__).resolve().parent / "checkpoint"
+FOLDER: Final = CACHE / "demo_checkpoint"
 # What one process with one thread does while another does the other lane; the UNet needs both and gets all threads.
 LANES: Final = (("vae", "latents"), ("vocoder", "t5", "clap", "language_model", "conditioning"))
 
@@ -26,21 +26,13 @@ def main() -> int:
     train = commands.add_parser("train", help="all parts, or one; goes on where it stopped")
     train.add_argument("--part", choices=[*LANES[0], *LANES[1], "unet", "save"])
     train.add_argument("--folder", type=Path, default=FOLDER, help="states and caches (several GB)")
-    train.add_argument("--out", type=Path, default=OUT)
+    train.add_argument("--out", type=Path, default=DEMO_CHECKPOINT)
     train.add_argument("--steps", type=int, help="of the part, instead of its plan's")
     train.add_argument(
         "--start-from", type=Path, help="a checkpoint of these parts: its UNet is trained on, all else stays as it is"
     )
-    judge = commands.add_parser("judge", help="what it makes, through a real server, by a judge that knows only sounds")
-    judgement.add_arguments(judge, OUT, FOLDER / "judgement.json")
-    sheet = commands.add_parser("sheet", help="spectrograms of generated sounds beside the library's, as a PNG")
-    contact_sheet.add_arguments(sheet, OUT, OUT.parent / "contact_sheet.png")
     options = parser.parse_args()
-    if options.command == "judge":
-        judgement.judge_checkpoint(options)
-    elif options.command == "sheet":
-        contact_sheet.draw_sheet(options)
-    elif options.start_from:
+    if options.start_from:
         if options.part not in (None, "unet", "save"):
             parser.error(f"--part: got {options.part} but expected unet or save with --start-from")
         training = _FurtherTraining(options.folder, options.out, options.steps, options.start_from)

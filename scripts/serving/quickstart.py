@@ -5,14 +5,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Final
 
 from audioldm2_triton import AudioLDM2Client, AudioLDM2Error
+from project import DEMO_CHECKPOINT, ROOT
 from serving.local_server import local_server
 from serving.supervision import ServerError
-
-ROOT: Final = Path(__file__).resolve().parent.parent.parent
-CHECKPOINT: Final = ROOT / "scripts" / "demo_checkpoint" / "checkpoint"
 
 
 def main() -> int:
@@ -23,7 +20,7 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory() as directory:
             print("starting the server", file=sys.stderr)
-            with local_server(CHECKPOINT, Path(directory) / "log") as server:
+            with local_server(DEMO_CHECKPOINT, Path(directory) / "log") as server:
                 _generate(arguments.prompt, server.grpc_url, arguments.out)
     except (AudioLDM2Error, ServerError, OSError) as error:
         print(f"scripts/quickstart: {error}", file=sys.stderr)

@@ -17,7 +17,7 @@ from typing import Any
 
 from audioldm2_triton import AudioLDM2Client, Progress
 from benchmarks.measurement import print_table, with_latencies
-from benchmarks.setting import Setting, add_common_arguments, read_setting
+from benchmarks.run import Run, add_common_arguments, read_run
 from serving.local_server import local_server
 
 LONG_SCHEDULER = "HeunDiscreteScheduler"
@@ -44,18 +44,18 @@ def measure(arguments: argparse.Namespace) -> None:
     options = Options(
         arguments.audio_length_in_s, arguments.long_steps, arguments.short_steps, max(1, arguments.repeats)
     )
-    setting = read_setting(arguments, "joining")
+    run = read_run(arguments, "joining")
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "log"
         with (
-            local_server(setting.checkpoint, log, *setting.serve_arguments) as server,
+            local_server(run.checkpoint, log, *run.serve_arguments) as server,
             AudioLDM2Client(server.grpc_url) as client,
         ):
             client.server_info()
-            measure_joining(client, setting, options)
+            measure_joining(client, run, options)
 
 
-def measure_joining(client: AudioLDM2Client, setting: Setting, options: Options) -> None:
+def measure_joining(client: AudioLDM2Client, run: Run, options: Options) -> None:
     def short() -> float:
         return _timed(lambda: _generate(client, options, options.short_steps))
 
@@ -70,8 +70,8 @@ def measure_joining(client: AudioLDM2Client, setting: Setting, options: Options)
         first += long.is_running
         long_latencies.append(long.end(cancel=repeat < options.repeats - 1))
     ratio = statistics.median(joined) / statistics.median(alone)
-    base = replace(setting.row, length_s=options.length_s, guidance=3.5)
-    rows = [
+    base = replace(run.record, length_s=options.length_s, guidance=3.5)
+    records = [
         with_latencies(replace(base, path="alone", steps=options.short_steps, concurrency=1), alone),
         with_latencies(
             replace(
@@ -94,7 +94,7 @@ def measure_joining(client: AudioLDM2Client, setting: Setting, options: Options)
             long_latencies[-1:],
         ),
     ]
-    print_table([setting.keep(row) for row in rows], sys.stdout)
+    print_table([run.keep(record) for record in records], sys.stdout)
     print(
         f"\n{options.short_steps} steps alone {1000 * statistics.median(alone):.0f} ms, joining "
         f"{1000 * statistics.median(joined):.0f} ms, ratio {ratio:.2f}; answered first {first} of {options.repeats}"

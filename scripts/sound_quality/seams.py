@@ -1,4 +1,4 @@
-"""`scripts/benchmark seams`: whether the windows of long audio can be heard, by the spectral flux at the overlaps.
+"""`scripts/sound-quality seams`: whether the windows of long audio can be heard, by the spectral flux at the overlaps.
 
 Three kinds of clips from the same prompts: generated in windows, generated as a whole, and joined from separate clips
 with a hard cut in the middle of each overlap, which shows that the measure finds a seam where there is one. The flux
@@ -18,12 +18,12 @@ from typing import Final
 import numpy as np
 
 from audioldm2_triton.server.generation_row import GenerationRow
-from benchmarks.in_process import Stages, running_stages
-from benchmarks.measurement import Row, print_table
-from benchmarks.setting import add_common_arguments, read_setting
-from benchmarks.spectral_flux import SeamFlux, flux_difference, seam_flux
-from benchmarks.window_layout import Layout, make_layout
+from benchmarks.measurement import Record, print_table
+from benchmarks.run import add_common_arguments, read_run
 from benchmarks.workload import PROMPTS, make_rows
+from in_process.stages import Stages, running_stages
+from sound_quality.spectral_flux import SeamFlux, flux_difference, seam_flux
+from sound_quality.window_layout import Layout, make_layout
 
 WHOLE: Final = "as a whole"
 SCALES_IN_S: Final = (0.02, 0.3)  # clicks; changes of character
@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    setting = read_setting(arguments, "seams")
-    with running_stages(setting.settings) as stages:
+    run = read_run(arguments, "seams", "scripts/sound-quality")
+    with running_stages(run.settings) as stages:
         layout = make_layout(stages.geometry, arguments.window_length_in_s, arguments.windows)
         rows = [
             replace(row, prompt=arguments.prompts[index % len(arguments.prompts)])
@@ -53,7 +53,7 @@ def measure(arguments: argparse.Namespace) -> None:
         }
         rate = stages.geometry.sampling_rate
     shared = replace(
-        setting.row,
+        run.record,
         length_s=layout.length,
         steps=arguments.num_inference_steps,
         guidance=rows[0].guidance_scale,
@@ -66,12 +66,12 @@ def measure(arguments: argparse.Namespace) -> None:
         for scale in SCALES_IN_S
     }
     print_table(
-        [setting.keep(_row(shared, kind, scale, flux, fluxes[WHOLE, scale])) for (kind, scale), flux in fluxes.items()],
+        [run.keep(_record(shared, kind, scale, flux, fluxes[WHOLE, scale])) for (kind, scale), flux in fluxes.items()],
         sys.stdout,
     )
 
 
-def _row(shared: Row, kind: str, scale_in_s: float, flux: SeamFlux, whole: SeamFlux) -> Row:
+def _record(shared: Record, kind: str, scale_in_s: float, flux: SeamFlux, whole: SeamFlux) -> Record:
     more, low, high = flux_difference(flux, whole)
     return replace(
         shared,

@@ -1,7 +1,7 @@
 """`scripts/benchmark memory`: the most memory that each stage holds for one request, by the length of the audio.
 
 A real server answers one request per length; between them the peaks of its processes start anew. With `--reference`
-the pipeline does the same, each length in a process of its own: where it runs out of memory, that is its row's note.
+the pipeline does the same, each length in a process of its own: where it runs out of memory, that is its record's note.
 """
 
 import argparse
@@ -20,10 +20,10 @@ import torch
 from audioldm2_triton import AudioChunk, AudioLDM2Client
 from audioldm2_triton.server.generation_row import GenerationRow
 from audioldm2_triton.server.settings import SWITCH
-from benchmarks.measurement import Row, print_table
+from benchmarks.measurement import Record, print_table
 from benchmarks.reference import load_pipeline, run_pipeline, use_dpm_solver
+from benchmarks.run import Run, add_common_arguments, read_run
 from benchmarks.server_memory import reset_peak, server_processes, watching
-from benchmarks.setting import Setting, add_common_arguments, read_setting
 from benchmarks.timing import free_memory, peak_memory_mib, time_once
 from benchmarks.workload import make_rows
 from serving.local_server import LocalServer, local_server
@@ -53,64 +53,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    setting = read_setting(arguments, "memory")
-    setting = replace(setting, settings=replace(setting.settings, offload=arguments.offload))
+    run = read_run(arguments, "memory")
+    run = replace(run, settings=replace(run.settings, offload=arguments.offload))
     requests = [
         replace(
-            row,
+            request,
             guidance_scale=arguments.guidance_scale,
             num_waveforms_per_prompt=arguments.num_waveforms_per_prompt,
             return_scores=arguments.num_waveforms_per_prompt > 1,
         )
         for length in sorted(arguments.audio_length_in_s)
-        for row in make_rows(1, length, arguments.num_inference_steps)
+        for request in make_rows(1, length, arguments.num_inference_steps)
     ]
-    rows = []
+    records = []
     with (
         tempfile.TemporaryDirectory() as directory,
-        local_server(setting.checkpoint, Path(directory) / "log", *setting.serve_arguments) as server,
+        local_server(run.checkpoint, Path(directory) / "log", *run.serve_arguments) as server,
         AudioLDM2Client(server.grpc_url) as client,
     ):
         client.server_info()
         for request in requests:
-            rows += measure_served(setting, server, client, request, arguments.stream)
+            records += measure_served(run, server, client, request, arguments.stream)
     if arguments.reference:
-        rows += [setting.keep(measure_reference(setting, request)) for request in requests]
-    print_table(rows, sys.stdout)
+        records += [run.keep(measure_reference(run, request)) for request in requests]
+    print_table(records, sys.stdout)
 
 
 def measure_served(
-    setting: Setting, server: LocalServer, client: AudioLDM2Client, request: GenerationRow, streamed: bool
-) -> list[Row]:
-    """A row for each process of the server, and for each time that the client saw."""
+    run: Run, server: LocalServer, client: AudioLDM2Client, request: GenerationRow, streamed: bool
+) -> list[Record]:
+    """A record for each process of the server, and for each time that the client saw."""
     processes = server_processes(server.process.pid)
     before = {name: reset_peak(process) for name, process in processes.items()}
     with watching(processes) as highest:
         timeline = _send(client, request, streamed)
     peaks = highest.each
-    base = base_row(setting, request)
-    rows = [
+    base = base_record(run, request)
+    records = [
         replace(base, path=name, peak_memory_mib=peaks[name] / MIB, note=f"before {before[name] / MIB:.0f} MiB")
         for name in processes
     ]
-    rows.append(replace(base, path="all", peak_memory_mib=sum(peaks.values()) / MIB, note="the sum of these peaks"))
-    rows.append(replace(base, path="all at once", peak_memory_mib=highest.at_once / MIB, note="the most at one time"))
-    rows += [
+    records.append(replace(base, path="all", peak_memory_mib=sum(peaks.values()) / MIB, note="the sum of these peaks"))
+    records.append(
+        replace(base, path="all at once", peak_memory_mib=highest.at_once / MIB, note="the most at one time")
+    )
+    records += [
         replace(base, path=f"{stage} on {device}", peak_memory_mib=value / MIB, note="since the start of the server")
         for (stage, device), value in device_peaks(read_metrics(server.metrics_port)).items()
         if device != "cpu"
     ]
     times = {"first chunk": timeline.first_chunk, "last chunk": timeline.last_chunk, "answer": timeline.answer}
-    rows += [replace(base, path=name, median_ms=1000 * value) for name, value in times.items() if value is not None]
-    if setting.settings.offload == "on":
-        rows = [replace(row, path=f"{row.path}, offload") for row in rows]
-    return [setting.keep(row) for row in rows]
+    records += [replace(base, path=name, median_ms=1000 * value) for name, value in times.items() if value is not None]
+    if run.settings.offload == "on":
+        records = [replace(record, path=f"{record.path}, offload") for record in records]
+    return [run.keep(record) for record in records]
 
 
-def base_row(setting: Setting, request: GenerationRow) -> Row:
+def base_record(run: Run, request: GenerationRow) -> Record:
     items = request.num_waveforms_per_prompt * (2 if request.guidance_scale > 1 else 1)
     return replace(
-        setting.row,
+        run.record,
         length_s=request.audio_length_in_s,
         steps=request.num_inference_steps,
         guidance=request.guidance_scale,
@@ -143,10 +145,10 @@ def _send(client: AudioLDM2Client, request: GenerationRow, streamed: bool) -> Ti
     return Timeline(chunks[0], chunks[-1], time.perf_counter() - start)
 
 
-def measure_reference(setting: Setting, request: GenerationRow) -> Row:
-    base = replace(base_row(setting, request), path="pipeline")
+def measure_reference(run: Run, request: GenerationRow) -> Record:
+    base = replace(base_record(run, request), path="pipeline")
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        work = pool.submit(run_reference, setting.checkpoint, setting.device, setting.dtype, request)
+        work = pool.submit(run_reference, run.checkpoint, run.device, run.dtype, request)
         try:
             before, peak, seconds = work.result()
         except (MemoryError, RuntimeError) as error:  # what PyTorch raises, and where the process was killed

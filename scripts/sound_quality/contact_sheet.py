@@ -1,4 +1,4 @@
-"""`scripts/demo-checkpoint sheet`: spectrograms of one generated clip per kind, each beside one of the library."""
+"""`scripts/sound-quality sheet`: spectrograms of one generated clip per kind, each beside one of the library."""
 
 import argparse
 import tempfile
@@ -9,23 +9,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from audioldm2_triton.plot import log_mel_spectrogram
+from demo_checkpoint import library
+from demo_checkpoint.signals import SAMPLING_RATE
+from demo_checkpoint.sounds import KINDS
+from project import DEMO_CHECKPOINT
 from serving.local_server import local_server
-
-from . import experiments, library
-from .signals import SAMPLING_RATE
-from .sounds import KINDS
+from sound_quality import experiments
 
 _LIBRARY_SEED: Final = 104
 _PAIRS_PER_ROW: Final = 3
 _DYNAMIC_RANGE: Final = 60.0  # dB below the loudest
 
 
-def add_arguments(parser: argparse.ArgumentParser, checkpoint: Path, out: Path) -> None:
-    parser.add_argument("--checkpoint", type=Path, default=checkpoint)
-    parser.add_argument("--out", type=Path, default=out)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
+    parser.add_argument("--out", type=Path, default=DEMO_CHECKPOINT.parent / "contact_sheet.png")
 
 
-def draw_sheet(arguments: argparse.Namespace) -> None:
+def measure(arguments: argparse.Namespace) -> None:
     requests = experiments.make_requests(len(KINDS))
     with tempfile.TemporaryDirectory() as folder, local_server(arguments.checkpoint, Path(folder) / "log") as server:
         clips = experiments.generate(server.grpc_url, requests)

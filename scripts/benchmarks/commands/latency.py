@@ -18,12 +18,12 @@ import torch
 
 from audioldm2_triton.server.generation_row import GenerationRow
 from audioldm2_triton.server.geometry import read_audio_geometry
-from benchmarks.in_process import running_stages
-from benchmarks.measurement import Row, print_table, with_latencies
+from benchmarks.measurement import Record, print_table, with_latencies
 from benchmarks.reference import load_pipeline, run_pipeline, use_dpm_solver
-from benchmarks.setting import Setting, add_common_arguments, read_setting
+from benchmarks.run import Run, add_common_arguments, read_run
 from benchmarks.timing import free_memory, peak_memory_mib, time_repeatedly
 from benchmarks.workload import make_rows
+from in_process.stages import running_stages
 from serving.installation import InstallationError, find_triton
 
 AS_IT_COMES: Final = "pipeline as it comes"
@@ -35,7 +35,7 @@ WAYS: Final = (AS_IT_COMES, RECIPE, IN_PROCESS, SERVED)
 
 @dataclass(frozen=True)
 class Options:
-    row: GenerationRow
+    request: GenerationRow
     own_steps: int  # of the checkpoint's own scheduler
     scale_from: int  # steps to run of these; 0: all of them
     repeats: int
@@ -56,11 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    setting = read_setting(arguments, "latency")
-    length_s = arguments.audio_length_in_s or read_audio_geometry(setting.checkpoint).native_audio_length_in_s
-    (row,) = make_rows(1, length_s, arguments.num_inference_steps)
+    run = read_run(arguments, "latency")
+    length_s = arguments.audio_length_in_s or read_audio_geometry(run.checkpoint).native_audio_length_in_s
+    (request,) = make_rows(1, length_s, arguments.num_inference_steps)
     options = Options(
-        row, arguments.own_steps, arguments.scale_from, arguments.repeats, not arguments.recipe_uncompiled
+        request, arguments.own_steps, arguments.scale_from, arguments.repeats, not arguments.recipe_uncompiled
     )
     measures = {
         AS_IT_COMES: measure_as_it_comes,
@@ -68,21 +68,21 @@ def measure(arguments: argparse.Namespace) -> None:
         IN_PROCESS: measure_in_process,
         SERVED: measure_served,
     }
-    rows = []
+    records = []
     for way, measure_way in measures.items():
         if way not in arguments.skip:
             print(f"measuring: {way}", file=sys.stderr)
-            measured = measure_way(setting, options)
+            measured = measure_way(run, options)
             if measured is not None:
-                rows.append(setting.keep(measured))
-    print_table(rows, sys.stdout)
-    _print_ratios(rows)
+                records.append(run.keep(measured))
+    print_table(records, sys.stdout)
+    _print_ratios(records)
 
 
-def base_row(setting: Setting, options: Options, path: str) -> Row:
-    request = options.row
+def base_record(run: Run, options: Options, path: str) -> Record:
+    request = options.request
     return replace(
-        setting.row,
+        run.record,
         path=path,
         length_s=request.audio_length_in_s,
         steps=request.num_inference_steps,
@@ -91,24 +91,24 @@ def base_row(setting: Setting, options: Options, path: str) -> Row:
     )
 
 
-def measure_as_it_comes(setting: Setting, options: Options) -> Row:
+def measure_as_it_comes(run: Run, options: Options) -> Record:
     """float32, whatever the others use: that is how it comes."""
-    free_memory(setting.device)
-    pipeline = load_pipeline(setting.checkpoint, setting.device, torch.float32)
+    free_memory(run.device)
+    pipeline = load_pipeline(run.checkpoint, run.device, torch.float32)
 
     def times(steps: int) -> list[float]:
-        return time_repeatedly(lambda: run_pipeline(pipeline, options.row, steps), options.repeats, setting.device)
+        return time_repeatedly(lambda: run_pipeline(pipeline, options.request, steps), options.repeats, run.device)
 
-    row = replace(base_row(setting, options, AS_IT_COMES), steps=options.own_steps, dtype="float32")
+    record = replace(base_record(run, options, AS_IT_COMES), steps=options.own_steps, dtype="float32")
     if not options.scale_from:
-        row = with_latencies(row, times(options.own_steps))
+        record = with_latencies(record, times(options.own_steps))
     else:
         few, many = max(1, options.scale_from // 2), options.scale_from
         seconds = scale_up(few, statistics.median(times(few)), many, statistics.median(times(many)), options.own_steps)
-        scaled = with_latencies(row, [seconds])
+        scaled = with_latencies(record, [seconds])
         note = f"scaled up from {options.repeats} runs each of {few} and {many} steps"
-        row = replace(scaled, samples=None, p50_ms=None, p95_ms=None, p99_ms=None, note=note)
-    return replace(row, peak_memory_mib=peak_memory_mib(setting.device))
+        record = replace(scaled, samples=None, p50_ms=None, p95_ms=None, p99_ms=None, note=note)
+    return replace(record, peak_memory_mib=peak_memory_mib(run.device))
 
 
 def scale_up(few: int, few_seconds: float, many: int, many_seconds: float, steps: int) -> float:
@@ -116,55 +116,55 @@ def scale_up(few: int, few_seconds: float, many: int, many_seconds: float, steps
     return many_seconds + (many_seconds - few_seconds) / (many - few) * (steps - many)
 
 
-def measure_recipe(setting: Setting, options: Options) -> Row:
-    free_memory(setting.device)
-    pipeline = load_pipeline(setting.checkpoint, setting.device, setting.dtype, compiled=options.compile_recipe)
+def measure_recipe(run: Run, options: Options) -> Record:
+    free_memory(run.device)
+    pipeline = load_pipeline(run.checkpoint, run.device, run.dtype, compiled=options.compile_recipe)
     use_dpm_solver(pipeline)
     # Compiled code changes once more at the second run, when CUDA graphs are recorded.
-    seconds = time_repeatedly(lambda: run_pipeline(pipeline, options.row), options.repeats, setting.device, warm_up=3)
+    seconds = time_repeatedly(lambda: run_pipeline(pipeline, options.request), options.repeats, run.device, warm_up=3)
     note = "UNet compiled" if options.compile_recipe else "UNet not compiled"
-    return _done(setting, replace(base_row(setting, options, RECIPE), note=note), seconds)
+    return _done(run, replace(base_record(run, options, RECIPE), note=note), seconds)
 
 
-def measure_in_process(setting: Setting, options: Options) -> Row:
-    free_memory(setting.device)
-    with running_stages(setting.settings) as stages:
-        seconds = time_repeatedly(lambda: stages.generate(options.row), options.repeats, setting.device, warm_up=2)
-    return _done(setting, replace(base_row(setting, options, IN_PROCESS), note=_compiled(setting)), seconds)
+def measure_in_process(run: Run, options: Options) -> Record:
+    free_memory(run.device)
+    with running_stages(run.settings) as stages:
+        seconds = time_repeatedly(lambda: stages.generate(options.request), options.repeats, run.device, warm_up=2)
+    return _done(run, replace(base_record(run, options, IN_PROCESS), note=_compiled(run)), seconds)
 
 
-def measure_served(setting: Setting, options: Options) -> Row | None:
+def measure_served(run: Run, options: Options) -> Record | None:
     if not has_triton():
         print("no Triton server here: left out", file=sys.stderr)
         return None
-    with served(setting, options.row) as generate:
+    with served(run, options.request) as generate:
         seconds = time_repeatedly(generate, options.repeats, torch.device("cpu"), warm_up=2)
     # The memory is that of other processes.
-    return with_latencies(replace(base_row(setting, options, SERVED), note=_compiled(setting)), seconds)
+    return with_latencies(replace(base_record(run, options, SERVED), note=_compiled(run)), seconds)
 
 
 @contextmanager
-def served(setting: Setting, row: GenerationRow) -> Iterator[Callable[[], None]]:
+def served(run: Run, request: GenerationRow) -> Iterator[Callable[[], None]]:
     """A server, and what sends it the request over gRPC and waits for the audio."""
     from audioldm2_triton import AudioLDM2Client
     from serving.local_server import local_server
 
     # Texts are encoded anew: the same one comes again and again here.
-    arguments = (*setting.serve_arguments, "--embedding-cache-size=0")
+    arguments = (*run.serve_arguments, "--embedding-cache-size=0")
     with (
         tempfile.TemporaryDirectory() as directory,
-        local_server(setting.checkpoint, Path(directory) / "log", *arguments) as server,
+        local_server(run.checkpoint, Path(directory) / "log", *arguments) as server,
         AudioLDM2Client(server.grpc_url) as client,
     ):
         client.server_info()
 
         def generate() -> None:
             client.generate(
-                row.prompt,
-                negative_prompt=row.negative_prompt,
-                audio_length_in_s=row.audio_length_in_s,
-                num_inference_steps=row.num_inference_steps,
-                seed=row.seed,
+                request.prompt,
+                negative_prompt=request.negative_prompt,
+                audio_length_in_s=request.audio_length_in_s,
+                num_inference_steps=request.num_inference_steps,
+                seed=request.seed,
             )
 
         yield generate
@@ -182,16 +182,16 @@ def has_triton() -> bool:
     return True
 
 
-def _done(setting: Setting, row: Row, seconds: list[float]) -> Row:
-    return replace(with_latencies(row, seconds), peak_memory_mib=peak_memory_mib(setting.device))
+def _done(run: Run, record: Record, seconds: list[float]) -> Record:
+    return replace(with_latencies(record, seconds), peak_memory_mib=peak_memory_mib(run.device))
 
 
-def _compiled(setting: Setting) -> str:
-    return "compiled" if setting.compiles else "not compiled"
+def _compiled(run: Run) -> str:
+    return "compiled" if run.compiles else "not compiled"
 
 
-def _print_ratios(rows: list[Row]) -> None:
-    fastest = next((row for row in reversed(rows) if row.path in (IN_PROCESS, SERVED)), None)
-    for row in rows:
-        if fastest is not None and row is not fastest and row.median_ms and fastest.median_ms:
-            print(f"{row.path}: {row.median_ms / fastest.median_ms:.2f} times the latency of the {fastest.path}")
+def _print_ratios(records: list[Record]) -> None:
+    fastest = next((record for record in reversed(records) if record.path in (IN_PROCESS, SERVED)), None)
+    for record in records:
+        if fastest is not None and record is not fastest and record.median_ms and fastest.median_ms:
+            print(f"{record.path}: {record.median_ms / fastest.median_ms:.2f} times the latency of the {fastest.path}")

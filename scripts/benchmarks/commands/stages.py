@@ -16,14 +16,14 @@ import torch
 from audioldm2_triton.server.generation_row import GenerationRow
 from audioldm2_triton.server.geometry import read_audio_geometry
 from audioldm2_triton.server.settings import DTYPES
+from benchmarks.commands.latency import has_triton, served
 from benchmarks.flops import count_gflop, decoder_gflop, peak_gflop_per_s, unet_gflop
-from benchmarks.in_process import Stages, running_stages
-from benchmarks.latency import has_triton, served
-from benchmarks.measurement import Row, print_table, with_latencies, with_times
+from benchmarks.measurement import Record, print_table, with_latencies, with_times
 from benchmarks.reference import load_pipeline, run_pipeline, use_dpm_solver
-from benchmarks.setting import Setting, add_common_arguments, read_setting
+from benchmarks.run import Run, add_common_arguments, read_run
 from benchmarks.timing import free_memory, peak_memory_mib, time_once, time_repeatedly
 from benchmarks.workload import make_rows
+from in_process.stages import Stages, running_stages
 
 Times: TypeAlias = dict[str, list[float]]  # seconds, by part
 
@@ -44,59 +44,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    setting = read_setting(arguments, "stages")
-    geometry = read_audio_geometry(setting.checkpoint)
+    run = read_run(arguments, "stages")
+    geometry = read_audio_geometry(run.checkpoint)
     length_s = arguments.audio_length_in_s or geometry.native_audio_length_in_s
     # What is compiled is compiled for what is measured.
-    setting = replace(setting, settings=replace(setting.settings, compile_lengths_in_s=f"{length_s:g}"))
-    reference = setting
+    run = replace(run, settings=replace(run.settings, compile_lengths_in_s=f"{length_s:g}"))
+    reference = run
     if arguments.reference_dtype:
-        reference = setting.in_dtype(arguments.reference_dtype)
+        reference = run.in_dtype(arguments.reference_dtype)
     (request,) = make_rows(1, length_s, arguments.num_inference_steps)
     base = replace(
-        setting.row,
+        run.record,
         length_s=length_s,
         steps=request.num_inference_steps,
         guidance=request.guidance_scale,
         rows=2.0 if request.do_classifier_free_guidance else 1.0,
         concurrency=1,
     )
-    peak = peak_gflop_per_s(setting.device, setting.dtype)
+    peak = peak_gflop_per_s(run.device, run.dtype)
     frames, width = geometry.latent_frames(length_s), geometry.latent_width
-    unet = unet_gflop(setting.checkpoint, int(base.rows or 1), frames, width)
+    unet = unet_gflop(run.checkpoint, int(base.rows or 1), frames, width)
     gflops = {
         "step": unet,
         "denoiser": unet * request.num_inference_steps,
-        "decoder": decoder_gflop(setting.checkpoint, frames, width),
+        "decoder": decoder_gflop(run.checkpoint, frames, width),
     }
-    rows = []
-    for whose, own, measure_parts in (("stages", setting, stage_times), ("pipeline", reference, pipeline_times)):
-        free_memory(setting.device)
+    records = []
+    for whose, own, measure_parts in (("stages", run, stage_times), ("pipeline", reference, pipeline_times)):
+        free_memory(run.device)
         times, text_gflop = measure_parts(own, request, arguments.repeats)
-        memory = peak_memory_mib(setting.device)
+        memory = peak_memory_mib(run.device)
         for part, seconds in times.items():
             note = NOTES.get((whose, part), "")
-            row = with_times(replace(base, path=f"{whose}: {part}", note=note, dtype=own.dtype_name), seconds)
-            row = with_roofline(row, {**gflops, "text": text_gflop}.get(part), peak)
-            rows.append(setting.keep(replace(row, peak_memory_mib=memory if part == "all" else None)))
+            record = with_times(replace(base, path=f"{whose}: {part}", note=note, dtype=own.dtype_name), seconds)
+            record = with_roofline(record, {**gflops, "text": text_gflop}.get(part), peak)
+            records.append(run.keep(replace(record, peak_memory_mib=memory if part == "all" else None)))
     if not arguments.without_server:
-        rows += server_overhead(setting, request, base, arguments.repeats)
+        records += server_overhead(run, request, base, arguments.repeats)
     print(f"a large product of matrices: {peak:.0f} GFLOP/s")
-    print_table(rows, sys.stdout)
-    _print_ratios(rows)
+    print_table(records, sys.stdout)
+    _print_ratios(records)
 
 
-def with_roofline(row: Row, gflop: float | None, peak: float) -> Row:
-    if gflop is None or row.median_ms is None:
-        return row
-    return replace(row, gflop=gflop, roofline_share=gflop / (row.median_ms / 1000) / peak)
+def with_roofline(record: Record, gflop: float | None, peak: float) -> Record:
+    if gflop is None or record.median_ms is None:
+        return record
+    return replace(record, gflop=gflop, roofline_share=gflop / (record.median_ms / 1000) / peak)
 
 
-def stage_times(setting: Setting, request: GenerationRow, repeats: int) -> tuple[Times, float | None]:
+def stage_times(run: Run, request: GenerationRow, repeats: int) -> tuple[Times, float | None]:
     """The times of the parts, and the arithmetic of the text stage, which compiled code does not tell."""
-    with running_stages(setting.settings) as stages:
+    with running_stages(run.settings) as stages:
         times = times_of_stages(stages, request, repeats)
-        return times, None if setting.compiles else count_gflop(lambda: stages.condition([request]))
+        return times, None if run.compiles else count_gflop(lambda: stages.condition([request]))
 
 
 def times_of_stages(stages: Stages, request: GenerationRow, repeats: int) -> Times:
@@ -120,16 +120,16 @@ def times_of_stages(stages: Stages, request: GenerationRow, repeats: int) -> Tim
     return times
 
 
-def pipeline_times(setting: Setting, request: GenerationRow, repeats: int) -> tuple[Times, float]:
+def pipeline_times(run: Run, request: GenerationRow, repeats: int) -> tuple[Times, float]:
     """The reference's own time for the same parts: `encode_prompt`, the loop, VAE and vocoder."""
-    pipeline = load_pipeline(setting.checkpoint, setting.device, setting.dtype)
+    pipeline = load_pipeline(run.checkpoint, run.device, run.dtype)
     use_dpm_solver(pipeline)
 
     def encode() -> None:
         with torch.no_grad():
             pipeline.encode_prompt(
                 request.prompt,
-                setting.device,
+                run.device,
                 1,
                 request.do_classifier_free_guidance,
                 negative_prompt=request.negative_prompt,
@@ -154,7 +154,7 @@ def pipeline_times(setting: Setting, request: GenerationRow, repeats: int) -> tu
         pipeline.mel_spectrogram_to_waveform(mel)
 
     def timed(work: Callable[[], object]) -> list[float]:
-        return time_repeatedly(work, repeats, setting.device)
+        return time_repeatedly(work, repeats, run.device)
 
     text, decoding = timed(encode), timed(decode)
     whole = timed(lambda: run_pipeline(pipeline, request))
@@ -170,14 +170,14 @@ def pipeline_times(setting: Setting, request: GenerationRow, repeats: int) -> tu
     return times, count_gflop(encode)
 
 
-def server_overhead(setting: Setting, request: GenerationRow, base: Row, repeats: int) -> list[Row]:
+def server_overhead(run: Run, request: GenerationRow, base: Record, repeats: int) -> list[Record]:
     """The same request through the server and through the same stages in one process, in turns."""
     if not has_triton():
         print("no Triton server here: what it adds is left out", file=sys.stderr)
         return []
     inside: list[float] = []
     outside: list[float] = []
-    with served(setting, request) as generate, running_stages(setting.settings) as stages:
+    with served(run, request) as generate, running_stages(run.settings) as stages:
         for repeat in range(repeats + 2):
             here = time_once(lambda: stages.generate(request), stages.device)
             there = time_once(generate, torch.device("cpu"))
@@ -186,13 +186,13 @@ def server_overhead(setting: Setting, request: GenerationRow, base: Row, repeats
                 outside.append(there)
     overhead = statistics.median(outside) / statistics.median(inside) - 1
     return [
-        setting.keep(with_latencies(replace(base, path="one process, in turns with the server"), inside)),
-        setting.keep(with_latencies(replace(base, path="server", note=f"Triton adds {100 * overhead:.1f} %"), outside)),
+        run.keep(with_latencies(replace(base, path="one process, in turns with the server"), inside)),
+        run.keep(with_latencies(replace(base, path="server", note=f"Triton adds {100 * overhead:.1f} %"), outside)),
     ]
 
 
-def _print_ratios(rows: Sequence[Row]) -> None:
-    medians = {row.path: row.median_ms for row in rows}
+def _print_ratios(records: Sequence[Record]) -> None:
+    medians = {record.path: record.median_ms for record in records}
     for path, median in medians.items():
         whose, _, part = path.partition(": ")
         reference = medians.get(f"pipeline: {part}")

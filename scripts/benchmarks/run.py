@@ -1,4 +1,4 @@
-"""What all commands are told and what they note down of where they run."""
+"""What all commands are told, and what they note down about where they run."""
 
 import argparse
 import os
@@ -14,22 +14,21 @@ from typing import Final
 import torch
 
 from audioldm2_triton.server.settings import COMPILE, DTYPES, Settings, resolve_compile, resolve_device, resolve_dtype
-from benchmarks.measurement import Row, append_row
+from benchmarks.measurement import Record, append_record
+from project import CACHE, ROOT
 
-ROOT: Final = Path(__file__).resolve().parents[2]
-CACHE: Final = ROOT / ".cache"
 PARTS_THAT_COUNT: Final = ("model_repository", "client", "scripts")  # for the figures
 
 
 @dataclass(frozen=True)
-class Setting:
+class Run:
     """What is measured where, and the file that it goes to."""
 
     settings: Settings
     device: torch.device
     dtype: torch.dtype
     csv: Path
-    row: Row  # with everything that the measurements of this run share
+    record: Record  # with everything that the measurements of this run share
 
     @property
     def checkpoint(self) -> Path:
@@ -45,7 +44,7 @@ class Setting:
 
     @property
     def serve_arguments(self) -> tuple[str, ...]:
-        """For `scripts/serve`, so that it runs in the same setting."""
+        """For `scripts/serve`, so that it serves in the same way."""
         given = asdict(replace(self.settings, device=str(self.device), dtype=self.dtype_name))
         return tuple(
             f"--{name.replace('_', '-')}={value}"
@@ -53,15 +52,15 @@ class Setting:
             if value != "" and name != "checkpoint"
         )
 
-    def in_dtype(self, name: str) -> "Setting":
+    def in_dtype(self, name: str) -> "Run":
         """The same in another dtype, one of `DTYPES`."""
         settings = replace(self.settings, dtype=name)
         return replace(self, settings=settings, dtype=resolve_dtype(settings, self.device))
 
-    def keep(self, row: Row) -> Row:
+    def keep(self, record: Record) -> Record:
         """Writes a measurement down at once: what is interrupted later does not lose it."""
-        append_row(self.csv, row)
-        return row
+        append_record(self.csv, record)
+        return record
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, command: str) -> None:
@@ -76,7 +75,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument("--threads", type=int, help="of PyTorch on a CPU (default: PyTorch's)")
 
 
-def read_setting(arguments: argparse.Namespace, command: str) -> Setting:
+def read_run(arguments: argparse.Namespace, command: str, script: str = "scripts/benchmark") -> Run:
     # The same for every way, in this process and in those that are started.
     threads = arguments.threads or int(os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads())
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -92,7 +91,7 @@ def read_setting(arguments: argparse.Namespace, command: str) -> Setting:
     )
     device = resolve_device(settings)
     dtype = resolve_dtype(settings, device)
-    row = Row(
+    record = Record(
         what=command,
         path="",
         device=device_name(device),
@@ -101,9 +100,9 @@ def read_setting(arguments: argparse.Namespace, command: str) -> Setting:
         checkpoint=checkpoint.name,
         commit=commit(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=shlex.join(["scripts/benchmark", *sys.argv[1:]]),
+        command=shlex.join([script, *sys.argv[1:]]),
     )
-    return Setting(settings, device, dtype, arguments.csv, row)
+    return Run(settings, device, dtype, arguments.csv, record)
 
 
 def build_if_missing(checkpoint: Path, size: str = "") -> None:

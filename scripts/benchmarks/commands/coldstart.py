@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Final
 
 from audioldm2_triton import AudioLDM2Client
-from benchmarks.measurement import Row, print_table, with_times
-from benchmarks.setting import Setting, add_common_arguments, read_setting
+from benchmarks.measurement import Record, print_table, with_times
+from benchmarks.run import Run, add_common_arguments, read_run
 from serving.local_server import local_server
 
 GIVEN_UP: Final = "going on without"  # what the stages log where the compiler fails
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    setting = read_setting(arguments, "coldstart")
+    run = read_run(arguments, "coldstart")
     length_s: float = arguments.audio_length_in_s
     times: dict[str, list[tuple[float, float]]] = {}
     for _ in range(arguments.repeats):
@@ -42,31 +42,31 @@ def measure(arguments: argparse.Namespace) -> None:
                 ("not compiled", False),
             ):
                 print(f"starting: {path}", file=sys.stderr)
-                times.setdefault(path, []).append(_start(setting, length_s, compiles, cache))
-    rows = []
+                times.setdefault(path, []).append(_start(run, length_s, compiles, cache))
+    records = []
     for path, measured in times.items():
-        base = replace(setting.row, length_s=length_s)
-        rows.append(_row(setting, base, f"{path}: ready", [ready for ready, _ in measured]))
-        rows.append(_row(setting, base, f"{path}: first answer after that", [first for _, first in measured]))
-    print_table(rows, sys.stdout)
+        base = replace(run.record, length_s=length_s)
+        records.append(_record(run, base, f"{path}: ready", [ready for ready, _ in measured]))
+        records.append(_record(run, base, f"{path}: first answer after that", [first for _, first in measured]))
+    print_table(records, sys.stdout)
 
 
-def _row(setting: Setting, base: Row, path: str, seconds: list[float]) -> Row:
-    return setting.keep(with_times(replace(base, path=path), seconds))
+def _record(run: Run, base: Record, path: str, seconds: list[float]) -> Record:
+    return run.keep(with_times(replace(base, path=path), seconds))
 
 
-def _start(setting: Setting, length_s: float, compiles: bool, cache: str) -> tuple[float, float]:
+def _start(run: Run, length_s: float, compiles: bool, cache: str) -> tuple[float, float]:
     """Seconds until the server is ready, and from then to its first answer."""
     settings = replace(
-        setting.settings,
+        run.settings,
         compile="on" if compiles else "off",
         compile_cache=cache if compiles else "",
         compile_lengths_in_s=f"{length_s:g}",
     )
-    arguments = replace(setting, settings=settings).serve_arguments
+    arguments = replace(run, settings=settings).serve_arguments
     with tempfile.TemporaryDirectory() as directory, empty_inductor_cache():
         start = time.perf_counter()
-        with local_server(setting.checkpoint, Path(directory) / "log", *arguments) as server:
+        with local_server(run.checkpoint, Path(directory) / "log", *arguments) as server:
             ready = time.perf_counter()
             with AudioLDM2Client(server.grpc_url) as client:
                 client.generate("rain", audio_length_in_s=length_s, num_inference_steps=2, seed=0)

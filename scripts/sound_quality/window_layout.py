@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from audioldm2_triton.server.geometry import AudioGeometry
-from benchmarks.spectral_flux import Stretch
+from sound_quality.spectral_flux import Stretch
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`scripts/benchmark sampling`: what the lossy options lose, by the distance to the solution of the same seed.
+"""`scripts/sound-quality sampling`: what the lossy options lose, by the distance to the solution of the same seed.
 
 The solution is a run of many steps of the same solver. `distance` is of the latents, relative to the solution's norm,
 the median over the requests; the time is of the whole denoising.
@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from audioldm2_triton.server.settings import Settings
-from benchmarks.in_process import Stages, Tensors, running_stages
-from benchmarks.measurement import Row, print_table, with_times
-from benchmarks.setting import Setting, add_common_arguments, read_setting
+from benchmarks.measurement import Record, print_table, with_times
+from benchmarks.run import Run, add_common_arguments, read_run
 from benchmarks.workload import make_rows
+from in_process.stages import Stages, Tensors, running_stages
 
 SPACINGS = ("", "trailing", "linspace", "karras", "exponential", "lu_lambdas")
 INTERVALS = ("0,0.8", "0,0.6", "0.1,0.9", "0.2,0.8")
@@ -39,28 +39,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(arguments: argparse.Namespace) -> None:
     options = Options(arguments.audio_length_in_s, arguments.solution_steps, arguments.requests)
-    setting = read_setting(arguments, "sampling")
-    rows = []
-    solution, _ = _denoise(setting.settings, options, options.solution_steps)
-    for path, settings, steps in _variants(setting):
+    run = read_run(arguments, "sampling", "scripts/sound-quality")
+    records = []
+    solution, _ = _denoise(run.settings, options, options.solution_steps)
+    for path, settings, steps in _variants(run):
         latents, seconds = _denoise(settings, options, steps)
         distance = statistics.median(
             float((mine - exact).norm() / exact.norm()) for mine, exact in zip(latents, solution, strict=True)
         )
-        rows.append(setting.keep(_row(setting, options, path, steps, seconds, distance)))
-    print_table(rows, sys.stdout)
+        records.append(run.keep(_record(run, options, path, steps, seconds, distance)))
+    print_table(records, sys.stdout)
 
 
-def _variants(setting: Setting) -> Iterator[tuple[str, Settings, int]]:
+def _variants(run: Run) -> Iterator[tuple[str, Settings, int]]:
     for steps in (8, 12, 20):
         for spacing in SPACINGS:
             yield (
                 f"spacing {spacing or 'of the checkpoint'}",
-                replace(setting.settings, timestep_spacing=spacing),
+                replace(run.settings, timestep_spacing=spacing),
                 steps,
             )
     for interval in INTERVALS:
-        yield f"guidance in {interval}", replace(setting.settings, guidance_interval=interval), 20
+        yield f"guidance in {interval}", replace(run.settings, guidance_interval=interval), 20
 
 
 def _denoise(settings: Settings, options: Options, steps: int) -> tuple[Sequence[Tensor], float]:
@@ -77,9 +77,9 @@ def _timed(stages: Stages, resolved: Sequence[Tensors]) -> tuple[Sequence[Tensor
     return latents, time.perf_counter() - start
 
 
-def _row(setting: Setting, options: Options, path: str, steps: int, seconds: float, distance: float) -> Row:
-    row = replace(
-        setting.row,
+def _record(run: Run, options: Options, path: str, steps: int, seconds: float, distance: float) -> Record:
+    record = replace(
+        run.record,
         path=path,
         length_s=options.length_s,
         steps=steps,
@@ -87,4 +87,4 @@ def _row(setting: Setting, options: Options, path: str, steps: int, seconds: flo
         concurrency=options.requests,
         note=f"distance {distance:.4f} to {options.solution_steps} steps",
     )
-    return with_times(row, [seconds])
+    return with_times(record, [seconds])

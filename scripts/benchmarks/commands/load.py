@@ -15,12 +15,20 @@ from pathlib import Path
 from typing import Final
 
 from audioldm2_triton.contract import ENSEMBLE
-from benchmarks.measurement import Row, print_table, with_latencies
-from benchmarks.perf_analyzer import Target, install_perf_analyzer, run_load, write_input_data
-from benchmarks.profile_export import Answered, goodput, throughput
-from benchmarks.setting import CACHE, Setting, add_common_arguments, read_setting
+from benchmarks.measurement import Record, print_table, with_latencies
+from benchmarks.perf_analyzer import (
+    Answered,
+    Target,
+    goodput,
+    install_perf_analyzer,
+    run_load,
+    throughput,
+    write_input_data,
+)
+from benchmarks.run import Run, add_common_arguments, read_run
 from benchmarks.whole_requests import MODEL, whole_request_server
 from benchmarks.workload import as_inputs, make_rows
+from project import CACHE
 from serving.local_server import local_server
 from serving.metrics import read_metrics
 
@@ -67,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    setting = read_setting(arguments, "load")
+    run = read_run(arguments, "load")
     options = Options(
         arguments.audio_length_in_s,
         arguments.num_inference_steps,
@@ -76,23 +84,23 @@ def measure(arguments: argparse.Namespace) -> None:
         arguments.requests,
         arguments.objective_ms,
     )
-    rows: list[Row] = []
+    records: list[Record] = []
     with tempfile.TemporaryDirectory() as directory:
         input_data = Path(directory) / "requests.json"
         requests = make_rows(DIFFERENT_REQUESTS, options.length_s, options.steps)
-        write_input_data(input_data, [as_inputs(row) for row in requests])
+        write_input_data(input_data, [as_inputs(request) for request in requests])
         binary = install_perf_analyzer(CACHE / "perf_analyzer")
         for way in WAYS:
             if way not in arguments.ways:
                 continue
-            with running(way, setting) as server:
+            with running(way, run) as server:
                 print(f"measuring: {way}", file=sys.stderr)
                 # Warms up; where nothing is set, it also says what to aim at.
                 alone = run_load(binary, server.targets[0], input_data, 4, concurrency=1)
                 options = aim(options, [request.latency for request in alone[1:]])
-                for row in under_load(server, setting, options, binary, input_data, arguments.rates == []):
-                    rows.append(setting.keep(row))
-    print_table(rows, sys.stdout)
+                for record in under_load(server, run, options, binary, input_data, arguments.rates == []):
+                    records.append(run.keep(record))
+    print_table(records, sys.stdout)
 
 
 def aim(options: Options, alone_s: Sequence[float]) -> Options:
@@ -106,46 +114,48 @@ def aim(options: Options, alone_s: Sequence[float]) -> Options:
 
 
 @contextmanager
-def running(way: str, setting: Setting) -> Iterator[Server]:
+def running(way: str, run: Run) -> Iterator[Server]:
     if way != ENGINE:
         max_batch = MAX_BATCH if way == DYNAMIC else 1
-        with whole_request_server(setting.checkpoint, setting.device, setting.dtype_name, max_batch) as port:
+        with whole_request_server(run.checkpoint, run.device, run.dtype_name, max_batch) as port:
             yield Server(way, (Target(MODEL, "grpc", port),), None)
         return
     # Texts are encoded anew, as in the other ways: the same few come again and again here.
-    arguments = (*setting.serve_arguments, "--embedding-cache-size=0")
+    arguments = (*run.serve_arguments, "--embedding-cache-size=0")
     with (
         tempfile.TemporaryDirectory() as directory,
-        local_server(setting.checkpoint, Path(directory) / "log", *arguments) as server,
+        local_server(run.checkpoint, Path(directory) / "log", *arguments) as server,
     ):
         targets = Target(ENSEMBLE, "grpc", server.grpc_port), Target(ENSEMBLE, "http", server.http_port)
         yield Server(way, targets, server.metrics_port)
 
 
 def under_load(
-    server: Server, setting: Setting, options: Options, binary: Path, input_data: Path, without_rates: bool
-) -> Iterator[Row]:
-    base = replace(setting.row, length_s=options.length_s, steps=options.steps, guidance=3.5)
+    server: Server, run: Run, options: Options, binary: Path, input_data: Path, without_rates: bool
+) -> Iterator[Record]:
+    base = replace(run.record, length_s=options.length_s, steps=options.steps, guidance=3.5)
     for target in server.targets:
         for concurrency in options.concurrencies:
-            row = replace(base, path=f"{server.way}, {target.protocol}", concurrency=concurrency)
+            record = replace(base, path=f"{server.way}, {target.protocol}", concurrency=concurrency)
             before = _forwards(server)
             answered = run_load(binary, target, input_data, max(options.requests, concurrency), concurrency=concurrency)
-            yield with_answers(row, answered, options.objective_ms, _rows_per_forward(before, _forwards(server)))
+            yield with_answers(record, answered, options.objective_ms, _rows_per_forward(before, _forwards(server)))
     for rate in () if without_rates else options.rates_per_s:
-        row = replace(base, path=f"{server.way}, {server.targets[0].protocol}", rate_per_s=rate)
+        record = replace(base, path=f"{server.way}, {server.targets[0].protocol}", rate_per_s=rate)
         before = _forwards(server)
         try:
             answered = run_load(binary, server.targets[0], input_data, options.requests, rate_per_s=rate)
         except RuntimeError as error:
-            yield replace(row, note=f"failed: {str(error)[:200]}")
+            yield replace(record, note=f"failed: {str(error)[:200]}")
             continue
-        yield with_answers(row, answered, options.objective_ms, _rows_per_forward(before, _forwards(server)))
+        yield with_answers(record, answered, options.objective_ms, _rows_per_forward(before, _forwards(server)))
 
 
-def with_answers(row: Row, answered: Sequence[Answered], objective_ms: float | None, rows: float | None) -> Row:
+def with_answers(
+    record: Record, answered: Sequence[Answered], objective_ms: float | None, rows: float | None
+) -> Record:
     timed = replace(
-        with_latencies(row, [request.latency for request in answered]), clips_per_s=throughput(answered), rows=rows
+        with_latencies(record, [request.latency for request in answered]), clips_per_s=throughput(answered), rows=rows
     )
     if objective_ms is None:
         return timed

@@ -1,4 +1,4 @@
-"""`scripts/demo-checkpoint judge`: a checkpoint behind a real server, judged; a table and a file of figures."""
+"""`scripts/sound-quality judge`: a checkpoint behind a real server, judged; a table and a file of figures."""
 
 import argparse
 import json
@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from audioldm2_triton.server.geometry import read_audio_geometry
-from benchmarks.window_layout import make_layout
+from project import CACHE, DEMO_CHECKPOINT
 from serving.local_server import local_server
-
-from . import experiments
-from .experiments import Comparison, Request
-from .judge import Judge, attributes_right, own_accuracy, train_judge
+from sound_quality import experiments
+from sound_quality.experiments import Comparison, Request
+from sound_quality.judge import Judge, attributes_right, own_accuracy, train_judge
+from sound_quality.window_layout import make_layout
 
 EXPERIMENTS: Final = ("kinds", "steps", "guidance", "negative", "candidates", "seams", "lossy")
 _WINDOWS: Final = 3  # of long audio
@@ -35,15 +35,16 @@ LOSSY: Final = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser, checkpoint: Path, out: Path) -> None:
-    parser.add_argument("--checkpoint", type=Path, default=checkpoint)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS)
     parser.add_argument("--clips", type=int, default=360, help="of `kinds`")
     parser.add_argument("--pairs", type=int, default=108, help="of each comparison")
+    out = CACHE / "sound_quality" / "judgement.json"
     parser.add_argument("--out", type=Path, default=out, help="a JSON file; experiments not run now keep their figures")
 
 
-def judge_checkpoint(arguments: argparse.Namespace) -> None:
+def measure(arguments: argparse.Namespace) -> None:
     judge = train_judge()
     figures: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     figures["judge"] = asdict(own_accuracy(judge))

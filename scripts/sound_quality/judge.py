@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from scipy.signal import istft, stft
 from sklearn.ensemble import ExtraTreesClassifier
 
-from .features import HOP, features
-from .library import TEXTURES, mix
-from .signals import SAMPLING_RATE, white
-from .sounds import ATTRIBUTES, KINDS, synthesise
+from demo_checkpoint.library import TEXTURES, mix
+from demo_checkpoint.signals import SAMPLING_RATE, white
+from demo_checkpoint.sounds import ATTRIBUTES, KINDS, synthesise
+from sound_quality.features import HOP, features
 
 Axis = tuple[str, ...]
 Key = TypeVar("Key")

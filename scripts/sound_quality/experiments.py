@@ -12,15 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from audioldm2_triton import AudioLDM2Client
-from benchmarks.bootstrap import mean_with_interval
-from benchmarks.window_layout import Layout
-
-from .captions import caption, mixture_caption
-from .features import features
-from .judge import CLIP_LENGTH_IN_S, Judge
-from .library import TEXTURES, draw_attributes
-from .signals import SAMPLING_RATE
-from .sounds import KINDS
+from demo_checkpoint.captions import caption, mixture_caption
+from demo_checkpoint.library import TEXTURES, draw_attributes
+from demo_checkpoint.signals import SAMPLING_RATE
+from demo_checkpoint.sounds import KINDS
+from sound_quality.bootstrap import mean_with_interval
+from sound_quality.features import features
+from sound_quality.judge import CLIP_LENGTH_IN_S, Judge
+from sound_quality.window_layout import Layout
 
 Answers = Sequence[bool] | NDArray[Any]
 

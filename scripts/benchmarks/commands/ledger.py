@@ -10,7 +10,6 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final
 from unittest.mock import patch
 
@@ -21,16 +20,11 @@ from torch.nn import functional
 
 import audioldm2_triton.server.linear
 from audioldm2_triton.server.linear import linear
-from benchmarks.measurement import Row, print_table, with_times
-from benchmarks.setting import Setting, add_common_arguments, read_setting
+from benchmarks.measurement import Record, print_table, with_times
+from benchmarks.run import Run, add_common_arguments, read_run
 from benchmarks.timing import time_once
-
-ROOT: Final = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "model_repository" / "denoiser" / "1"))
-
-import unet_layers  # noqa: E402
-
-from unet.lean_unet import LeanUNet  # noqa: E402
+from unet import layers
+from unet.lean_unet import LeanUNet
 
 T5_TOKENS: Final = 20
 WIDTH: Final = 16
@@ -47,39 +41,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @torch.inference_mode()
 def measure(arguments: argparse.Namespace) -> None:
-    setting = read_setting(arguments, "ledger")
-    ways = make_ways(setting, arguments.rows, arguments.latent_frames, not arguments.skip_compiled)
+    run = read_run(arguments, "ledger")
+    ways = make_ways(run, arguments.rows, arguments.latent_frames, not arguments.skip_compiled)
     exact = ways["diffusers"]().float()
     distances = {name: float((way().float() - exact).abs().max() / exact.abs().max()) for name, way in ways.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(arguments.repeats):
         for name, way in ways.items():
-            seconds[name].append(time_once(way, setting.device))
+            seconds[name].append(time_once(way, run.device))
     base = statistics.median(seconds["diffusers"])
-    rows = [setting.keep(_row(setting, arguments, name, seconds[name], base, distances[name])) for name in ways]
-    print_table(rows, sys.stdout)
+    records = [run.keep(_record(run, arguments, name, seconds[name], base, distances[name])) for name in ways]
+    print_table(records, sys.stdout)
 
 
-def make_ways(setting: Setting, rows: int, frames: int, compiled: bool) -> dict[str, Forward]:
+def make_ways(run: Run, rows: int, frames: int, compiled: bool) -> dict[str, Forward]:
     """Each way to run one forward, by name; the names say what is undone, or added."""
     loaded: Any = AudioLDM2UNet2DConditionModel.from_pretrained(
-        str(setting.checkpoint / "unet"), torch_dtype=setting.dtype, local_files_only=True
+        str(run.checkpoint / "unet"), torch_dtype=run.dtype, local_files_only=True
     )
-    unet = loaded.to(setting.device).eval()
+    unet = loaded.to(run.device).eval()
     lean = LeanUNet(copy.deepcopy(unet)).eval()
     generator = torch.Generator().manual_seed(0)
     dims = [dim for dim in unet.config.cross_attention_dim[0] if dim is not None]
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(rows, *shape, generator=generator).to(setting.device, setting.dtype)
+        return torch.randn(rows, *shape, generator=generator).to(run.device, run.dtype)
 
     sample, generated, prompt = (
         noise(unet.config.in_channels, frames, WIDTH),
         noise(8, dims[0]),
         noise(T5_TOKENS, dims[1]),
     )
-    mask = torch.ones(rows, T5_TOKENS, device=setting.device, dtype=setting.dtype)
-    timesteps = torch.linspace(981, 1, rows).round().to(setting.device)
+    mask = torch.ones(rows, T5_TOKENS, device=run.device, dtype=run.dtype)
+    timesteps = torch.linspace(981, 1, rows).round().to(run.device)
     biases, text = lean.time_biases(timesteps), lean.text_keys(generated, prompt, mask)
 
     def diffusers(unet: Any = unet) -> Tensor:
@@ -104,17 +98,17 @@ def make_ways(setting: Setting, rows: int, frames: int, compiled: bool) -> dict[
         ),
         "time projections at every step": lambda: lean(sample, lean.time_biases(timesteps), text, None),
         "queries, keys and values apart": lambda: _patched(
-            unet_layers.SelfAttention, "forward", _apart, lambda: lean(sample, biases, text, None)
+            layers.SelfAttention, "forward", _apart, lambda: lean(sample, biases, text, None)
         ),
         "1x1 convolutions of the shortcuts as convolutions": lambda: _patched(
-            unet_layers.Pointwise, "forward", _as_convolution, lambda: lean(sample, biases, text, None)
+            layers.Pointwise, "forward", _as_convolution, lambda: lean(sample, biases, text, None)
         ),
         "linear layers by PyTorch": lambda: _patched(
             audioldm2_triton.server.linear, "PRODUCT", None, lambda: lean(sample, biases, text, None)
         ),
         "contiguous instead of channels-last": lambda: contiguous(sample, biases, text, None),
     }
-    if setting.dtype == torch.float32 and setting.device.type == "cpu":
+    if run.dtype == torch.float32 and run.device.type == "cpu":
         half = copy.deepcopy(lean).to(torch.bfloat16)
         half_inputs = (
             sample.bfloat16(),
@@ -138,7 +132,7 @@ def _patched(owner: Any, name: str, value: Any, run: Forward) -> Tensor:
 def _apart(self: Any, hidden: Tensor, step: Any, level: int) -> Tensor:
     masks = step.level(level)
     query, key, value = (linear(hidden, weight) for weight in self.to_qkv.chunk(3))
-    return unet_layers.attend(self, query, key, value, None if masks is None else masks.keys)
+    return layers.attend(self, query, key, value, None if masks is None else masks.keys)
 
 
 def _as_convolution(self: Any, hidden: Tensor) -> Tensor:
@@ -148,14 +142,14 @@ def _as_convolution(self: Any, hidden: Tensor) -> Tensor:
     return functional.conv2d(hidden.permute(0, 3, 1, 2), weight, self.bias).permute(0, 2, 3, 1)
 
 
-def _row(
-    setting: Setting, arguments: argparse.Namespace, name: str, seconds: list[float], base: float, distance: float
-) -> Row:
-    row = replace(
-        setting.row,
+def _record(
+    run: Run, arguments: argparse.Namespace, name: str, seconds: list[float], base: float, distance: float
+) -> Record:
+    record = replace(
+        run.record,
         path=name,
         length_s=arguments.latent_frames / 25,
         rows=arguments.rows,
         note=f"{statistics.median(seconds) / base:.2f} of diffusers, distance {distance:.1e}",
     )
-    return with_times(row, seconds)
+    return with_times(record, seconds)

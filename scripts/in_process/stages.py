@@ -1,7 +1,6 @@
-"""All stages in this process, without Triton, by the same functions that the models' adapters call."""
+"""All stages in this process, without Triton, through the functions that the models' adapters call."""
 
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -15,21 +14,14 @@ from torch import Tensor
 from audioldm2_triton.server.generation_row import GenerationRow
 from audioldm2_triton.server.geometry import AudioGeometry, read_audio_geometry
 from audioldm2_triton.server.settings import Settings, resolve_device, resolve_dtype
-from benchmarks.batcher import Batcher
-
-ROOT: Final = Path(__file__).resolve().parents[2]
-for _stage in ("text_conditioning", "denoiser", "decoder"):
-    _folder = str(ROOT / "model_repository" / _stage / "1")
-    if _folder not in sys.path:
-        sys.path.append(_folder)
-
-from conditioning import condition  # noqa: E402
-from decoder_stage import load_decoder_stage  # noqa: E402
-from decoding import decode  # noqa: E402
-from denoiser_stage import load_engines  # noqa: E402
-from denoising_inputs import parse_denoising_request, read_tensor_shapes  # noqa: E402
-from embedding_cache import EmbeddingCache  # noqa: E402
-from text_stage import load_text_stage  # noqa: E402
+from conditioning import condition
+from decoder_stage import load_decoder_stage
+from decoding import decode
+from denoiser_stage import load_engines
+from denoising_inputs import parse_denoising_request, read_tensor_shapes
+from embedding_cache import EmbeddingCache
+from in_process.batcher import Batcher
+from text_stage import load_text_stage
 
 if TYPE_CHECKING:
     from stepping.denoising_unet import DenoisingUNet

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.signal import find_peaks, stft
 
-from .signals import SAMPLING_RATE
+from demo_checkpoint.signals import SAMPLING_RATE
 
 Array = NDArray[np.float64]
 

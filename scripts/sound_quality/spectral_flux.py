@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from benchmarks.bootstrap import mean_with_interval
+from sound_quality.bootstrap import mean_with_interval
 
 HOP_IN_S: Final = 0.01
 _FRAME_IN_S: Final = 0.032

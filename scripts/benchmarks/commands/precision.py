@@ -13,10 +13,10 @@ from statistics import fmean
 
 from audioldm2_triton.contract import SCHEDULERS
 from benchmarks.exactness import Distances, latent_distances, load_precisions, stage_distances
-from benchmarks.in_process import running_stages
-from benchmarks.measurement import Row, print_table
-from benchmarks.setting import Setting, add_common_arguments, read_setting
+from benchmarks.measurement import Record, print_table
+from benchmarks.run import Run, add_common_arguments, read_run
 from benchmarks.workload import make_rows
+from in_process.stages import running_stages
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,28 +30,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    setting = read_setting(arguments, "precision")
-    print_table([setting.keep(row) for row in _measured(setting, arguments)], sys.stdout)
+    run = read_run(arguments, "precision")
+    print_table([run.keep(record) for record in _measured(run, arguments)], sys.stdout)
 
 
-def _measured(setting: Setting, arguments: argparse.Namespace) -> Iterator[Row]:
+def _measured(run: Run, arguments: argparse.Namespace) -> Iterator[Record]:
     length, waveforms = arguments.audio_length_in_s, arguments.waveforms
-    shared = replace(setting.row, length_s=length, samples=waveforms)
-    precisions = load_precisions(setting.checkpoint)
-    with running_stages(setting.settings) as stages:
+    shared = replace(run.record, length_s=length, samples=waveforms)
+    precisions = load_precisions(run.checkpoint)
+    with running_stages(run.settings) as stages:
         for steps in arguments.num_inference_steps:
             for guidance in arguments.guidance_scales:
                 for scheduler in arguments.schedulers:
-                    row = replace(
+                    request = replace(
                         make_rows(1, length, steps)[0],
                         guidance_scale=guidance,
                         num_waveforms_per_prompt=waveforms,
                         scheduler=scheduler,
                     )
-                    (found,) = latent_distances(precisions, stages, [row])
+                    (found,) = latent_distances(precisions, stages, [request])
                     line = replace(shared, path=f"latents, {scheduler}", steps=steps, guidance=guidance)
                     yield replace(line, note=_note(found))
-        parts = [stage_distances(precisions, stages, row) for row in make_rows(waveforms, length, 1)]
+        parts = [stage_distances(precisions, stages, request) for request in make_rows(waveforms, length, 1)]
         for name in parts[0]:
             yield replace(shared, path=name, note=_note(sum((part[name] for part in parts), Distances())))
 

@@ -1,0 +1,1 @@
+"""What `scripts/benchmark` can be asked for: a module for each command."""
