@@ -1,4 +1,4 @@
-"""The pages: every link leads somewhere, and the tables of settings and metrics have what the code has."""
+"""The pages: links and paths lead somewhere, and the tables of settings and metrics have what the code has."""
 
 import re
 from dataclasses import fields
@@ -12,6 +12,7 @@ from audioldm2_triton.server import metric_names
 from audioldm2_triton.server.settings import Settings
 from conftest import ROOT
 
+ARCHITECTURE: Final = ROOT / "model_repository" / "ARCHITECTURE.md"
 OPERATIONS: Final = ROOT / "model_repository" / "OPERATIONS.md"
 PAGES: Final = (
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "docker/README.md")),
@@ -33,6 +34,14 @@ def test_links_lead_somewhere(page: Path, link: str) -> None:
     target = (page.parent / path).resolve() if path else page
     assert target.exists()
     assert not anchor or anchor in anchors(target)
+
+
+def test_the_files_of_the_architecture_exist() -> None:
+    named = set(re.findall(r"`([\w./]+\.(?:py|pbtxt|yaml))`", ARCHITECTURE.read_text()))
+    folders = [ROOT / folder for folder in ("client", "docker", "model_repository", "scripts", "tests")]
+    files = [str(path) for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert named
+    assert {name for name in named if not any(file.endswith(f"/{name}") for file in files)} == set()
 
 
 def first_cells(heading: str) -> list[tuple[str, str]]:

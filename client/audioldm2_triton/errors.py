@@ -1,4 +1,4 @@
-"""What can go wrong with a request, as the server reports it and as the client raises it."""
+"""The errors of a request, as the server reports them and as the client raises them."""
 
 from collections.abc import Mapping
 from typing import Any, Final

@@ -1,10 +1,10 @@
-"""Forwards made fast for a few fixed shapes, and compiled code that outlives the process that made it.
+"""Makes forwards fast for a few fixed shapes, and keeps compiled code across restarts.
 
-`torch.compiler.save_cache_artifacts` gives what `torch.compile` has made in this process as bytes. They are kept in a
-file named by what they depend on, so that another PyTorch, device or shape never finds them, behind a digest, so that
-a file cut short is noticed. PyTorch checks the entries themselves once more when it looks them up: what does not fit is
-compiled anew. On a CPU its artifacts lack the libraries that the C++ compiler has made, which is where most of the time
-goes: they are kept in the file too.
+`torch.compiler.save_cache_artifacts` returns what `torch.compile` has made in this process as bytes. They are stored in
+a file named after everything that they depend on, so that another PyTorch, device or shape never finds them, and after
+a digest, so that a truncated file is noticed. PyTorch checks each entry again when it looks it up, and compiles anew
+what does not fit. On a CPU its artifacts lack the libraries made by the C++ compiler, which takes most of the time, so
+the file has them too.
 """
 
 import hashlib
@@ -39,33 +39,33 @@ def for_fixed_shapes(
     use_compiler: bool = True,
     backend: str | Callable[..., Any] = "inductor",
 ) -> Callable[..., Any]:
-    """Makes a function of tensors fast for shapes that it is called with once before they matter.
+    """Makes a function of tensors fast for a few shapes. Call it once with each of them before time matters.
 
     Args:
-        function: as `GraphedFunction` takes it; compiled whole, so without data-dependent branches.
+        function: as `GraphedFunction` takes it; compiled as a whole, so it must have no data-dependent branches.
         num_shapes: for how many shapes it may be compiled.
         use_compiler: whether `torch.compile` makes its kernels.
         backend: of `torch.compile`.
 
-    On a GPU, the kernels are replayed as CUDA graphs, whoever made them.
+    On a GPU, the kernels are replayed as CUDA graphs, compiled or not.
     """
     return graphed(compiled(function, num_shapes, backend) if use_compiler else function, device)
 
 
 def graphed(function: Callable[..., Any], device: "torch.device") -> Callable[..., Any]:
-    """Replays a function as a CUDA graph for each shape; on a CPU the function itself."""
+    """Returns a function that replays a CUDA graph for each shape; on a CPU the function itself."""
     return GraphedFunction(function, CudaGraphRecorder(device)) if device.type == "cuda" else function
 
 
 def compiled(
     function: Callable[..., Any], num_shapes: int, backend: str | Callable[..., Any] = "inductor"
 ) -> Callable[..., Any]:
-    """Compiles for up to so many shapes: PyTorch's own limit is 8, for all graphs of the same code together."""
+    """Compiles for up to so many shapes. PyTorch's own limit is 8, for all graphs of the same code together."""
     import torch
 
     limits: dict[str, Any] = {"recompile_limit": num_shapes, "isolate_recompiles": True}
     if limits.keys() - inspect.signature(torch.compile).parameters.keys():
-        # Before 2.13 the limit is the process's.
+        # Before 2.13 the limit applies to the whole process.
         config: Any = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, num_shapes)
         config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 8 * num_shapes)
@@ -81,9 +81,9 @@ class CompileCache:
     path: Path | None
 
     def restore(self) -> bool:
-        """Hands the file's contents to PyTorch before anything is compiled; whether there were any.
+        """Hands the file's contents to PyTorch, before anything is compiled. Returns whether it restored any.
 
-        A file that is missing, cut short or refused is ignored with a line in the log.
+        A file that is missing, truncated or refused is ignored, with a line in the log.
         """
         import torch
 
@@ -110,7 +110,7 @@ class CompileCache:
         return restored
 
     def save(self) -> None:
-        """Writes what this process has compiled or restored; a failure is a line in the log."""
+        """Writes what this process has compiled or restored; a failure is only logged."""
         import torch
 
         if self.path is None:
@@ -127,7 +127,7 @@ class CompileCache:
 
 
 def _packed(artifacts: bytes) -> bytes:
-    """PyTorch's artifacts and the libraries that this process has loaded from PyTorch's directory."""
+    """Packs PyTorch's artifacts and the libraries that this process has loaded from PyTorch's directory."""
     directory = _compiler_directory()
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -138,7 +138,7 @@ def _packed(artifacts: bytes) -> bytes:
 
 
 def _unpacked(content: bytes) -> bytes:
-    """The artifacts; the libraries are put where PyTorch looks for them, unless they are there."""
+    """Returns the artifacts, and writes the libraries to where PyTorch looks for them, unless they are there."""
     directory = _compiler_directory()
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         for name in archive.namelist():
@@ -148,7 +148,7 @@ def _unpacked(content: bytes) -> bytes:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Renamed into place: another process never reads half a file. Raises `OSError`."""
+    """Writes a file and renames it into place, so that no process reads half of it. Raises `OSError`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent)
     try:
@@ -156,7 +156,7 @@ def _write_whole(path: Path, content: bytes) -> None:
             file.write(content)
         os.replace(name, path)
     except OSError:
-        os.unlink(name)  # a full disk should not stay full of halves
+        os.unlink(name)  # so that partial files do not keep a full disk full
         raise
 
 
@@ -167,7 +167,7 @@ def _compiler_directory() -> Path:
 
 
 def _loaded_libraries(directory: Path) -> list[Path]:
-    """Those of this process that lie below `directory`; none on systems that do not tell."""
+    """Returns the loaded libraries below `directory`; none on systems without /proc/self/maps."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
@@ -177,7 +177,7 @@ def _loaded_libraries(directory: Path) -> list[Path]:
 
 
 def _processor() -> str:
-    """What decides which machine code a CPU runs: compilers are told to make it for this very one."""
+    """Describes the CPU, because compilers make machine code for exactly this one."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -189,10 +189,10 @@ def _processor() -> str:
 def compile_cache(
     settings: Settings, stage: str, device: "torch.device", dtype: "torch.dtype", shapes: Sequence[object]
 ) -> CompileCache:
-    """The file of one stage, named by PyTorch's version, the device, the dtype and the shapes.
+    """Returns the cache of one stage, in a file named after PyTorch's version, the device, the dtype and the shapes.
 
     Args:
-        shapes: whatever else decides what is compiled, such as buckets and the configs of the components.
+        shapes: everything else that decides what is compiled, such as buckets and the configs of the components.
     """
     import torch
 

@@ -1,8 +1,8 @@
-"""Functions of fixed shapes as CUDA graphs: one launch instead of a thousand.
+"""Runs functions of fixed shapes as CUDA graphs: one launch instead of a thousand.
 
-Recorded here rather than by `torch.compile(mode="reduce-overhead")`: a replay checks no guards (those of the UNet's
-1,288 parameters take milliseconds), any thread may replay, eager code can be recorded as well as compiled code, and
-all of it works the same in PyTorch 2.11 and 2.13.
+The graphs are recorded here rather than by `torch.compile(mode="reduce-overhead")`, because a replay then checks no
+guards (those of the UNet's 1,288 parameters take milliseconds), any thread may replay, eager code can be recorded as
+well as compiled code, and all of it works the same in PyTorch 2.11 and 2.13.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 WARM_UP_CALLS: Final = 3
-"""Before a function is recorded: compilers compile at the first, libraries choose their kernels and workspaces."""
+"""Calls before a function is recorded: at the first, compilers compile and libraries choose kernels and workspaces."""
 
 Record = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
-"""Runs a function once and returns what runs it again on the same memory, and its output, which is overwritten then."""
+"""Runs a function once. Returns what reruns it on the same memory, and its output, which a rerun overwrites."""
 
 
 class CudaGraphRecorder:
-    """Records on one GPU; all its graphs share their memory, so only one may run at a time."""
+    """Records on one GPU. All its graphs share their memory, so only one may run at a time."""
 
     def __init__(self, device: "torch.device") -> None:
         import torch
@@ -43,7 +43,7 @@ class CudaGraphRecorder:
                     function()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # Other threads of the process may allocate meanwhile: their calls are none of this graph's.
+            # Other threads of the process may allocate meanwhile; their calls do not belong to this graph.
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 output = function()
         return lambda: _replay(graph, self._device), output
@@ -62,19 +62,19 @@ class _Recording:
     sources: list["Tensor"]  # what they were last copied from
     replay: Callable[[], None]
     output: Any  # what the graph writes
-    kept: tuple[Any, ...]  # the arguments of the recording: what is no tensor is known by its identity
+    kept: tuple[Any, ...]  # the arguments of the recording, kept alive because other objects are known by their id()
 
 
 class GraphedFunction:
     """A function of tensors that is recorded once for each shape of its arguments, and replayed after that.
 
     Args:
-        function: takes tensors, and tuples and dataclasses of tensors, on one device, and returns a tensor; anything
-            else among its arguments must be the very same object at each call. No call may wait for the device.
+        function: takes tensors, and tuples and dataclasses of tensors, on one device, and returns a tensor. Any other
+            argument must be the same object at each call. No call may wait for the device.
         record: makes the recordings.
 
-    An argument's tensors must not be changed in place between two calls that both get them: a tensor that is the same
-    object as at the last call is not copied again. The result is the caller's.
+    Tensors among the arguments must not be changed in place between two calls that get the same tensor: if it is the
+    same object as at the last call, it is not copied again. The result belongs to the caller.
     """
 
     def __init__(self, function: Callable[..., Any], record: Record) -> None:
@@ -101,7 +101,7 @@ class GraphedFunction:
 
         def fixed(tensor: "Tensor") -> "Tensor":
             sources.append(tensor)
-            # With the same strides: an attention mask is aligned by them.
+            # With the same strides, which align an attention mask.
             inputs.append(tensor.new_empty_strided(tensor.size(), tensor.stride()).copy_(tensor))
             return inputs[-1]
 
@@ -111,7 +111,7 @@ class GraphedFunction:
 
 
 def _signature(value: Any, tensors: list[Any]) -> Hashable:
-    """What two calls must have in common to share a recording; appends the value's tensors in order."""
+    """Returns what two calls must have in common to share a recording; appends the value's tensors in order."""
     import torch
 
     if isinstance(value, torch.Tensor):

@@ -1,9 +1,9 @@
 """Fault points: named places at which a test can make the code raise, stall or compute NaN.
 
-Nothing here can be reached by a request. Only a process that is started with `TEST_FAULTS_DIRECTORY` in its environment
-ever looks for a fault, and only there: `scripts/serve` takes no such option.
+Requests cannot reach any of this. Only a process started with `TEST_FAULTS_DIRECTORY` in its environment looks for
+faults, and only in that directory; `scripts/serve` has no such option.
 
-A fault is a file of the point's name in that directory: its kind, and how often it strikes, as `raise 1`.
+A fault is a file in that directory, named after the point. It contains the kind, and how often it strikes: `raise 1`.
 """
 
 import os
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 DIRECTORY_VARIABLE: Final = "TEST_FAULTS_DIRECTORY"
 RAISE: Final = "raise"  # a RuntimeError
-PANIC: Final = "panic"  # what is no `Exception`, as the panics of libraries in Rust
+PANIC: Final = "panic"  # not an `Exception`, like the panics of Rust libraries
 STALL: Final = "stall"  # until the file is gone
 NAN: Final = "nan"  # instead of what was computed
 _ANYWHERE: Final = (RAISE, PANIC, STALL)
@@ -50,7 +50,7 @@ POINTS: Final[Mapping[str, tuple[str, ...]]] = {
     "audioldm2_stream.watch": _ANYWHERE,
     "audioldm2_stream.send": _ANYWHERE,
 }
-"""Each point, and what may go wrong there."""
+"""Each point, and the kinds of fault that it allows."""
 
 _STALL_POLL_IN_S: Final = 0.005
 _lock = threading.Lock()
@@ -58,7 +58,7 @@ _directory: Path | None = Path(os.environ[DIRECTORY_VARIABLE]) if DIRECTORY_VARI
 
 
 class Panic(BaseException):
-    """Stands for the panics of libraries, which are no `Exception`."""
+    """Stands for the panics of libraries, which are not an `Exception`."""
 
 
 def at(point: str, value: T = None) -> T:  # type: ignore[assignment]
@@ -67,13 +67,13 @@ def at(point: str, value: T = None) -> T:  # type: ignore[assignment]
 
 
 def use_directory(directory: Path | None) -> None:
-    """Looks for faults in this directory from here on, for tests in one process; None: nowhere."""
+    """Looks for faults in this directory from now on, for tests in one process; None: nowhere."""
     global _directory
     _directory = directory
 
 
 def arm(directory: Path, point: str, kind: str, times: int = 1) -> Path:
-    """Makes the fault. Returns its file, which is gone when it has struck so often; a stall lasts until then."""
+    """Creates the fault. Returns its file, which is gone after that many strikes; a stall lasts until it is removed."""
     if kind not in POINTS[point]:
         raise ValueError(f"kind: got {kind!r} but expected one of {', '.join(POINTS[point])} at {point}")
     file = directory / point
@@ -84,7 +84,7 @@ def arm(directory: Path, point: str, kind: str, times: int = 1) -> Path:
 
 
 def has_struck(file: Path) -> bool:
-    """Whether a stall holds somebody up, or another fault has struck as often as it may."""
+    """Whether a stall is blocking a thread, or another fault has struck as often as it may."""
     try:
         return file.read_text().endswith(" 0")
     except FileNotFoundError:

@@ -1,11 +1,11 @@
 """`offload`: a stage's weights are on its device only while it works, and only one stage's at a time.
 
-Their home is one block of host memory: pinned, for a GPU, which gets a copy of the block in one transfer and drops it
-again; nothing is copied back, since weights do not change. On a CPU it is a mapped file on a disk, from which pages
-come as they are read; afterwards they are taken out of the resident set. The numbers are the same bits either way.
+Their home is one block of host memory. For a GPU it is pinned; the GPU gets a copy of the block in one transfer and
+drops it again. Nothing is copied back, because weights do not change. On a CPU it is a mapped file on a disk, whose
+pages are loaded as they are read, and afterwards removed from the resident set. The results are the same, bit for bit.
 
-accelerate's hooks do less here: they copy the weights back each time, from and to memory that is not pinned, watch
-`forward`, which is not all that the stages call, and know nothing of the other processes of the device.
+accelerate's hooks do less: they copy the weights back each time, through memory that is not pinned; they only watch
+`forward`, although the stages call other functions too; and they know nothing of the device's other processes.
 """
 
 import ctypes
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TURN_IN_S: Final = 1.0
-"""How long a stage that never rests keeps its weights on the device although another waits."""
+"""How long a stage that is always busy may keep its weights on the device while another one waits."""
 DEFAULT_DIRECTORY: Final = "/var/tmp"  # on a disk, where /tmp is often memory
 _ALIGNMENT: Final = 256  # bytes, what a GPU's kernels want
 _CACHE_LINE: Final = 64  # bytes
 
 
 class Residency:
-    """When one stage's weights are on its device; without a lease always, and all of this does nothing.
+    """Controls when one stage's weights are on its device. Without a lease they always are, and this does nothing.
 
-    As a context manager, around what uses the weights; or by `enter` and `leave`, which may be repeated. Used by one
-    thread at a time.
+    Use it as a context manager around whatever uses the weights, or call `enter` and `leave`, which may be repeated.
+    Used by one thread at a time.
     """
 
     def __init__(self, device: "torch.device | None" = None, lease: DeviceLease | None = None) -> None:
@@ -56,7 +56,7 @@ class Residency:
         self.leave()
 
     def adopt(self, *modules: Any) -> None:
-        """Gives the weights of modules that are on the device their home; called once, inside."""
+        """Takes over the weights of modules on the device, and gives them their home; called once, while inside."""
         if self._lease is None or self._device is None:
             return
         _part_from_their_files(modules)
@@ -66,7 +66,7 @@ class Residency:
         logger.info("offload: %.0f MB of weights in %s; nothing is compiled", self._home.size / 1e6, self._home.place)
 
     def enter(self) -> None:
-        """Waits for the lease, and brings the weights in. Raises what the device says where they do not fit."""
+        """Waits for the lease, and loads the weights. Raises the device's error if they do not fit."""
         if self._lease is None or self._entered_at is not None:
             return
         self._lease.acquire()
@@ -79,7 +79,7 @@ class Residency:
                 raise
 
     def leave(self) -> None:
-        """Takes the weights out, and gives the lease back."""
+        """Unloads the weights, and releases the lease."""
         if self._lease is None or self._entered_at is None:
             return
         try:
@@ -90,7 +90,7 @@ class Residency:
             self._lease.release()
 
     def give_way(self) -> None:
-        """Leaves where another stage waits and this one has had its turn; for stages that do not rest by themselves."""
+        """Leaves if another stage waits and this one has had its turn; for a stage that may always be busy."""
         if self._lease is None or self._entered_at is None:
             return
         if time.monotonic() - self._entered_at >= TURN_IN_S and self._lease.is_wanted():
@@ -98,14 +98,14 @@ class Residency:
 
 
 def stage_residency(settings: Settings, device: "torch.device") -> Residency:
-    """As the setting `offload` has it."""
+    """Makes the residency that the setting `offload` asks for."""
     if settings.offload == "off":
         return Residency()
     return Residency(device, DeviceLease(_device_name(device)))
 
 
 def _device_name(device: "torch.device") -> str:
-    """The same in every process, whichever devices it sees."""
+    """Returns a name that is the same in every process, whichever devices it sees."""
     import torch
 
     if device.type != "cuda":
@@ -114,8 +114,8 @@ def _device_name(device: "torch.device") -> str:
 
 
 def _part_from_their_files(modules: tuple[Any, ...]) -> None:
-    """Replaces buffers that are views, as transformers reads them: a view keeps its base, which is the mapped file."""
-    others: dict[torch.Tensor, torch.Tensor] = {}  # tensors are told apart by identity
+    """Replaces buffers that are views, as loaded by transformers, because a view keeps its base, the mapped file."""
+    others: dict[torch.Tensor, torch.Tensor] = {}  # tensors hash by identity
     for part in (part for module in modules for part in module.modules()):
         for name, buffer in part.named_buffers(recurse=False):
             if buffer._is_view():
@@ -123,14 +123,14 @@ def _part_from_their_files(modules: tuple[Any, ...]) -> None:
 
 
 def _weights(modules: tuple[Any, ...]) -> list["torch.Tensor"]:
-    """The parameters and buffers of modules, each once."""
+    """Returns the parameters and buffers of modules, each once."""
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     return list({id(tensor): tensor for tensor in tensors if tensor.numel()}.values())
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where a tensor lies in the block."""
+    """The place of a tensor in the block."""
 
     first: int  # bytes, as `end`
     end: int
@@ -148,18 +148,18 @@ def _slots(tensors: list["torch.Tensor"]) -> list[_Slot]:
     slots: list[_Slot] = []
     end = 0
     for tensor in tensors:
-        # Where in a cache line a tensor begins decides the last bits of a product on a CPU. Those that were read from a
-        # file begin anywhere.
+        # On a CPU, where in a cache line a tensor begins affects the last bits of a product, and tensors that were read
+        # from a file begin anywhere. So the offset within the line is kept.
         first = -(-end // _ALIGNMENT) * _ALIGNMENT + tensor.data_ptr() % _CACHE_LINE
         end = first + tensor.numel() * tensor.element_size()
-        # As dense as a copy is, in the same order of dimensions: convolutions have their channels last.
+        # As dense as a copy would be, with the same order of dimensions: convolutions are channels-last.
         stride = torch.empty_like(tensor, device="meta").stride()
         slots.append(_Slot(first, end, tensor.dtype, tensor.shape, stride))
     return slots
 
 
 class PinnedHome:
-    """Weights in host memory, pinned where the device is a GPU; in, they are a copy of it on the device."""
+    """Keeps weights in host memory, pinned for a GPU; when moved in, they are a copy on the device."""
 
     place: Final = "pinned host memory"
 
@@ -183,7 +183,7 @@ class PinnedHome:
 
         self._assign(self._block)
         if self._device.type == "cuda":
-            # For the other processes, which cannot use what this one only keeps.
+            # So that the other processes can use the memory that this one would only cache.
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
 
@@ -193,9 +193,9 @@ class PinnedHome:
 
 
 class MappedHome:
-    """Weights of a CPU in a mapped file without a name, in the directory TMPDIR or /var/tmp, which must be on a disk.
+    """Keeps a CPU's weights in a mapped file without a name, in TMPDIR or /var/tmp, which must be on a disk.
 
-    They are always there to be read; out, none of their pages is in the resident set.
+    They can always be read; when moved out, none of their pages is in the resident set.
     """
 
     place: Final = "a mapped file"
@@ -206,7 +206,7 @@ class MappedHome:
         slots = _slots(tensors)
         self.size = slots[-1].end
         with tempfile.TemporaryFile(dir=os.environ.get("TMPDIR", DEFAULT_DIRECTORY)) as file:
-            # Allocated, so that a full disk is an error now rather than the end of the process later.
+            # Allocated, so that a full disk is an error now rather than a crash later.
             os.posix_fallocate(file.fileno(), 0, self.size)
             self._mapping = mmap.mmap(file.fileno(), self.size)
         block = torch.frombuffer(self._mapping, dtype=torch.uint8)
@@ -222,5 +222,5 @@ class MappedHome:
 
     def move_out(self) -> None:
         self._mapping.madvise(mmap.MADV_DONTNEED)
-        # What the work has freed goes back too: the allocator keeps it otherwise.
+        # Freed memory goes back to the system too; otherwise the allocator would keep it.
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""What travels: arguments to tensors, tensors to results. Shared by the two clients, which only carry it."""
+"""Converts arguments to tensors, and tensors to results, for both clients."""
 
 import math
 import operator

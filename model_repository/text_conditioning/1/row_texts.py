@@ -41,7 +41,10 @@ def row_texts(encoders: TextEncoders, row: GenerationRow, full_negative_prompt: 
 
 
 def _spoken(encoders: TextEncoders, row: GenerationRow) -> RowTexts:
-    """As in the reference every transcription is padded to the same length, and a negative prompt has none."""
+    """Returns the texts of a checkpoint that speaks.
+
+    As in the reference, every transcription is padded to the same length, and a negative prompt has none.
+    """
     tokenizer = encoders.second_tokenizer
     length = tokenizer.model_max_length
     tokens = tokenize_transcription(tokenizer, row.transcription)

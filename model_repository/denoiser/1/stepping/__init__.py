@@ -1,1 +1,1 @@
-"""What one denoising step is, of any mixture of waveforms."""
+"""One denoising step, for any mixture of waveforms: its inputs, its schedule, its batch."""

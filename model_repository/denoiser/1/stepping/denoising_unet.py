@@ -129,7 +129,7 @@ class DenoisingUNet:
         return min(seconds[1:])
 
     def random_inputs(self, items: int, frames: int, masked: bool, t5_length: int = COMPILED_T5_LENGTH) -> StepInputs:
-        """Makes random inputs of a step of so many waveforms without guidance."""
+        """Makes the inputs of one step of so many waveforms without guidance, with random values."""
         generated_dim, prompt_dim = [dim for dim in self.config.cross_attention_dim[0] if dim is not None]
 
         def random(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:

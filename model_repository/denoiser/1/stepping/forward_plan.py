@@ -38,7 +38,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class ForwardCosts:
-    """What a forward of the UNet costs on one device."""
+    """The costs of a forward of the UNet on one device."""
 
     plain: LinearCost | LaunchBoundCost
     masked: LinearCost | LaunchBoundCost

@@ -26,10 +26,10 @@ class UNet(Protocol):
     def text_keys(
         self, encoder_hidden_states: Tensor, encoder_hidden_states_1: Tensor, encoder_attention_mask_1: Tensor
     ) -> TextKeys:
-        """What the UNet needs of the texts of a batch."""
+        """Computes what the UNet needs of the texts of a batch."""
 
     def time_biases(self, table: ScheduleTable) -> Tensor:
-        """What the UNet needs of the timesteps of a schedule [E, K]."""
+        """Computes what the UNet needs of the timesteps of a schedule [E, K]."""
 
     def denoise(self, inputs: "StepInputs", bucket: Bucket | None) -> Tensor:
         """The history after one step: `denoise` of this module, compiled where there is a bucket."""
@@ -83,11 +83,11 @@ class StepBatch:
 
 
 def update_dtype(device: torch.device) -> torch.dtype:
-    """What the schedules' update is computed in.
+    """Returns the dtype of the schedules' update.
 
-    A coefficient that is rounded to float32 is off by the same at every step, in the whole latents, which adds up to
-    twice the reference's own rounding. On a CPU float64 costs nothing beside the UNet; a GPU, which computes the UNet
-    in half precision, has no use for it.
+    A coefficient rounded to float32 is off by the same amount at every step, in all latents, which adds up to twice the
+    reference's own rounding. On a CPU float64 costs nothing compared with the UNet. A GPU, which computes the UNet in
+    half precision, does not need it.
     """
     return torch.float64 if device.type == "cpu" else torch.float32
 
@@ -152,7 +152,7 @@ def stack_waveforms(
 
 
 def _stack_time_biases(unet: UNet, tables: Sequence[ScheduleTable]) -> tuple[list[int], Tensor]:
-    """Where each table begins in the distinct tables' biases, and these."""
+    """Returns where each table begins in the distinct tables' biases, and these biases."""
     first: dict[int, int] = {}
     distinct: list[Tensor] = []
     length = 0

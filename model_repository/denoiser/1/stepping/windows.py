@@ -1,9 +1,9 @@
 """Long latents in overlapping windows whose noise predictions are blended at every step (MultiDiffusion).
 
 A window is a row of a forward like any other: it has its own slice of the waveform's history and takes the same step.
-After the step the windows are blended into the whole, and cut from it anew. Because a schedule's update is linear in
-the samples and the model outputs, and the weights of a frame add up to 1, blending what the update made of each
-window is the same as updating the whole with the blended noise prediction.
+After the step the windows are blended into the whole, and cut from it anew. A schedule's update is linear in the
+samples and the model outputs, and the weights of a frame add up to 1. So blending the updated windows is the same as
+updating the whole with the blended noise prediction.
 """
 
 from dataclasses import dataclass
@@ -39,10 +39,10 @@ class Windows:
 
 
 def plan_windows(windowing: Windowing, total_frames: int, device: torch.device) -> Windows:
-    """The windows of a waveform that is longer than one of them.
+    """Plans the windows of a waveform that is longer than one of them.
 
-    The weight of a window rises over the overlap as half a period of a squared sine, and falls so at its end; at every
-    frame the weights are divided by their sum, so that a frame of one window alone has the weight 1 exactly.
+    The weight of a window rises over the overlap as half a period of a squared sine, and falls likewise at its end. At
+    every frame the weights are divided by their sum, so that a frame in only one window has exactly the weight 1.
     """
     starts, length = windowing.starts(total_frames), windowing.frames
     rising = torch.ones(length, dtype=torch.float64)
@@ -55,7 +55,7 @@ def plan_windows(windowing: Windowing, total_frames: int, device: torch.device) 
     for source, position in enumerate(positions.tolist()):
         covering[position].append(source)
     most = max(map(len, covering))
-    # Where fewer windows cover a frame, the first stands in for the missing, with the weight 0.
+    # If fewer windows cover a frame, the first one stands in for the missing ones, with the weight 0.
     sources = torch.tensor([[*found, *found[:1] * (most - len(found))] for found in covering]).T
     counts = torch.tensor([len(found) for found in covering])
     weights = weight.repeat(len(starts))[sources] * (torch.arange(most)[:, None] < counts)
@@ -64,15 +64,15 @@ def plan_windows(windowing: Windowing, total_frames: int, device: torch.device) 
 
 
 def cut_windows(whole: Tensor, windows: Windows) -> Tensor:
-    """The windows [P, ..., L, W] of a waveform's tensor [..., H, W]."""
+    """Cuts a waveform's tensor [..., H, W] into its windows [P, ..., L, W]."""
     cut = whole[..., windows.positions, :].unflatten(-2, (len(windows.starts), windows.frames))
     return cut.movedim(-3, 0)
 
 
 def blend_windows(parts: Tensor, windows: Windows) -> Tensor:
-    """The whole [..., H, W] of its windows [P, ..., L, W], each frame the weighted sum of the windows over it."""
+    """Blends windows [P, ..., L, W] into the whole [..., H, W]; each frame is a weighted sum of the windows over it."""
     flat = parts.movedim(0, -3).flatten(-3, -2)
-    # Window by window and not by an unordered sum: the same windows give the same bits.
+    # Window by window instead of an unordered sum, so that the same windows give the same bits.
     terms = [
         flat[..., source, :] * weight[:, None] for source, weight in zip(windows.sources, windows.weights, strict=True)
     ]

@@ -1,6 +1,6 @@
-"""The UNet of AudioLDM 2 as a step needs it: the same function, with everything left out that no step changes.
+"""The UNet of AudioLDM 2 as a step needs it: the same function, without everything that no step changes.
 
-`diffusers.AudioLDM2UNet2DConditionModel` is the reference. What is done differently here, each exact up to rounding:
+`diffusers.AudioLDM2UNet2DConditionModel` is the reference. The differences, each exact up to rounding:
 
 * the keys and values of the text come from outside: they are the same at every step, so they are computed once, with
   one product for all attentions of a stream;
@@ -88,7 +88,7 @@ class LeanUNet(nn.Module):
         return length_masks(valid_frames, frames, width, self.levels, self.dtype, self.device)
 
     def time_biases(self, timesteps: Tensor) -> Tensor:
-        """What the residual blocks add at each timestep.
+        """Computes what the residual blocks add at each timestep.
 
         Args:
             timesteps: `[E]`, whole or not.
@@ -102,7 +102,7 @@ class LeanUNet(nn.Module):
     def text_keys(
         self, encoder_hidden_states: Tensor, encoder_hidden_states_1: Tensor, encoder_attention_mask_1: Tensor
     ) -> TextKeys:
-        """The keys and values of a batch of texts.
+        """Computes the keys and values of a batch of texts.
 
         Args:
             encoder_hidden_states: GPT-2 states `[U, T, D0]` in the UNet's dtype.
@@ -117,7 +117,7 @@ class LeanUNet(nn.Module):
         )
 
     def forward(self, sample: Tensor, time_biases: Tensor, text: TextKeys, masks: LengthMasks | None) -> Tensor:
-        """One forward, each row as the original UNet would give it alone.
+        """Runs one forward; each row is what the original UNet would give for it alone.
 
         Args:
             sample: latents `[U, C, frames, width]`; with masks, anything at all on the padded frames.

@@ -1,9 +1,9 @@
-"""Rows of different latent lengths in one forward of the UNet, each as if it were alone.
+"""Masks for rows of different latent lengths in one forward of the UNet, each as if it were alone.
 
 Latents are `[rows, channels, frames, width]`; row `i` is valid for its first `valid_frames[i]` frames and padded
 after them. Padding shows in three places, and only there:
 
-* a convolution reads its neighbours, and beyond the end of a row run alone it reads zeros: so padded frames are zeroed
+* a convolution reads its neighbours, and zeros beyond the end of a row that runs alone: so padded frames are zeroed
   before every convolution wider than one position;
 * group normalisation averages over all positions: so its statistics are taken over the valid frames only;
 * self-attention looks at all positions: so padded keys are masked.
