@@ -29,7 +29,7 @@ def run(checkpoint: str) -> None:
     ]
     with running_stages(Settings(checkpoint)) as stages, ThreadPoolExecutor(len(rows)) as pool:
         audio = list(pool.map(stages.generate, rows))
-    for spacing in TIMESTEP_SPACINGS:
+    for spacing in ("", *TIMESTEP_SPACINGS):
         tables = load_schedule_tables(Path(checkpoint), spacing)
         for scheduler, steps in product(SCHEDULERS, STEPS):
             tables.get(scheduler, steps)
@@ -38,7 +38,7 @@ def run(checkpoint: str) -> None:
             {
                 "numpy": np.__version__,
                 "audio": sum(bool(np.isfinite(each).all() and each.any()) for each in audio),
-                "tables": len(TIMESTEP_SPACINGS) * len(rows),
+                "tables": (1 + len(TIMESTEP_SPACINGS)) * len(rows),
             }
         )
     )

@@ -235,15 +235,14 @@ def test_other_urls_are_refused_with_what_is_accepted(url: str) -> None:
         ("StatusCode.UNIMPLEMENTED", "no", errors.InternalError),
         (None, "malformed", errors.InternalError),
         # As in a stream, whose errors have no status.
-        (None, "`seed`: got -1 but expected more", errors.InvalidArgumentError),
-        (None, "`scheduler`, `num_inference_steps`: no", errors.InvalidArgumentError),
-        (None, "decoder failed: `x`: is full", errors.InternalError),
-        (None, "denoiser is full: 3 requests in flight and 0 waiting; try later", errors.UnavailableError),
-        (None, "decoder is out of memory; try again later, or ask for less", errors.UnavailableError),
-        (None, "denoiser: the engine is shutting down", errors.UnavailableError),
+        (None, "INVALID_ARG: `seed`: got -1 but expected more", errors.InvalidArgumentError),
+        (None, "`seed`: got -1 but expected more", errors.InternalError),
+        (None, "INTERNAL: decoder failed: UNAVAILABLE: full", errors.InternalError),
+        (None, "UNAVAILABLE: any words at all", errors.UnavailableError),
+        (None, "[request id: 5] UNAVAILABLE: denoiser is full", errors.UnavailableError),
         (None, "Request for unknown model: 'audioldm2_stream' is not found", errors.UnavailableError),
-        (None, "cancelled after 3 of 20 steps", errors.RequestCancelledError),
-        (None, "deadline exceeded after 3 of 20 steps", errors.DeadlineExceededError),
+        (None, "CANCELLED: cancelled after 3 of 20 steps", errors.RequestCancelledError),
+        (None, "CANCELLED: deadline exceeded after 3 of 20 steps", errors.DeadlineExceededError),
     ],
 )
 def test_statuses_and_messages_tell_the_kind(
@@ -312,7 +311,7 @@ def test_an_event_that_is_no_json_is_internal() -> None:
 @pytest.mark.parametrize(
     ("status", "body", "kind", "message"),
     [
-        (400, b'data: {"error":"`seed`: got -1"}\n\n', errors.InvalidArgumentError, "`seed`: got -1"),
+        (400, b'data: {"error":"INVALID_ARG: `seed`: got -1"}\n\n', errors.InvalidArgumentError, "`seed`: got -1"),
         (404, b'{"error":"unknown"}', errors.UnavailableError, "http://host: unknown"),
         (502, b"<html>", errors.UnavailableError, "http://host: got HTTP status 502 with no message of Triton's"),
     ],

@@ -9,10 +9,8 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-import decoding_parts
-import denoising_inputs as resolved_tensors
-import watched_denoising
 from audioldm2_triton import contract
+from audioldm2_triton.server import stage_tensors
 from audioldm2_triton.server.settings import Settings, read_settings
 from conftest import ROOT
 from serving.repository import write_repository
@@ -66,14 +64,14 @@ def test_the_ensemble_passes_on_what_the_stages_declare() -> None:
 
 
 def test_both_fronts_send_the_stages_the_same() -> None:
-    assert set(steps()["denoiser"].input_map) == set(watched_denoising.INPUTS)
-    assert set(steps()["decoder"].input_map) == {*decoding_parts.REQUIRED[decoding_parts.WHOLE], "deadline_ns"}
+    assert set(steps()["denoiser"].input_map) == set(stage_tensors.DENOISED)
+    assert set(steps()["decoder"].input_map) == {*stage_tensors.DECODED[stage_tensors.WHOLE], "deadline_ns"}
 
 
 def test_the_stages_read_what_they_declare() -> None:
-    parsed = (*resolved_tensors.TEXT, *resolved_tensors.NEGATIVE_TEXT, *resolved_tensors.COLUMNS)
-    assert set(tensors(CONFIGURATIONS["denoiser"].input)) == {*parsed, *resolved_tensors.OPTIONAL}
-    of_parts = {name for names in decoding_parts.REQUIRED.values() for name in names}
+    parsed = (*stage_tensors.TEXT, *stage_tensors.NEGATIVE_TEXT, *stage_tensors.COLUMNS)
+    assert set(tensors(CONFIGURATIONS["denoiser"].input)) == {*parsed, *stage_tensors.OPTIONAL}
+    of_parts = {name for names in stage_tensors.DECODED.values() for name in names}
     assert set(tensors(CONFIGURATIONS["decoder"].input)) == {*of_parts, "deadline_ns"}
 
 

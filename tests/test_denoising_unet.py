@@ -145,8 +145,8 @@ def test_more_buckets_than_pytorch_allows_by_itself(
     engine = Engine(unet, load_schedule_tables(tiny_checkpoint), EngineLimits(4, 1), unet.warm_up, CPU, torch.float32)
     engine.wait_until_warm()
     engine.close()
-    assert engine._costs is not None
-    assert set(engine._costs.compiled) == set(buckets), caplog.text
+    assert engine.costs is not None
+    assert set(engine.costs.compiled) == set(buckets), caplog.text
 
 
 def test_a_bucket_that_fails_to_compile_is_left_out(

@@ -20,13 +20,13 @@ from torch import Tensor
 from tritonclient import grpc, http
 from tritonclient.utils import InferenceServerException
 
-import engine as engine_module
 from audioldm2_pipeline import difference
 from audioldm2_triton import contract
 from audioldm2_triton.errors import InternalError, InvalidArgumentError, UnavailableError
 from audioldm2_triton.server import faults
 from audioldm2_triton.server.faults import NAN, PANIC, POINTS, RAISE, STALL
 from conftest import ROOT
+from engine import engine as engine_module
 from engine.engine import Engine
 from engine.limits import EngineLimits
 from engine.pool import EnginePool
@@ -373,7 +373,7 @@ def test_what_a_broken_engine_lost_in_the_middle_is_let_go(unet: WatchedUNet, mo
     engine, on_done = watched_engine(unet, None), OnDone()
     lost = weakref.ref(on_done)
     monkeypatch.setattr(Engine, "_finish", failing)
-    monkeypatch.setattr(Engine, "_fail_all", lambda self: self._jobs.clear() or self._owners.clear())
+    monkeypatch.setattr(Engine, "_fail_all", lambda self: self._roster.jobs.clear() or self._roster.in_flight.clear())
     engine.submit(make_request(1), on_done, lambda: True)
     del on_done
     wait_until(lambda: engine.broken, "the engine to break")

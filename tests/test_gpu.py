@@ -50,10 +50,10 @@ def denoise(checkpoint: Path, device: str, dtype: str, compile: str = "off") -> 
     engine = pool.engines[0]
     unet = engine._unet
     if compile != "off":
-        assert engine._costs is not None
-        assert set(engine._costs.compiled) == set(unet.buckets), "a bucket could not be prepared"
+        assert engine.costs is not None
+        assert set(engine.costs.compiled) == set(unet.buckets), "a bucket could not be prepared"
         slow = LinearCost(1000.0, 1000.0)
-        engine._costs = replace(engine._costs, plain=slow, masked=slow)
+        engine._groups.costs = replace(engine.costs, plain=slow, masked=slow)
     unet.forwards.clear()
     dims = [dim for dim in unet.config.cross_attention_dim[0] if dim is not None]
     generator = torch.Generator().manual_seed(0)

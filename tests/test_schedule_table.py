@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from audioldm2_triton.contract import SCHEDULERS
 from conftest import ROOT
-from stepping.schedule_table import WINDOW, ScheduleError, ScheduleTables
+from stepping.schedule_table import HISTORY, ScheduleError, ScheduleTables
 
 REFERENCE_CONFIGS = ROOT / "scripts" / "checkpoints" / "reference_configs" / "audioldm2"
 SCHEDULER_CONFIG = json.loads((REFERENCE_CONFIGS / "scheduler" / "scheduler_config.json").read_text())
@@ -37,7 +37,7 @@ def worst_difference(scheduler: str, steps: int, seed: int, scale: float = 1.0) 
     outputs = torch.randn(built.num_evaluations, 1, 2, 8, 8, generator=generator, dtype=torch.float64) * scale
     sample = torch.randn(1, 2, 8, 8, generator=generator, dtype=torch.float64) * solver.init_noise_sigma
     assert torch.equal(built.timesteps, solver.timesteps.float())
-    ours, history, worst = sample, torch.zeros(WINDOW, 2, *sample.shape, dtype=torch.float64), 0.0
+    ours, history, worst = sample, torch.zeros(HISTORY, 2, *sample.shape, dtype=torch.float64), 0.0
     for index, timestep in enumerate(solver.timesteps):
         scaled = solver.scale_model_input(sample, timestep)
         worst = max(worst, _relative(ours * built.input_scales[index], scaled))

@@ -1,6 +1,7 @@
 """What can go wrong with a request, as the server reports it and as the client raises it."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
 
 class AudioLDM2Error(Exception):
@@ -37,6 +38,29 @@ class InternalError(AudioLDM2Error):
 
 DEADLINE_EXCEEDED = "deadline exceeded"
 """How the message of a `DeadlineExceededError` begins, which tells it from a cancellation on the wire."""
+
+
+_BY_CODE: Final[Mapping[str, type[AudioLDM2Error]]] = {
+    kind.code: kind for kind in (InvalidArgumentError, UnavailableError, RequestCancelledError, InternalError)
+}
+
+
+def error_of(code: str, message: str) -> AudioLDM2Error:
+    """The error that a code and a message stand for."""
+    if code == DeadlineExceededError.code and message.startswith(DEADLINE_EXCEEDED):
+        return DeadlineExceededError(message)
+    return _BY_CODE.get(code, InternalError)(message)
+
+
+def stream_message(error: AudioLDM2Error) -> str:
+    """What an error says in a stream, where Triton passes on no code: `UNAVAILABLE: denoiser is full`."""
+    return f"{error.code}: {error}"
+
+
+def read_stream_message(message: str) -> AudioLDM2Error | None:
+    """The error of a `stream_message`; None for any other message, which is Triton's own."""
+    code, colon, rest = message.partition(": ")
+    return error_of(code, rest) if colon and code in _BY_CODE else None
 
 
 def invalid(argument: str, got: Any, expected: str) -> InvalidArgumentError:

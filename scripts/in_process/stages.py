@@ -108,7 +108,7 @@ class Stages:
     @property
     def is_prepared(self) -> bool:
         """Whether all stages have forwards of fixed shapes, in all of their shapes."""
-        unets = [set(engine._costs.compiled) == set(engine._unet.buckets) for engine in self._engines.engines]
+        unets = [set(engine.costs.compiled) == set(engine._unet.buckets) for engine in self._engines.engines]
         return all(unets) and self.decoder.compiled is not None and self._encoders.compiled is not None
 
     def condition(self, rows: Sequence[GenerationRow]) -> list[Tensors]:

@@ -10,7 +10,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Final
 
-from audioldm2_triton.server.settings import Settings, SettingsError, read_settings
+from audioldm2_triton.server.settings import (
+    ENVIRONMENT_PREFIX,
+    Settings,
+    SettingsError,
+    environment_name,
+    read_settings,
+)
 from serving.installation import InstallationError, find_triton
 from serving.plain_paths import PlainPathError, plain_directory
 from serving.repository import write_repository
@@ -21,25 +27,6 @@ MODEL_REPOSITORY: Final = SCRIPTS.parent / "model_repository"
 DEFAULT_CACHE: Final = "~/.cache/audioldm2-triton"
 _NAME: Final = re.compile(r"[A-Za-z]\w*", re.ASCII)
 
-_HELP: Final = {
-    "checkpoint": "a directory, or a hub id such as cvssp/audioldm2, which is fetched first",
-    "device": "auto, cpu, cuda or cuda:INDEX (default: auto)",
-    "dtype": "auto, float32, float16 or bfloat16 (default: auto: float16 on a GPU, else float32)",
-    "max_active_rows": "UNet batch items in flight (default: derived from the device)",
-    "max_waiting": "requests that may wait for room (default: derived from the device)",
-    "compile": "on: torch.compile, and CUDA graphs on a GPU; graphs: those alone; off (default: auto: graphs on a GPU)",
-    "compile_cache": "a directory in which compiled code outlives the server (default: none)",
-    "compile_lengths_in_s": "audio lengths to compile for, as 2.56,10.24 (default: the native length)",
-    "embedding_cache_size": "texts whose encoding is kept (default: 1024)",
-    "guidance_interval": "lossy: guidance in a part of the steps only, as 0,0.7 (default: 0,1)",
-    "timestep_spacing": "other timesteps than the checkpoint's: leading, linspace, trailing, karras, exponential or "
-    "lu_lambdas",
-    "full_negative_prompt": "on or off: whether a negative prompt longer than the prompt is read whole (default: off)",
-    "offload": "off or on: a stage's weights are on the device only while it works, one stage at a time (default: off)",
-    "default_timeout_in_s": "seconds until a request that sets no timeout is given up; 0: never (default: 3600)",
-    "compile_max_rows": "UNet batch items of the largest compiled forward (default: derived from the device)",
-}
-
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -49,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     for field in fields(Settings):
         option = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(option, default="", help=_HELP.get(field.name, f"default: {field.default}"))
+        parser.add_argument(option, default="", help=field.metadata["help"])
     parser.add_argument(
         "--also",
         action="append",
@@ -106,7 +93,7 @@ def _further_checkpoints(given: Sequence[str]) -> dict[str, str]:
 
 def _with_local_checkpoint(given: dict[str, str], cache: Path, option: str) -> dict[str, str]:
     """The settings as text, of the command line before the environment, with a verified local checkpoint."""
-    resolved = {name: value or os.environ.get(f"AUDIOLDM2_{name.upper()}", "") for name, value in given.items()}
+    resolved = {name: value or os.environ.get(environment_name(name), "") for name, value in given.items()}
     checkpoint = resolved["checkpoint"]
     if not checkpoint:
         raise SettingsError(f"{option}: got nothing but expected a directory or a hub id")
@@ -139,7 +126,7 @@ def _serve(
     for prefix, of_checkpoint in settings.items():
         write_repository(MODEL_REPOSITORY, repository, of_checkpoint, prefix)
     # The settings are in the configurations now; the environment would override them.
-    environment = {name: value for name, value in triton.environment.items() if not name.startswith("AUDIOLDM2_")}
+    environment = {name: value for name, value in triton.environment.items() if not name.startswith(ENVIRONMENT_PREFIX)}
     # Idle OpenMP threads must not spin: the stages are processes that share the cores (ten times slower otherwise).
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Progress bars of the libraries that load the weights do not belong in a server's log.
@@ -155,7 +142,7 @@ def _serve(
         f"--metrics-port={ports['--metrics-port']}",
         "--disable-auto-complete-config",
         "--model-control-mode=none",
-        "--backend-config=python,stub-timeout-seconds=120",
+        "--backend-config=python,stub-timeout-seconds=600",  # a busy machine may take minutes to import torch
         # Calls of a stage by `audioldm2_stream` hold two threads each until they are answered.
         "--backend-config=python,thread-pool-size=256",
         f"--exit-timeout-secs={EXIT_TIMEOUT_IN_S}",

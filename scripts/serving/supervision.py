@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from typing import Final
 
+from audioldm2_triton.server.metric_names import STAGE_REQUESTS
 from serving.loopback import read_page
 from serving.metrics import read_metrics
 
 EXIT_TIMEOUT_IN_S: Final = 30
 SETTLING_TIME_IN_S: Final = 0.5  # a request between two stages shows in neither
-REQUEST_GAUGES: Final = ("audioldm2_stage_requests", "audioldm2_requests_in_flight", "audioldm2_requests_waiting")
 _LOAD_FAILURE: Final = re.compile(r"failed to load '(\w+)' version \d+: (.*)")
 
 
@@ -99,7 +99,7 @@ def _requests_inside(metrics_port: int) -> float:
         metrics = read_metrics(metrics_port)
     except (OSError, HTTPException, ValueError):  # no server any more, or half a page
         return 0
-    return sum(metrics.get(name, 0.0) for name in REQUEST_GAUGES)
+    return metrics.get(STAGE_REQUESTS, 0.0)
 
 
 def _forward_log(process: subprocess.Popen[str], failures: list[str]) -> None:

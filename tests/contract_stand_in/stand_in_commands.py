@@ -97,6 +97,8 @@ def response(tensors: dict[str, np.ndarray]) -> Any:
     return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in tensors.items()])
 
 
-def error_response(error: Exception) -> Any:
+def error_response(error: Exception, in_stream: bool = False) -> Any:
     code, message = error.args if isinstance(error, CommandedError) else ("INTERNAL", repr(error))
+    if in_stream:
+        message = f"{code}: {message}"
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, code)))

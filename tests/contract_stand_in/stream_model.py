@@ -48,7 +48,7 @@ def _answer(sender: Any, inputs: dict[str, np.ndarray], timeout_us: int) -> None
         else:
             sender.send(response(last), flags=final)
     except Exception as error:
-        sender.send(error_response(error), flags=final)
+        sender.send(error_response(error, in_stream=True), flags=final)
 
 
 def _responses(inputs: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:

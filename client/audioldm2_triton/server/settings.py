@@ -5,9 +5,9 @@ the prefix `AUDIOLDM2_`, overrides it for all models at once.
 """
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Final
 
 from audioldm2_triton.contract import Limits
 
@@ -18,37 +18,92 @@ ENVIRONMENT_PREFIX: Final = "AUDIOLDM2_"
 DEVICES: Final = "auto, cpu, cuda or cuda:INDEX"
 DTYPES: Final = ("auto", "float32", "float16", "bfloat16")
 COMPILE: Final = ("auto", "on", "graphs", "off")
-SWITCH: Final = ("on", "off")
-OFFLOAD: Final = ("off", "on")
-TIMESTEP_SPACINGS: Final = ("", "leading", "linspace", "trailing", "karras", "exponential", "lu_lambdas")
+SWITCH: Final = ("off", "on")
+TIMESTEP_SPACINGS: Final = ("leading", "linspace", "trailing", "karras", "exponential", "lu_lambdas")
 
 
 class SettingsError(ValueError):
     """A setting has a value that the server cannot start with."""
 
 
+def _setting(default: Any, help: str, choices: Sequence[str] = (), range: tuple[float, float] | None = None) -> Any:
+    """Declares a setting.
+
+    Args:
+        help: what it does and what its default means, for people who start a server.
+        choices: the values that it may have, besides its default.
+        range: of a number, both ends included.
+    """
+    return field(default=default, metadata={"help": help, "choices": tuple(choices), "range": range})
+
+
 @dataclass(frozen=True)
 class Settings:
     """The settings of a server; every field is a parameter of the same name."""
 
-    checkpoint: str  # a local directory in the layout of `AudioLDM2Pipeline.save_pretrained`
-    device: str = "auto"  # CUDA where there is a GPU, else CPU
-    dtype: str = "auto"  # float16 on CUDA, float32 on a CPU
-    max_audio_length_in_s: float = 300.0
-    max_num_inference_steps: int = 200
-    max_num_waveforms_per_prompt: int = 8
-    max_active_rows: int = 0  # UNet batch items in flight in one engine; 0: derived from the device
-    max_waiting: int = 0  # requests that may wait for a place; 0: derived from the device
-    compile: str = "auto"  # forwards of fixed shapes: torch.compile and CUDA graphs, graphs alone, or neither
-    compile_cache: str = ""  # a directory in which compiled code outlives the server; empty: none
-    compile_lengths_in_s: str = ""  # the audio lengths to compile for, as 2.56,10.24; empty: the native length
-    compile_max_rows: int = 0  # UNet batch items of the largest compiled forward; 0: derived from the device
-    embedding_cache_size: int = 1024  # texts whose encoding is kept; 0: none
-    guidance_interval: str = "0,1"  # the share of the steps from which and to which there is guidance; 0,1: all
-    timestep_spacing: str = ""  # instead of the checkpoint's, for schedulers that have it; empty: the checkpoint's
-    full_negative_prompt: str = "off"  # off: cut to the prompt's number of T5 tokens, as the reference does; on: whole
-    offload: str = "off"  # whether a stage's weights are on the device only while it works
-    default_timeout_in_s: float = 3600.0  # of a request that sets none; 0: none
+    checkpoint: str = field(
+        metadata={
+            "help": "a directory in the layout of `AudioLDM2Pipeline.save_pretrained`; for scripts/serve also a hub id "
+            "such as cvssp/audioldm2, which is fetched first",
+            "choices": (),
+            "range": None,
+        }
+    )
+    device: str = _setting("auto", f"{DEVICES} (default: auto: the GPUs, where there are any)")
+    dtype: str = _setting(
+        "auto", "auto, float32, float16 or bfloat16 (default: auto: float16 on a GPU, else float32)", DTYPES
+    )
+    max_audio_length_in_s: float = _setting(
+        300.0, "the longest audio that is accepted (default: 300)", range=(0.1, 3600)
+    )
+    max_num_inference_steps: int = _setting(200, "the most steps that are accepted (default: 200)", range=(1, 1000))
+    max_num_waveforms_per_prompt: int = _setting(
+        8, "the most waveforms per prompt that are accepted (default: 8)", range=(1, 64)
+    )
+    max_active_rows: int = _setting(
+        0, "UNet batch items in flight in one engine (default: 0: derived from the device)", range=(0, 4096)
+    )
+    max_waiting: int = _setting(
+        0, "requests that may wait for room in one engine (default: 0: derived from the device)", range=(0, 1_000_000)
+    )
+    compile: str = _setting(
+        "auto",
+        "on: torch.compile, and CUDA graphs on a GPU; graphs: those alone; off (default: auto: graphs on a GPU)",
+        COMPILE,
+    )
+    compile_cache: str = _setting("", "a directory in which compiled code outlives the server (default: none)")
+    compile_lengths_in_s: str = _setting(
+        "", "audio lengths to compile for, as 2.56,10.24 (default: the checkpoint's native length)"
+    )
+    compile_max_rows: int = _setting(
+        0, "UNet batch items of the largest compiled forward (default: 0: derived from the device)", range=(0, 4096)
+    )
+    embedding_cache_size: int = _setting(
+        1024, "texts whose encoding is kept; 0: none (default: 1024)", range=(0, 1_000_000)
+    )
+    guidance_interval: str = _setting(
+        "0,1", "lossy: guidance in a part of the steps only, as 0,0.7 (default: 0,1: in all)"
+    )
+    timestep_spacing: str = _setting(
+        "",
+        f"lossy: other timesteps than the checkpoint's: {', '.join(TIMESTEP_SPACINGS[:-1])} or {TIMESTEP_SPACINGS[-1]} "
+        "(default: the checkpoint's)",
+        TIMESTEP_SPACINGS,
+    )
+    full_negative_prompt: str = _setting(
+        "off",
+        "on: T5 reads a negative prompt whole; off: cut to the prompt's number of tokens, as the reference does "
+        "(default: off)",
+        SWITCH,
+    )
+    offload: str = _setting(
+        "off", "on: a stage's weights are on the device only while it works, one stage at a time (default: off)", SWITCH
+    )
+    default_timeout_in_s: float = _setting(
+        3600.0,
+        "seconds until a request that sets no timeout is given up; 0: never (default: 3600)",
+        range=(0, 1_000_000),
+    )
 
     @property
     def limits(self) -> Limits:
@@ -67,18 +122,6 @@ class Settings:
         return tuple(sorted({float(length) for length in self.compile_lengths_in_s.split(",")}))
 
 
-_RANGES: Final[Mapping[str, tuple[float, float]]] = {
-    "max_audio_length_in_s": (0.1, 3600),
-    "max_num_inference_steps": (1, 1000),
-    "max_num_waveforms_per_prompt": (1, 64),
-    "max_active_rows": (0, 4096),
-    "max_waiting": (0, 1_000_000),
-    "compile_max_rows": (0, 4096),
-    "embedding_cache_size": (0, 1_000_000),
-    "default_timeout_in_s": (0, 1_000_000),
-}
-
-
 def environment_name(setting: str) -> str:
     return ENVIRONMENT_PREFIX + setting.upper()
 
@@ -88,34 +131,16 @@ def read_settings(parameters: Mapping[str, str], environ: Mapping[str, str] = os
 
     Raises `SettingsError`, which names the setting, what was given and what is accepted.
     """
-    values: dict[str, str | int | float] = {}
-    for field in fields(Settings):
-        given = _given(field.name, parameters, environ)
-        if not given:
-            continue
-        if field.name in _RANGES:
-            values[field.name] = _number(field.name, given, whole=field.type is int)
-        else:
-            values[field.name] = given
+    values = {
+        each.name: _parse(each, given) for each in fields(Settings) if (given := _given(each.name, parameters, environ))
+    }
     if "checkpoint" not in values:
         raise SettingsError(f"checkpoint: set the parameter or {environment_name('checkpoint')} to a directory")
-    settings = Settings(**values)  # type: ignore[arg-type]
-    if settings.dtype not in DTYPES:
-        raise SettingsError(f"dtype: got {settings.dtype!r} but expected one of {', '.join(DTYPES)}")
-    if settings.compile not in COMPILE:
-        raise SettingsError(f"compile: got {settings.compile!r} but expected one of {', '.join(COMPILE)}")
-    if settings.full_negative_prompt not in SWITCH:
-        given = settings.full_negative_prompt
-        raise SettingsError(f"full_negative_prompt: got {given!r} but expected one of {', '.join(SWITCH)}")
-    if settings.offload not in OFFLOAD:
-        raise SettingsError(f"offload: got {settings.offload!r} but expected one of {', '.join(OFFLOAD)}")
+    settings = Settings(**values)
     if settings.offload == "on" and settings.compile in ("on", "graphs"):
         raise SettingsError(
             f"compile: got {settings.compile!r} with offload but expected auto or off: graphs need weights that stay"
         )
-    if settings.timestep_spacing not in TIMESTEP_SPACINGS:
-        expected = ", ".join(TIMESTEP_SPACINGS[1:])
-        raise SettingsError(f"timestep_spacing: got {settings.timestep_spacing!r} but expected one of {expected}")
     _check_lengths(settings)
     _check_guidance_interval(settings)
     device, _, index = settings.device.partition(":")
@@ -128,9 +153,9 @@ def read_settings(parameters: Mapping[str, str], environ: Mapping[str, str] = os
 
 def read_default_timeout(parameters: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> float:
     """`default_timeout_in_s` alone, for a model that has no checkpoint. Raises `SettingsError`."""
-    name = "default_timeout_in_s"
-    given = _given(name, parameters, environ)
-    return _number(name, given, whole=False) if given else Settings.default_timeout_in_s
+    setting = next(each for each in fields(Settings) if each.name == "default_timeout_in_s")
+    given = _given(setting.name, parameters, environ)
+    return float(_parse(setting, given)) if given else Settings.default_timeout_in_s
 
 
 def _given(name: str, parameters: Mapping[str, str], environ: Mapping[str, str]) -> str:
@@ -160,15 +185,22 @@ def _check_guidance_interval(settings: Settings) -> None:
         raise SettingsError(f"guidance_interval: got {given!r} but expected two shares of the steps, as 0,0.7")
 
 
-def _number(name: str, given: str, whole: bool) -> int | float:
-    low, high = _RANGES[name]
+def _parse(setting: "Field[Any]", given: str) -> Any:
+    """The value of a setting from its text, checked by itself. Raises `SettingsError`."""
+    choices, span = setting.metadata["choices"], setting.metadata["range"]
+    if choices and given not in choices:
+        raise SettingsError(f"{setting.name}: got {given!r} but expected one of {', '.join(choices)}")
+    if span is None:
+        return given
+    whole = setting.type is int
     try:
         value = int(given) if whole else float(given)
     except ValueError:
         value = float("nan")
+    low, high = span
     if not low <= value <= high:
         kind = "a whole number" if whole else "a number"
-        raise SettingsError(f"{name}: got {given!r} but expected {kind} from {low:g} to {high:g}")
+        raise SettingsError(f"{setting.name}: got {given!r} but expected {kind} from {low:g} to {high:g}")
     return value
 
 

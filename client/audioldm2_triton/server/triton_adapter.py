@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from audioldm2_triton.errors import AudioLDM2Error, InternalError, UnavailableError
+from audioldm2_triton.errors import AudioLDM2Error, InternalError, UnavailableError, stream_message
 from audioldm2_triton.server.memory import peak_memory_bytes
+from audioldm2_triton.server.metric_names import PEAK_MEMORY_BYTES, STAGE_REQUESTS
 from audioldm2_triton.server.settings import Settings, read_settings
 from audioldm2_triton.server.settlement import AnsweredError, Settlement, Settlements
+from audioldm2_triton.server.stage_tensors import CODED, CONTROL
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
 
-STAGE_REQUESTS_METRIC = "audioldm2_stage_requests"
-PEAK_MEMORY_METRIC = "audioldm2_peak_memory_bytes"
 LATEST_DEADLINE_NS: Final = 2**63 - 1
 
 Outputs: TypeAlias = Mapping[str, np.ndarray]
@@ -73,7 +73,7 @@ class ReadRequest:
     @property
     def control(self) -> str:
         """Which kind of request this is between the models of one server; empty for an ordinary one."""
-        return str(self.parameters.get("ctl", ""))
+        return str(self.parameters.get(CONTROL, ""))
 
 
 def read_request(request: Any, default_timeout_in_s: float) -> ReadRequest:
@@ -122,10 +122,10 @@ def response(outputs: Outputs) -> Any:
     return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in outputs.items()])
 
 
-def error_response(error: BaseException, stage: str) -> Any:
+def error_response(error: BaseException, stage: str, say: Callable[[AudioLDM2Error], str] = str) -> Any:
     """The response for a request that failed in `stage`; the neighbours in its batch are not concerned."""
     known = as_known_error(error, stage)
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(known), getattr(pb_utils.TritonError, known.code)))
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(say(known), getattr(pb_utils.TritonError, known.code)))
 
 
 def as_known_error(error: BaseException, stage: str) -> AudioLDM2Error:
@@ -141,7 +141,7 @@ def as_known_error(error: BaseException, stage: str) -> AudioLDM2Error:
 @cache
 def _requests_family() -> Any:
     return pb_utils.MetricFamily(
-        name=STAGE_REQUESTS_METRIC, description="Requests that a stage works on", kind=pb_utils.MetricFamily.GAUGE
+        name=STAGE_REQUESTS, description="Requests that a stage works on", kind=pb_utils.MetricFamily.GAUGE
     )
 
 
@@ -164,7 +164,7 @@ requests_gauge = cache(RequestsGauge)
 @cache
 def _memory_family() -> Any:
     return pb_utils.MetricFamily(
-        name=PEAK_MEMORY_METRIC,
+        name=PEAK_MEMORY_BYTES,
         description="Most memory that a stage has held: on its GPU, or the resident set of its process",
         kind=pb_utils.MetricFamily.GAUGE,
     )
@@ -221,6 +221,7 @@ def take(
     outputs: Callable[[T], Outputs],
     settlements: Settlements,
     default_timeout_in_s: float,
+    in_stream: bool = False,
 ) -> list[TakenRequest[T]]:
     """Takes all requests that have just arrived, before anything is done for the first of them.
 
@@ -228,12 +229,14 @@ def take(
 
     Args:
         outputs: makes the tensors of the final response.
+        in_stream: whether errors have their codes in their messages, as those of a stream, whoever asks.
     """
     taken = []
     for request in requests:
         sender = request.get_response_sender()
+        say = stream_message if in_stream or _asks_for_codes(request) else str
         settlement: Settlement[T] = settlements.take(
-            partial(_final_response, outputs, settlements.stage), partial(_send_final, sender)
+            partial(_final_response, outputs, settlements.stage, say), partial(_send_final, sender)
         )
         try:
             read = read_request(request, default_timeout_in_s)
@@ -244,8 +247,17 @@ def take(
     return taken
 
 
-def _final_response(outputs: Callable[[T], Outputs], stage: str, outcome: T | BaseException) -> Any:
-    return error_response(outcome, stage) if isinstance(outcome, BaseException) else response(outputs(outcome))
+def _asks_for_codes(request: Any) -> bool:
+    try:
+        return CODED in json.loads(request.parameters() or "{}")
+    except Exception:  # whatever is wrong with them is found again where it can be answered
+        return False
+
+
+def _final_response(
+    outputs: Callable[[T], Outputs], stage: str, say: Callable[[AudioLDM2Error], str], outcome: T | BaseException
+) -> Any:
+    return error_response(outcome, stage, say) if isinstance(outcome, BaseException) else response(outputs(outcome))
 
 
 def _send_final(sender: Any, final: Any) -> None:

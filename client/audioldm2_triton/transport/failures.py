@@ -17,6 +17,7 @@ from audioldm2_triton.errors import (
     InvalidArgumentError,
     RequestCancelledError,
     UnavailableError,
+    read_stream_message,
 )
 from audioldm2_triton.transport.endpoint import Endpoint
 
@@ -42,14 +43,9 @@ _KINDS: Final[dict[str, type[AudioLDM2Error]]] = {
 }
 
 # Errors in a stream have no status. Over HTTP there is none; over gRPC Triton sends one if the client's metadata have
-# `triton_grpc_error`, but 24.10 dies of it (SIGSEGV) within a few hundred failing or cancelled streams. So the kind is
-# told from the wording: that of `errors.invalid`, and what the stages and Triton say of a lack that may pass.
-_WORDINGS: Final[tuple[tuple[re.Pattern[str], type[AudioLDM2Error]], ...]] = (
-    (re.compile(r"`\w+`(?:, `\w+`)*: "), InvalidArgumentError),
-    (re.compile(r"\w+ is (?:full|out of memory|shutting down)\b"), UnavailableError),
-    (re.compile(r"\w+: (?:the|every) engine is (?:broken|shutting down)\b"), UnavailableError),
-    (re.compile(r"Request for unknown model: |.*\bModel '?\w+'? is not ready"), UnavailableError),
-)
+# `triton_grpc_error`, but 24.10 dies of it (SIGSEGV) within a few hundred failing or cancelled streams. Those of the
+# stages carry their code in the message; these are Triton's own words for a model that is not there (yet).
+_MODEL_MISSING: Final = re.compile(r"Request for unknown model: |.*\bModel '?\w+'? is not ready")
 
 _WRAPPING: Final = re.compile(r"(?:in ensemble '[^']*', |\[request id: [^\]]*\] )+")
 _RAISED_IN_STAGE: Final = re.compile(
@@ -94,8 +90,10 @@ def _from_triton(error: InferenceServerException, endpoint: Endpoint, timeout: f
         message = f"{endpoint.url}: got HTTP status {status} with no message of Triton's"
     else:
         message = clean_message(error.message() or "")
-    kind = _KINDS.get(status, InternalError) if status else _kind_by_wording(message)
-    if not status or kind in (InvalidArgumentError, RequestCancelledError):
+    if not status:
+        return _located(_from_stream(message), endpoint)
+    kind = _KINDS.get(status, InternalError)
+    if kind in (InvalidArgumentError, RequestCancelledError):
         if message.startswith(DEADLINE_EXCEEDED):
             kind = DeadlineExceededError
         elif message.startswith(CANCELLED):
@@ -103,13 +101,21 @@ def _from_triton(error: InferenceServerException, endpoint: Endpoint, timeout: f
     elif kind is DeadlineExceededError:
         # The words of gRPC or of a gateway; the server's own deadline travels as a cancellation.
         message = _no_answer(endpoint, timeout)
-    if kind is UnavailableError and not message.startswith(endpoint.url):
-        message = f"{endpoint.url}: {message}"
-    return kind(message)
+    return _located(kind(message), endpoint)
 
 
-def _kind_by_wording(message: str) -> type[AudioLDM2Error]:
-    return next((kind for wording, kind in _WORDINGS if wording.match(message)), InternalError)
+def _from_stream(message: str) -> AudioLDM2Error:
+    own = read_stream_message(message)
+    if own is not None:
+        return own
+    return UnavailableError(message) if _MODEL_MISSING.match(message) else InternalError(message)
+
+
+def _located(error: AudioLDM2Error, endpoint: Endpoint) -> AudioLDM2Error:
+    """The error, which says where nothing is to be had."""
+    if isinstance(error, UnavailableError) and not str(error).startswith(endpoint.url):
+        return UnavailableError(f"{endpoint.url}: {error}")
+    return error
 
 
 def clean_message(message: str) -> str:

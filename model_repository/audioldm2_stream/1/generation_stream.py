@@ -8,8 +8,8 @@ from typing import Final
 import numpy as np
 
 from audioldm2_triton.errors import DEADLINE_EXCEEDED, DeadlineExceededError
+from audioldm2_triton.server.stage_tensors import CONTROL, DENOISED, MEL, SCORE, VOCODE
 from stage_calls import CallStage, Interruption, Send, StageCall, Tensors
-from watched_denoising import INPUTS as DENOISER_INPUTS
 from watched_denoising import denoise
 
 TEXT_CONDITIONING: Final = "text_conditioning"
@@ -34,7 +34,7 @@ def stream_generation(
 
     Raises an `AudioLDM2Error`: a stage's own, the interruption, or `DeadlineExceededError`.
     """
-    outputs = [*DENOISER_INPUTS, "num_samples", "return_scores", "text_embeds"]
+    outputs = [*DENOISED, "num_samples", "return_scores", "text_embeds"]
     conditioning = call(StageCall(TEXT_CONDITIONING, request.inputs, outputs, timeout_us=request.timeout_us))
     deadline_ns = int(conditioning["deadline_ns"][0, 0])
 
@@ -51,7 +51,7 @@ def stream_generation(
     audio = _send_audio(latents, conditioning, call, send, check)
     check("scoring")
     scored = {"audio": audio, **{name: conditioning[name] for name in ("return_scores", "text_embeds", "deadline_ns")}}
-    ranking = call(StageCall(DECODER, scored, ["score", "order", "sampling_rate"], {"ctl": "score"}))
+    ranking = call(StageCall(DECODER, scored, ["score", "order", "sampling_rate"], {CONTROL: SCORE}))
     return {**ranking, "seed_used": conditioning["seed"]}
 
 
@@ -61,13 +61,13 @@ def _send_audio(
     """Sends the audio chunk by chunk; returns the whole [1, N, S], in generation order."""
     deadline = {"deadline_ns": conditioning["deadline_ns"]}
     inputs = {"latents": latents, "num_samples": conditioning["num_samples"], **deadline}
-    cut = call(StageCall(DECODER, inputs, ["mel_windows", "kept_samples"], {"ctl": "mel"}))
+    cut = call(StageCall(DECODER, inputs, ["mel_windows", "kept_samples"], {CONTROL: MEL}))
     num_chunks = cut["mel_windows"].shape[1]
     parts = []
     for index in range(num_chunks):
         check(f"chunk {index} of {num_chunks}")
         window = {"mel_window": cut["mel_windows"][:, index], "kept_samples": cut["kept_samples"][:, index], **deadline}
-        audio = call(StageCall(DECODER, window, ["audio"], {"ctl": "vocode"}))["audio"]
+        audio = call(StageCall(DECODER, window, ["audio"], {CONTROL: VOCODE}))["audio"]
         counts = {"chunk": np.array([[index]], np.int32), "num_chunks": np.array([[num_chunks]], np.int32)}
         send({"audio": audio, **counts})
         parts.append(audio)

@@ -10,18 +10,17 @@ import triton_python_backend_utils as pb_utils
 from audioldm2_triton.errors import (
     AudioLDM2Error,
     InternalError,
-    InvalidArgumentError,
     RequestCancelledError,
     UnavailableError,
+    read_stream_message,
 )
 from audioldm2_triton.server import faults
 from audioldm2_triton.server import triton_adapter as adapter
 from audioldm2_triton.server.settings import read_default_timeout
+from audioldm2_triton.server.stage_tensors import CODED
 from generation_stream import StreamRequest, stream_generation
 from running_streams import RunningStreams
 from stage_calls import StageCall, Tensors
-
-KINDS = (InvalidArgumentError, UnavailableError, RequestCancelledError)
 
 
 class TritonPythonModel:
@@ -35,7 +34,9 @@ class TritonPythonModel:
 
     def execute(self, requests: Sequence[Any]) -> None:
         # Never blocks: a thread answers.
-        for taken in adapter.take(requests, adapter.unchanged, self.settlements, self.default_timeout_in_s):
+        for taken in adapter.take(
+            requests, adapter.unchanged, self.settlements, self.default_timeout_in_s, in_stream=True
+        ):
             try:
                 faults.at("audioldm2_stream.parse")
                 self.streams.start(partial(self._serve, taken))
@@ -75,7 +76,7 @@ def _call_stage(prefix: str, request_id: str, call: StageCall) -> Tensors:
         model_name=prefix + call.model,
         inputs=[pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in call.inputs.items()],
         requested_output_names=list(call.outputs),
-        parameters=dict(call.parameters),
+        parameters={**call.parameters, CODED: 1},
         timeout=call.timeout_us,
     ).exec()
     if response.has_error():
@@ -85,6 +86,5 @@ def _call_stage(prefix: str, request_id: str, call: StageCall) -> Tensors:
 
 
 def _stage_error(error: Any) -> AudioLDM2Error:
-    """The error of a stage as the stage's own exception was."""
-    kinds = {getattr(pb_utils.TritonError, kind.code): kind for kind in KINDS}
-    return kinds.get(error.code(), InternalError)(error.message())
+    """The error of a stage as the stage's own exception was; Triton calls all of them internal here."""
+    return read_stream_message(error.message()) or InternalError(error.message())

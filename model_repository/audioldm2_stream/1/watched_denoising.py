@@ -12,27 +12,10 @@ import numpy as np
 
 from audioldm2_triton.errors import AudioLDM2Error, as_exception
 from audioldm2_triton.server import faults
+from audioldm2_triton.server.stage_tensors import CANCEL, CONTROL, DENOISED, JOB, PROGRESS
 from stage_calls import CallStage, Interruption, Send, StageCall, Tensors
 
 DENOISER: Final = "denoiser"
-INPUTS: Final = (
-    "prompt_embeds",
-    "attention_mask",
-    "generated_prompt_embeds",
-    "negative_prompt_embeds",
-    "negative_attention_mask",
-    "negative_generated_prompt_embeds",
-    "latent_frames",
-    "window_frames",
-    "overlap_frames",
-    "num_inference_steps",
-    "guidance_scale",
-    "num_waveforms_per_prompt",
-    "seed",
-    "scheduler",
-    "deadline_ns",
-)
-SECOND_ORDER: Final = (b"HeunDiscreteScheduler", b"KDPM2DiscreteScheduler")
 INTERRUPTION_POLL_IN_S: Final = 0.03
 UNKNOWN_JOB_RETRY_IN_S: Final = 0.01
 
@@ -52,7 +35,7 @@ def denoise(call: CallStage, conditioning: Tensors, send: Send, interruption: In
     job = uuid.uuid4().hex
     outcomes: SimpleQueue[_Outcome | tuple[int, int]] = SimpleQueue()
     over = threading.Event()
-    sent, num_steps = 0, num_evaluations(conditioning)
+    sent = 0
     reason: AudioLDM2Error | None = None
     next_poll = time.monotonic()
     answered = False
@@ -78,6 +61,8 @@ def denoise(call: CallStage, conditioning: Tensors, send: Send, interruption: In
                     raise reason
                 if isinstance(outcome, Exception):
                     raise outcome
+                # The rest, of a job that was done before it could be asked.
+                num_steps = int(outcome["num_steps"][0, 0])
                 _send_steps(send, sent, num_steps, num_steps)
                 return outcome["latents"]
     finally:
@@ -93,15 +78,9 @@ def _start(target: Callable[..., None], job: str, *arguments: object) -> None:
 def _let_go(call: CallStage, job: str) -> None:
     """Cancels a job that nobody waits for any more."""
     try:
-        _control(call, "cancel", job)
+        _control(call, CANCEL, job)
     except Exception:
         logger.exception("the denoiser could not be told that nobody waits for a request")
-
-
-def num_evaluations(conditioning: Tensors) -> int:
-    """What the denoiser counts as steps, for a job that is done before it could be asked."""
-    steps = int(conditioning["num_inference_steps"][0, 0])
-    return 2 * steps - 1 if conditioning["scheduler"][0, 0] in SECOND_ORDER else steps
 
 
 def _next(
@@ -125,8 +104,8 @@ def _denoise(
 ) -> None:
     try:
         faults.at("audioldm2_stream.denoise")
-        inputs = {name: conditioning[name] for name in INPUTS}
-        outcomes.put(call(StageCall(DENOISER, inputs, ["latents"], {"job": job})))
+        inputs = {name: conditioning[name] for name in DENOISED}
+        outcomes.put(call(StageCall(DENOISER, inputs, ["latents", "num_steps"], {JOB: job})))
     except BaseException as error:
         outcomes.put(as_exception(error))
 
@@ -139,7 +118,7 @@ def _watch(
     try:
         faults.at("audioldm2_stream.watch")
         while not over.is_set():
-            step, num_steps = _control(call, "progress", job, after=seen)
+            step, num_steps = _control(call, PROGRESS, job, after=seen)
             if step > seen:
                 seen = step
                 outcomes.put((step, num_steps))
@@ -153,5 +132,5 @@ def _watch(
 def _control(call: CallStage, control: str, job: str, **parameters: int) -> tuple[int, int]:
     # Triton wants at least one input.
     inputs = {"deadline_ns": np.zeros((1, 1), np.int64)}
-    answer = call(StageCall(DENOISER, inputs, ["step", "num_steps"], {"ctl": control, "job": job, **parameters}))
+    answer = call(StageCall(DENOISER, inputs, ["step", "num_steps"], {CONTROL: control, JOB: job, **parameters}))
     return int(answer["step"][0, 0]), int(answer["num_steps"][0, 0])

@@ -7,12 +7,13 @@ ordinary request computes.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from audioldm2_triton.errors import invalid
+from audioldm2_triton.server.stage_tensors import CONTROL, DECODED, MEL, SCORE, VOCODE, WHOLE
 from clap_scores import ClapScorer
 from decoding import decode, fit_length, rank_all, score_all
 from vocoder_chunks import VocoderChunk
@@ -20,21 +21,12 @@ from waveform_decoder import WaveformDecoder, decode_mels, vocode
 
 Tensors: TypeAlias = Mapping[str, np.ndarray]
 
-WHOLE: Final = ""
-REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {
-    WHOLE: ("latents", "num_samples", "return_scores", "text_embeds"),
-    "mel": ("latents", "num_samples"),
-    "vocode": ("mel_window", "kept_samples"),
-    "score": ("audio", "return_scores", "text_embeds"),
-}
-"""The inputs of each kind of request; which kind is the request parameter `ctl`."""
-
 
 def check_decodable(control: str, inputs: Tensors) -> None:
     """Other people may call this stage with latents of their own. Raises `InvalidArgumentError`."""
-    if control not in REQUIRED:
-        raise invalid("ctl", control, "mel, vocode, score or none")
-    for name in REQUIRED[control]:
+    if control not in DECODED:
+        raise invalid(CONTROL, control, "mel, vocode, score or none")
+    for name in DECODED[control]:
         if name not in inputs:
             raise invalid(name, None, "a tensor: only requests between the models of one server can do without")
     if "num_samples" in inputs:
@@ -49,15 +41,15 @@ def check_decodable(control: str, inputs: Tensors) -> None:
 def decode_parts(
     decoder: WaveformDecoder, scorer: ClapScorer, requests: Sequence[tuple[str, Tensors]]
 ) -> list[dict[str, np.ndarray]]:
-    """The output tensors of each request, by name; a request is its kind, one of `REQUIRED`, and its inputs.
+    """The output tensors of each request, by name; a request is its kind, one of `DECODED`, and its inputs.
 
     Those of one kind are computed together. Raises `InvalidArgumentError`, and `InternalError` for non-finite values.
     """
     compute = {
         WHOLE: partial(decode, decoder, scorer),
-        "mel": partial(_cut_mels, decoder),
-        "vocode": partial(_vocode_windows, decoder),
-        "score": partial(_score, decoder, scorer),
+        MEL: partial(_cut_mels, decoder),
+        VOCODE: partial(_vocode_windows, decoder),
+        SCORE: partial(_score, decoder, scorer),
     }
     results: list[dict[str, np.ndarray]] = [{} for _ in requests]
     with decoder.residency:

@@ -14,6 +14,7 @@ from audioldm2_triton.errors import (
     RequestCancelledError,
     UnavailableError,
 )
+from audioldm2_triton.server import metric_names as names
 from audioldm2_triton.server.geometry import AudioGeometry
 from audioldm2_triton.server.triton_adapter import MemoryGauge
 from engine.limits import EngineLoad
@@ -45,17 +46,17 @@ class DenoiserMetrics:
             pb_utils.MetricFamily.COUNTER,
             pb_utils.MetricFamily.HISTOGRAM,
         )
-        self.rows_in_flight = _family("rows_in_flight", "UNet batch items in flight", gauge)
-        self.rows_waiting = _family("rows_waiting", "UNet batch items that wait for room", gauge)
-        self.requests_in_flight = _family("requests_in_flight", "Requests with rows in flight", gauge)
-        self.requests_waiting = _family("requests_waiting", "Requests that wait for room", gauge)
-        self.engine_broken = _family("engine_broken", "1 where an engine was taken out", gauge)
-        self.rows_per_forward = _family("rows_per_forward", "UNet batch items of each forward", histogram)
-        self.step_count = _family("step_count", "Denoising steps run", counter)
-        self.step_duration = _family("step_duration_ms", "Time from one step to the next", histogram)
-        self.queue_duration = _family("queue_duration_us", "Time that requests waited before their first step", counter)
-        self.request_count = _family("request_count", "Requests finished, by outcome", counter)
-        self.audio_duration = _family("audio_duration_s", "Seconds of audio denoised", counter)
+        self.rows_in_flight = _family(names.ROWS_IN_FLIGHT, "UNet batch items in flight", gauge)
+        self.rows_waiting = _family(names.ROWS_WAITING, "UNet batch items that wait for room", gauge)
+        self.requests_in_flight = _family(names.REQUESTS_IN_FLIGHT, "Requests with rows in flight", gauge)
+        self.requests_waiting = _family(names.REQUESTS_WAITING, "Requests that wait for room", gauge)
+        self.engine_broken = _family(names.ENGINE_BROKEN, "1 where an engine was taken out", gauge)
+        self.rows_per_forward = _family(names.ROWS_PER_FORWARD, "UNet batch items of each forward", histogram)
+        self.step_count = _family(names.STEP_COUNT, "Denoising steps run", counter)
+        self.step_duration = _family(names.STEP_DURATION_MS, "Time from one step to the next", histogram)
+        self.queue_duration = _family(names.QUEUE_DURATION_US, "Time before a request's first step", counter)
+        self.request_count = _family(names.REQUEST_COUNT, "Requests finished, by outcome", counter)
+        self.audio_duration = _family(names.AUDIO_DURATION_S, "Seconds of audio denoised", counter)
 
     def observer(self, device: torch.device) -> "EngineMetrics":
         return EngineMetrics(self, device)
@@ -115,4 +116,4 @@ class EngineMetrics:
 
 
 def _family(name: str, description: str, kind: Any) -> Any:
-    return pb_utils.MetricFamily(name=f"audioldm2_{name}", description=description, kind=kind)
+    return pb_utils.MetricFamily(name=name, description=description, kind=kind)

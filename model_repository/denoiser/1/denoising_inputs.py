@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import torch
@@ -13,13 +12,9 @@ from torch import Tensor
 from audioldm2_triton.contract import SCHEDULERS
 from audioldm2_triton.errors import invalid
 from audioldm2_triton.server.geometry import AudioGeometry, read_audio_geometry
+from audioldm2_triton.server.stage_tensors import COLUMNS, NEGATIVE_TEXT, OPTIONAL, TEXT
 from stepping.request import DenoisingRequest, DenoisingRow, TextStates
 from stepping.windows import Windowing
-
-TEXT: Final = ("prompt_embeds", "attention_mask", "generated_prompt_embeds")
-NEGATIVE_TEXT: Final = tuple(f"negative_{name}" for name in TEXT)
-COLUMNS: Final = ("latent_frames", "num_inference_steps", "guidance_scale", "num_waveforms_per_prompt", "scheduler")
-OPTIONAL: Final = ("seed", "noise", "window_frames", "overlap_frames", "deadline_ns")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Triton adapter of the denoiser: requests to the engines, their answers to responses, errors to codes."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from torch import Tensor
@@ -13,9 +13,21 @@ from audioldm2_triton.errors import invalid
 from audioldm2_triton.server import faults
 from audioldm2_triton.server import triton_adapter as adapter
 from audioldm2_triton.server.settlement import Settlement
+from audioldm2_triton.server.stage_tensors import CANCEL, CONTROL, JOB, PROGRESS
 from denoiser_metrics import DenoiserMetrics
 from denoiser_stage import load_engines
 from denoising_inputs import parse_denoising_request, read_tensor_shapes
+from stepping.request import DenoisingRequest
+
+
+@dataclass(frozen=True)
+class Denoised:
+    latents: Tensor  # [B, N, C, H, W]
+    num_steps: int  # UNet evaluations
+
+
+Answer: TypeAlias = Denoised | tuple[int, int]
+"""To an ordinary request; to a control request, the evaluations done and in all."""
 
 
 class TritonPythonModel:
@@ -45,31 +57,39 @@ class TritonPythonModel:
         """Asked by Triton from 26.04 on."""
         return self.engines.is_ready
 
-    def _start(self, taken: adapter.TakenRequest[Tensor | tuple[int, int]]) -> None:
+    def _start(self, taken: adapter.TakenRequest[Answer]) -> None:
         read, settlement = taken.read, taken.settlement
-        job = str(read.parameters.get("job", ""))
+        job = str(read.parameters.get(JOB, ""))
         faults.at("denoiser.control" if read.control else "denoiser.parse")
-        if read.control == "progress":
+        if read.control == PROGRESS:
             settlement.expect_by(self.engines.deadline_ns(job))
             self.engines.listen(job, int(read.parameters["after"]), partial(_settle_progress, settlement))
-        elif read.control == "cancel":
+        elif read.control == CANCEL:
             self.engines.cancel(job)
             settlement.settle((0, 0))
         elif read.control:
-            raise invalid("ctl", read.control, "progress or cancel")
+            raise invalid(CONTROL, read.control, f"{PROGRESS} or {CANCEL}")
         else:
             request = replace(parse_denoising_request(read.inputs, self.shapes), deadline_ns=read.deadline_ns)
-            self.engines.submit(request, settlement.settle, taken.is_cancelled, job)
+            self.engines.submit(request, partial(self._finish, settlement, request), taken.is_cancelled, job)
+
+    def _finish(
+        self, settlement: Settlement[Answer], request: DenoisingRequest, outcome: Tensor | BaseException
+    ) -> None:
+        if isinstance(outcome, BaseException):
+            settlement.settle(outcome)
+        else:
+            settlement.settle(Denoised(outcome, self.engines.num_steps(request)))
 
 
-def _settle_progress(settlement: Settlement[Tensor | tuple[int, int]], step: int, num_steps: int) -> None:
+def _settle_progress(settlement: Settlement[Answer], step: int, num_steps: int) -> None:
     settlement.settle((step, num_steps))
 
 
-def _tensors(outcome: Tensor | tuple[int, int]) -> dict[str, np.ndarray]:
-    """The latents, or the progress of a job."""
+def _tensors(outcome: Answer) -> dict[str, np.ndarray]:
     if isinstance(outcome, tuple):
         step, num_steps = outcome
         return {"step": np.array([[step]], np.int32), "num_steps": np.array([[num_steps]], np.int32)}
     faults.at("denoiser.answer")
-    return {"latents": outcome.numpy()}
+    latents = outcome.latents.numpy()
+    return {"latents": latents, "num_steps": np.full((len(latents), 1), outcome.num_steps, np.int32)}

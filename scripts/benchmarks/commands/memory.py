@@ -19,7 +19,7 @@ import torch
 
 from audioldm2_triton import AudioChunk, AudioLDM2Client
 from audioldm2_triton.server.generation_row import GenerationRow
-from audioldm2_triton.server.settings import OFFLOAD
+from audioldm2_triton.server.settings import SWITCH
 from benchmarks.measurement import Record, print_table
 from benchmarks.reference import load_pipeline, run_pipeline, use_dpm_solver
 from benchmarks.run import Run, add_common_arguments, read_run
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, default=3.5, help="up to 1: none (default: %(default)s)")
     parser.add_argument("--stream", action="store_true", help="by `audioldm2_stream`, with the times of the chunks")
     parser.add_argument("--reference", action="store_true", help="the pipeline too")
-    parser.add_argument("--offload", choices=OFFLOAD, default="off", help="of the server (default: %(default)s)")
+    parser.add_argument("--offload", choices=SWITCH, default="off", help="of the server (default: %(default)s)")
 
 
 def measure(arguments: argparse.Namespace) -> None:

@@ -9,38 +9,29 @@ import logging
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from audioldm2_triton.errors import (
-    DEADLINE_EXCEEDED,
-    DeadlineExceededError,
-    InvalidArgumentError,
-    RequestCancelledError,
-    UnavailableError,
-    as_exception,
-    invalid,
-)
+from audioldm2_triton.errors import UnavailableError, as_exception
 from audioldm2_triton.server import faults
 from audioldm2_triton.server.residency import Residency
 from engine.device import RunAhead, device_works
-from engine.job import Job, OnProgress, call_all
+from engine.job import Job, JobStatus, OnProgress, call_all, start_waveforms
 from engine.limits import EngineLimits, EngineLoad, GuardedObserver, Observer
+from engine.roster import Roster
 from engine.step_group import StepGroup
-from stepping.forward_plan import Bucket, Flight, ForwardCosts, plan_forwards
+from engine.step_groups import StepGroups
+from stepping.forward_plan import ForwardCosts
 from stepping.request import DenoisingRequest, OnDone
-from stepping.schedule_table import ScheduleError, ScheduleTables
-from stepping.step_batch import StepBatch, UNet, WaveformState, stack_waveforms, start_waveform
-from stepping.windows import plan_windows
+from stepping.schedule_table import ScheduleTables
+from stepping.step_batch import UNet
+from stepping.waveform import WaveformState
 
 logger = logging.getLogger(__name__)
 
-CANCELLATION_POLL_NS: Final = 20_000_000  # asking Triton costs more than a flag, so not before every step of 5 ms
 MAX_FAILED_STEPS: Final = 3  # in a row; after these the engine counts as broken
 CLOSE_TIMEOUT_IN_S: Final = 20.0  # for the step under way; less than the server's own exit timeout
 
@@ -75,18 +66,13 @@ class Engine:
         self._unet = unet
         self._tables = tables
         self._measure_costs = measure_costs
-        self._costs: ForwardCosts | None = None
         self._device = device
-        self._dtype = dtype
         self._observer = GuardedObserver(observer)
         self._guidance_interval = guidance_interval
         self._residency = residency or Residency()
         self._changed = threading.Condition()
-        self._jobs: list[Job] = []  # in order of arrival
-        self._owners: dict[int, Job] = {}  # by id() of a waveform in flight
-        self._flight: list[WaveformState] = []
-        self._groups: deque[StepGroup] = deque()  # the first is next to take a forward
-        self._stale = False  # the waveforms in flight are not those of the groups
+        self._roster = Roster(limits)
+        self._groups = StepGroups(unet, device, dtype)
         self._failed_steps = 0
         self._run_ahead = RunAhead(device)
         self._last_step = time.perf_counter()
@@ -106,27 +92,14 @@ class Engine:
         `UnavailableError` where there is no room and the waiting list is full.
         """
         faults.at("denoiser.submit")
-        items = self.limits.held_items(request)
-        if items > self.limits.max_active_rows:
-            raise invalid(
-                "num_waveforms_per_prompt",
-                request.rows[0].num_waveforms,
-                f"a request of at most {self.limits.max_active_rows} UNet rows, not {items} "
-                "(waveforms of all its rows, counted twice with guidance)",
-            )
-        job = Job(request, self._start_waveforms(request), on_done, is_cancelled)
+        self.limits.check(request)
+        waveforms = start_waveforms(request, self._tables, self.limits, self._device, self._guidance_interval)
+        job = Job(request, waveforms, on_done, is_cancelled)
         with self._changed:
             if self._closed or self.broken:
                 raise UnavailableError(f"denoiser: the engine is {'broken' if self.broken else 'shutting down'}")
-            load = self._load()
-            job.must_wait = bool(self._jobs) and self._frames(job.waveforms) > load.free_frames
-            if job.must_wait and load.waiting_requests >= self.limits.max_waiting:
-                raise UnavailableError(
-                    f"denoiser is full: {load.active_requests} requests in flight and {load.waiting_requests} waiting;"
-                    " try again later"
-                )
-            self._jobs.append(job)
-            load = self._load()
+            self._roster.add(job)
+            load = self._roster.load
             self._changed.notify_all()
         self._observer.changed(load)
         return job
@@ -140,22 +113,23 @@ class Engine:
     def listen(self, job: Job, after: int, on_progress: OnProgress) -> None:
         """Calls `on_progress` once: as soon as more than `after` evaluations are done, or when the job has ended."""
         with self._changed:
-            if not job.done:
-                job.listeners.append((after, on_progress))
-                calls = job.progressed()
-            else:
-                calls = [lambda: on_progress(0, 0)]
+            calls = job.listen(after, on_progress)
         call_all(calls)
 
     @property
     def load(self) -> EngineLoad:
         with self._changed:
-            return self._load()
+            return self._roster.load
+
+    @property
+    def costs(self) -> ForwardCosts | None:
+        """What its forwards cost; None until the UNet is warm."""
+        return self._groups.costs
 
     def wait_until_warm(self) -> None:
         """Raises what went wrong in the warm-up."""
         with self._changed:
-            self._changed.wait_for(lambda: self._costs is not None or self.broken)
+            self._changed.wait_for(lambda: self.costs is not None or self.broken)
         if self.broken:
             raise self.broken
 
@@ -168,26 +142,6 @@ class Engine:
         if self._thread.is_alive():
             logger.error("the engine on %s does not come out of its step", self._device)
             self._fail_all()
-
-    def _start_waveforms(self, request: DenoisingRequest) -> tuple[WaveformState, ...]:
-        waveforms = []
-        for row in request.rows:
-            try:
-                table = self._tables.get(row.scheduler, row.num_inference_steps)
-            except ScheduleError as error:
-                raise InvalidArgumentError(f"`scheduler`, `num_inference_steps`: {error}") from error
-            windows = None
-            if row.windowing is not None and row.num_windows > 1:
-                windows = plan_windows(row.windowing, row.latent_frames, self._device)
-            held = self.limits.held_windows(request, row)
-            for noise in row.noise:
-                waveform = start_waveform(
-                    *(row.positive, row.negative, row.guidance_scale, table, noise, self._guidance_interval),
-                    windows=windows,
-                    held_windows=held,
-                )
-                waveforms.append(waveform)
-        return tuple(waveforms)
 
     # -- the engine's thread
 
@@ -213,7 +167,7 @@ class Engine:
         with self._residency:
             costs = self._measure_costs()
         with self._changed:
-            self._costs = costs
+            self._groups.costs = costs
             self._changed.notify_all()
 
     def _break(self, error: Exception) -> None:
@@ -232,7 +186,7 @@ class Engine:
         """Answers everything that is held; nothing more can come in."""
         reason = "broken" if self.broken else "shutting down"
         with self._changed:
-            jobs = list(self._jobs)
+            jobs = list(self._roster.jobs)
         for job in jobs:
             try:
                 self._finish(job, UnavailableError(f"denoiser: the engine is {reason}; try again"))
@@ -240,145 +194,57 @@ class Engine:
                 logger.exception("the engine on %s could not let a request go", self._device)
 
     def _wait_for_work(self) -> bool:
-        if not self._jobs:
+        if not self._roster.jobs:
             self._residency.leave()
         with self._changed:
-            if not self._jobs:
-                self._changed.wait_for(lambda: self._jobs or self._closed)
+            if not self._roster.jobs:
+                self._changed.wait_for(lambda: self._roster.jobs or self._closed)
                 self._last_step = time.perf_counter()
             return not self._closed and not self.broken
 
-    def _load(self) -> EngineLoad:
-        waiting = sum(job.must_wait and not job.started for job in self._jobs)
-        return EngineLoad(
-            active_rows=sum(waveform.unet_items for waveform in self._flight),
-            pending_rows=sum(waveform.unet_items for job in self._jobs for waveform in job.pending),
-            active_requests=len(self._jobs) - waiting,
-            waiting_requests=waiting,
-            free_frames=self.limits.max_active_frames
-            - self._frames(self._flight)
-            - sum(self._frames(job.pending) for job in self._jobs),
-        )
-
-    def _frames(self, waveforms: Iterable[WaveformState]) -> int:
-        return sum(self.limits.frames(waveform.unet_items, waveform.row_frames) for waveform in waveforms)
-
     def _drop_cancelled(self) -> None:
         now = time.monotonic_ns()
-        for job in list(self._jobs):
-            steps = f"after {job.evaluations_done} of {job.num_evaluations} steps"
-            try:
-                cancelled = job.cancelled or self._poll_cancelled(job, now)
-            except BaseException as error:
-                self._finish(job, as_exception(error))
-                continue
-            if cancelled:
-                self._finish(job, RequestCancelledError(f"cancelled {steps}"))
-            elif 0 < job.request.deadline_ns <= now:
-                self._finish(job, DeadlineExceededError(f"{DEADLINE_EXCEEDED} {steps}"))
-
-    def _poll_cancelled(self, job: Job, now: int) -> bool:
-        if job.is_cancelled is None or now - job.polled_ns < CANCELLATION_POLL_NS:
-            return False
-        job.polled_ns = now
-        faults.at("denoiser.is_cancelled")
-        return job.is_cancelled()
+        for job in list(self._roster.jobs):
+            reason = job.reason_to_end(now)
+            if reason is not None:
+                self._finish(job, reason)
 
     def _admit(self) -> None:
-        """Waveforms enter in order of arrival, as far as there is room; the first always has it."""
-        admitted: list[Job] = []
-        failed: list[tuple[Job, Exception]] = []
-        with self._changed:
-            room = self.limits.max_active_frames - self._frames(self._flight)
-            for job in self._jobs:
-                try:
-                    room = self._admit_job(job, room, admitted)
-                except BaseException as error:
-                    failed.append((job, as_exception(error)))
-                    continue
-                if job.pending:
-                    break  # later arrivals do not overtake
-        for job, reason in failed:
-            self._finish(job, reason)
-        for job in admitted:
-            self._observer.admitted((time.monotonic_ns() - job.submitted_ns) / 1e9)
-        if admitted:
-            self._observer.changed(self.load)
-
-    def _admit_job(self, job: Job, room: int, admitted: list[Job]) -> int:
-        """Lets a job's waveforms in. Returns how much room is left."""
-        while job.pending and (not self._flight or self._frames([job.pending[0]]) <= room):
-            faults.at("denoiser.admit")
-            waveform = job.pending.popleft()
-            room -= self._frames([waveform])
-            self._owners[id(waveform)] = job
-            self._flight.append(waveform)
-            self._stale = True
-            if not job.started:
-                job.started = True
-                admitted.append(job)
-        return room
+        while True:
+            with self._changed:
+                admission = self._roster.admit()
+                self._groups.stale |= admission.entered > 0
+            for job, reason in admission.failed:
+                self._finish(job, reason)
+            for job in admission.started:
+                self._observer.admitted((time.monotonic_ns() - job.submitted_ns) / 1e9)
+            if admission.started:
+                self._observer.changed(self.load)
+            if not admission.failed:
+                return  # otherwise others may take the room that was meant for those
 
     def _step(self) -> None:
         """One forward of the group whose turn it is."""
-        waveforms: Sequence[WaveformState] = self._flight
+        waveforms: Sequence[WaveformState] = tuple(self._roster.in_flight)
         try:
             self._residency.give_way()
             self._residency.enter()
-            if self._stale:
-                waveforms = self._flight
-                self._regroup()
-            if not self._groups:
+            if self._groups.stale:
+                with self._changed:
+                    request_of = self._roster.request_of()
+                waveforms = tuple(request_of)
+                self._groups.regroup(request_of)
+            group = self._groups.next()
+            if group is None:
                 return
-            group = self._groups[0]
             waveforms = group.waveforms
             faults.at("denoiser.step")
             items = group.advance(self._unet)
             self._run_ahead.limit()
-            self._groups.rotate(-1)
             self._account(group, items)
             self._failed_steps = 0
         except BaseException as error:
             self._fail_step(waveforms, as_exception(error))
-
-    def _regroup(self) -> None:
-        """Plans the forwards anew after something entered or left."""
-        in_flight = {id(waveform) for waveform in self._flight}
-        for group in self._groups:
-            group.unstack()
-        groups = [group for group in self._groups if group.amid_step and id(group.waveforms[0]) in in_flight]
-        kept = {id(waveform) for group in groups for waveform in group.waveforms}
-        self._groups.clear()
-        # Unstacked first, and all of them: a waveform's history is a part of its old batch until it is stacked again.
-        for waveform in self._flight:
-            waveform.history = faults.at("denoiser.regroup", waveform.history.to(self._device, non_blocking=True))
-        flights = [
-            Flight(index, waveform.step_items, waveform.row_frames)
-            for index, waveform in enumerate(self._flight)
-            if not waveform.in_turns
-        ]
-        assert self._costs is not None
-        for forward in plan_forwards(flights, self._costs) if flights else []:
-            waveforms = [self._flight[index] for index in forward.indices]
-            groups.append(StepGroup(waveforms, partial(self._stack, bucket=forward.bucket)))
-        turns = [waveform for waveform in self._flight if waveform.in_turns and id(waveform) not in kept]
-        for job in self._owners_of(turns):
-            own = {id(waveform) for waveform in job.waveforms}
-            groups.append(StepGroup([w for w in turns if id(w) in own], self._stack_turn))
-        # Lengths take turns: whoever has waited longest for a step goes first.
-        groups.sort(key=lambda group: min(waveform.last_step for waveform in group.waveforms))
-        self._groups.extend(groups)
-        self._stale = False
-
-    def _stack(self, rows: Sequence[WaveformState], bucket: Bucket | None) -> StepBatch:
-        return stack_waveforms(self._unet, rows, self._device, self._dtype, bucket)
-
-    def _stack_turn(self, rows: Sequence[WaveformState]) -> StepBatch:
-        """The rows of one of several forwards a step, in the cheapest bucket."""
-        assert self._costs is not None
-        lengths = {row.frames for row in rows}
-        items = sum(row.step_items for row in rows)
-        return self._stack(rows, self._costs.cheapest(items, max(lengths), len(lengths) > 1)[1])
 
     def _account(self, group: StepGroup, items: int) -> None:
         now = time.perf_counter()
@@ -392,8 +258,8 @@ class Engine:
             for waveform in group.waveforms:
                 guidance = waveform.guidance
                 waveform.evaluation += 1
-                self._stale |= waveform.guidance is not guidance  # it takes more or fewer items from now on
-            jobs = self._owners_of(group.waveforms)
+                self._groups.stale |= waveform.guidance is not guidance  # it takes more or fewer items from now on
+            jobs = self._roster.owners_of(group.waveforms)
             calls = [call for job in jobs for call in job.progressed()]
         call_all(calls)
         finished = [waveform for waveform in group.waveforms if waveform.finished]
@@ -406,43 +272,28 @@ class Engine:
 
     def _fail_step(self, waveforms: Sequence[WaveformState], error: Exception) -> None:
         """The requests of a failed step fail; the others start over from their last good state."""
-        for job in self._owners_of(waveforms):
+        for job in self._roster.owners_of(waveforms):
             self._finish(job, error)
-        if not self._flight:
+        if not self._roster.in_flight:
             self._groups.clear()  # which may not even be taken apart
         self._failed_steps += 1
         if self._failed_steps >= MAX_FAILED_STEPS or not device_works(self._device):
             self._break(error)
 
-    def _owners_of(self, waveforms: Sequence[WaveformState]) -> list[Job]:
-        jobs = {id(job): job for job in (self._owners.get(id(waveform)) for waveform in waveforms) if job is not None}
-        return list(jobs.values())
-
-    def _leave(self, waveforms: Sequence[WaveformState]) -> None:
-        """Takes waveforms out of the flight; the next step plans anew."""
-        leaving = {id(waveform) for waveform in waveforms}
+    def _leave(self, waveforms: Iterable[WaveformState]) -> None:
+        """Takes waveforms out of flight; the next step plans anew."""
         with self._changed:
-            if not any(id(waveform) in leaving for waveform in self._flight):
-                return
-            self._flight = [waveform for waveform in self._flight if id(waveform) not in leaving]
-            self._stale = True
-            for key in leaving:
-                self._owners.pop(key, None)
+            self._groups.stale |= self._roster.leave(waveforms)
 
     def _finish(self, job: Job, outcome: Tensor | Exception) -> None:
         """Lets a job go and answers it, once; raises nothing."""
-        self._leave(job.waveforms)
         with self._changed:
-            if job.done:
+            self._leave(job.waveforms)
+            if job.status is JobStatus.DONE:
                 return
-            self._jobs.remove(job)
-            job.done = True
-            calls: list[Callable[[], None]] = [
-                lambda listener=listener: listener(0, 0)  # type: ignore[misc]
-                for _, listener in job.listeners
-            ]
-            job.listeners = []
-            load = self._load()
+            self._roster.remove(job)
+            calls = job.end()
+            load = self._roster.load
         call_all(calls)
         self._observer.finished(job.request, outcome)
         self._observer.changed(load)

@@ -4,19 +4,42 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from enum import Enum, auto
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from audioldm2_triton.errors import InternalError, as_exception
+from audioldm2_triton.errors import (
+    DEADLINE_EXCEEDED,
+    DeadlineExceededError,
+    InternalError,
+    InvalidArgumentError,
+    RequestCancelledError,
+    as_exception,
+)
 from audioldm2_triton.server import faults
+from engine.limits import EngineLimits
 from stepping.request import DenoisingRequest, OnDone
-from stepping.step_batch import WaveformState
+from stepping.schedule_table import ScheduleError, ScheduleTables
+from stepping.waveform import WaveformState, start_waveform
+from stepping.windows import plan_windows
 
 logger = logging.getLogger(__name__)
 
+CANCELLATION_POLL_NS: Final = 20_000_000  # asking Triton costs more than a flag, so not before every step of 5 ms
+
 OnProgress = Callable[[int, int], None]
 """Called with the UNet evaluations done and in all; with zeros where the request is not in flight any more."""
+
+
+class JobStatus(Enum):
+    """How far a request has come."""
+
+    ADMISSIBLE = auto()  # there was room when it came: it enters before the next step
+    WAITING = auto()  # there was none
+    IN_FLIGHT = auto()  # since its first waveform has entered
+    DONE = auto()  # answered, or about to be
 
 
 class Job:
@@ -34,10 +57,8 @@ class Job:
         self.pending = deque(waveforms)  # not yet in flight, in generation order
         self.on_done = on_done
         self.is_cancelled = is_cancelled
-        self.cancelled = False
-        self.started = False
-        self.done = False
-        self.must_wait = False  # there was no room when it came
+        self.status = JobStatus.ADMISSIBLE
+        self.cancelled = False  # somebody wants it to end
         self.submitted_ns = time.monotonic_ns()
         self.polled_ns = 0
         self.listeners: list[tuple[int, OnProgress]] = []
@@ -51,12 +72,49 @@ class Job:
     def num_evaluations(self) -> int:
         return max(waveform.table.num_evaluations for waveform in self.waveforms)
 
+    def reason_to_end(self, now: int) -> Exception | None:
+        """Why it must not take another step: it is cancelled, its time is up, or its client cannot be asked."""
+        steps = f"after {self.evaluations_done} of {self.num_evaluations} steps"
+        try:
+            cancelled = self.cancelled or self._poll_cancelled(now)
+        except BaseException as error:
+            return as_exception(error)
+        if cancelled:
+            return RequestCancelledError(f"cancelled {steps}")
+        if 0 < self.request.deadline_ns <= now:
+            return DeadlineExceededError(f"{DEADLINE_EXCEEDED} {steps}")
+        return None
+
+    def _poll_cancelled(self, now: int) -> bool:
+        if self.is_cancelled is None or now - self.polled_ns < CANCELLATION_POLL_NS:
+            return False
+        self.polled_ns = now
+        faults.at("denoiser.is_cancelled")
+        return self.is_cancelled()
+
+    def listen(self, after: int, on_progress: OnProgress) -> list[Callable[[], None]]:
+        """Takes in who waits for more than `after` evaluations. Returns the calls that are due."""
+        if self.status is JobStatus.DONE:
+            return [lambda: on_progress(0, 0)]
+        self.listeners.append((after, on_progress))
+        return self.progressed()
+
     def progressed(self) -> list[Callable[[], None]]:
         """The calls that are due to those who wait for progress."""
         done, total = self.evaluations_done, self.num_evaluations
         due = [listener for after, listener in self.listeners if done > after]
         self.listeners = [(after, listener) for after, listener in self.listeners if done <= after]
         return [lambda listener=listener: _tell(listener, done, total) for listener in due]  # type: ignore[misc]
+
+    def end(self) -> list[Callable[[], None]]:
+        """Makes it done. Returns the calls to those who wait for progress."""
+        self.status = JobStatus.DONE
+        calls: list[Callable[[], None]] = [
+            lambda listener=listener: listener(0, 0)  # type: ignore[misc]
+            for _, listener in self.listeners
+        ]
+        self.listeners = []
+        return calls
 
     def answer(self, outcome: Tensor | Exception) -> None:
         faults.at("denoiser.callback")
@@ -72,6 +130,37 @@ class Job:
             return latents.unflatten(0, (len(self.request.rows), -1))
         except BaseException as error:
             return as_exception(error)
+
+
+def start_waveforms(
+    request: DenoisingRequest,
+    tables: ScheduleTables,
+    limits: EngineLimits,
+    device: torch.device,
+    guidance_interval: tuple[float, float],
+) -> tuple[WaveformState, ...]:
+    """The waveforms of a request before their first steps, in generation order.
+
+    Raises `InvalidArgumentError` for a schedule that cannot be run.
+    """
+    waveforms = []
+    for row in request.rows:
+        try:
+            table = tables.get(row.scheduler, row.num_inference_steps)
+        except ScheduleError as error:
+            raise InvalidArgumentError(f"`scheduler`, `num_inference_steps`: {error}") from error
+        windows = None
+        if row.windowing is not None and row.num_windows > 1:
+            windows = plan_windows(row.windowing, row.latent_frames, device)
+        held = limits.held_windows(request, row)
+        for noise in row.noise:
+            waveform = start_waveform(
+                *(row.positive, row.negative, row.guidance_scale, table, noise, guidance_interval),
+                windows=windows,
+                held_windows=held,
+            )
+            waveforms.append(waveform)
+    return tuple(waveforms)
 
 
 def _tell(listener: OnProgress, done: int, total: int) -> None:

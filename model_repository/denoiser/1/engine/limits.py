@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from audioldm2_triton.errors import invalid
 from audioldm2_triton.server import faults
 from stepping.request import DenoisingRequest, DenoisingRow
 
@@ -42,6 +43,17 @@ class EngineLimits:
             return row.num_windows
         num_waveforms = sum(row.num_waveforms for row in request.rows)
         return min(row.num_windows, max(1, half // (num_waveforms * row.items_per_window)))
+
+    def check(self, request: DenoisingRequest) -> None:
+        """Raises `InvalidArgumentError` for a request that can never fit."""
+        items = self.held_items(request)
+        if items > self.max_active_rows:
+            raise invalid(
+                "num_waveforms_per_prompt",
+                request.rows[0].num_waveforms,
+                f"a request of at most {self.max_active_rows} UNet rows, not {items} "
+                "(waveforms of all its rows, counted twice with guidance)",
+            )
 
     def held_items(self, request: DenoisingRequest) -> int:
         """UNet batch items that a request takes of `max_active_rows`."""

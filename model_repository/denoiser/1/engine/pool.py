@@ -61,6 +61,11 @@ class EnginePool:
         if job is not None:
             self._engine_of[job].cancel(job)
 
+    def num_steps(self, request: DenoisingRequest) -> int:
+        """The UNet evaluations of a request that was taken in: those of its longest row."""
+        tables = [self._tables.get(row.scheduler, row.num_inference_steps) for row in request.rows]
+        return max(table.num_evaluations for table in tables)
+
     def deadline_ns(self, name: str) -> int:
         """The deadline of a named request, on the monotonic clock in ns; 0 where it has none or is not known."""
         job = self._jobs.get(name)

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from stepping.step_batch import StepBatch, UNet, WaveformState, advance, unstack_waveforms
+from stepping.step_batch import StepBatch, UNet, step, unstack_waveforms
+from stepping.waveform import WaveformState
 from stepping.windows import blend_windows, cut_windows
 
 Stack = Callable[[Sequence[WaveformState]], StepBatch]
@@ -35,17 +36,22 @@ class StepGroup:
         """Whether some of its windows have made the step under way and others not: then it must stay as it is."""
         return self._next > 0
 
+    @property
+    def last_step(self) -> float:
+        """When the waveform that has waited longest took its last step."""
+        return min(waveform.last_step for waveform in self.waveforms)
+
     def advance(self, unet: UNet) -> int:
         """One forward. Returns its UNet batch items."""
         if self._batch is not None:
-            self._batch = advance(unet, self._batch)
+            self._batch = step(unet, self._batch)
             self._blend_batch(self._batch)
             return self._batch.items
         if self._next == 0:
             self._rows = _cut_rows(self.waveforms)
             self._forwards = _split(self._rows, self._room)
         rows = self._forwards[self._next]
-        batch = advance(unet, self._stack(rows))
+        batch = step(unet, self._stack(rows))
         unstack_waveforms(batch, rows)
         self._next = (self._next + 1) % len(self._forwards)
         if self._next == 0:

@@ -15,7 +15,7 @@ from torch import Tensor
 from audioldm2_triton.server.compilation import for_fixed_shapes
 from audioldm2_triton.server.threads import set_measured_threads
 from stepping.forward_plan import Bucket, ForwardCosts, LaunchBoundCost, LinearCost, fit_cost, fit_launch_bound
-from stepping.schedule_table import WINDOW, ScheduleTable
+from stepping.schedule_table import HISTORY, ScheduleTable
 from stepping.step_batch import COMPILED_T5_LENGTH, T5_BUCKET, StepInputs, denoise, update_dtype
 from unet.layers import TextKeys
 from unet.lean_unet import LeanUNet
@@ -129,7 +129,7 @@ class DenoisingUNet:
         return min(seconds[1:])
 
     def random_inputs(self, items: int, frames: int, masked: bool, t5_length: int = COMPILED_T5_LENGTH) -> StepInputs:
-        """One step of so many waveforms without guidance, as `advance` makes it."""
+        """One step of so many waveforms without guidance, as `step` makes it."""
         generated_dim, prompt_dim = [dim for dim in self.config.cross_attention_dim[0] if dim is not None]
 
         def random(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
@@ -139,9 +139,9 @@ class DenoisingUNet:
         latents = (self.config.in_channels, frames, self._width)
         biases = self._unet.time_biases(torch.full((1,), 500.0))
         return StepInputs(
-            history=random(items, WINDOW, 2, *latents, dtype=torch.float32),
+            history=random(items, HISTORY, 2, *latents, dtype=torch.float32),
             input_scale=torch.ones(items, device=self.device),
-            coefficients=random(items, WINDOW, 2, dtype=update_dtype(self.device)),
+            coefficients=random(items, HISTORY, 2, dtype=update_dtype(self.device)),
             time_biases=biases[torch.zeros_like(numbers)],
             guidance_scale=torch.ones(items, device=self.device),
             row_of_item=numbers,

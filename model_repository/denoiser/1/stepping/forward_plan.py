@@ -62,7 +62,7 @@ class ForwardCosts:
 
 
 @dataclass(frozen=True)
-class Flight:
+class PlannedWaveform:
     """What a plan needs to know of a waveform."""
 
     index: int
@@ -98,22 +98,22 @@ def fit_launch_bound(few: tuple[int, int, float], many: tuple[int, int, float]) 
     return LaunchBoundCost(few[2], seconds / (items * frames))
 
 
-def plan_forwards(flights: Sequence[Flight], costs: ForwardCosts) -> list[Forward]:
+def plan_forwards(waveforms: Sequence[PlannedWaveform], costs: ForwardCosts) -> list[Forward]:
     """The cheapest partition, longest first, for one step of every waveform.
 
     Sorted by length, the waveforms of a forward are neighbours: a forward is padded to its longest, so exchanging two
     to make it so never costs more. Dynamic programming over the distinct lengths, quadratic in their number.
     """
-    by_length = sorted(flights, key=lambda flight: -flight.frames)
-    lengths = [list(group) for _, group in groupby(by_length, key=lambda flight: flight.frames)]
+    by_length = sorted(waveforms, key=lambda waveform: -waveform.frames)
+    lengths = [list(group) for _, group in groupby(by_length, key=lambda waveform: waveform.frames)]
     best: list[tuple[float, list[Forward]]] = [(0.0, [])]
     for stop in range(1, len(lengths) + 1):
         candidates = []
         for start in range(stop):
-            together = [flight for length in lengths[start:stop] for flight in length]
+            together = [waveform for length in lengths[start:stop] for waveform in length]
             mixed, frames = stop - start > 1, together[0].frames
-            seconds, bucket = costs.cheapest(sum(flight.items for flight in together), frames, mixed)
-            forward = Forward(tuple(flight.index for flight in together), frames, mixed, bucket)
+            seconds, bucket = costs.cheapest(sum(waveform.items for waveform in together), frames, mixed)
+            forward = Forward(tuple(waveform.index for waveform in together), frames, mixed, bucket)
             candidates.append((best[start][0] + seconds, [*best[start][1], forward]))
         best.append(min(candidates, key=lambda candidate: candidate[0]))
     return best[-1][1]

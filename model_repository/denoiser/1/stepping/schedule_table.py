@@ -17,7 +17,7 @@ from torch import Tensor
 
 from audioldm2_triton.server import faults
 
-WINDOW: Final = 4
+HISTORY: Final = 4
 """Pairs of (sample, model output) that a scheduler may look back on; LMS needs all four."""
 
 _FIT_TOLERANCE: Final = 1e-6
@@ -28,7 +28,7 @@ _GOOD_FIT: Final = 1e-12
 
 
 class ScheduleError(ValueError):
-    """The scheduler cannot run this number of steps, or is not linear within the window."""
+    """The scheduler cannot run this number of steps, or is not linear within `HISTORY` pairs."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ScheduleTable:
     init_noise_sigma: float
     timesteps: Tensor  # [E] float32, what the UNet is told
     input_scales: Tensor  # [E] float32, the sample is multiplied by this before the UNet
-    coefficients: Tensor  # [E, WINDOW, 2] float64, for (sample, model output) of this evaluation, the last, ...
+    coefficients: Tensor  # [E, HISTORY, 2] float64, for (sample, model output) of this evaluation, the last, ...
 
     @property
     def num_evaluations(self) -> int:
@@ -74,7 +74,7 @@ def build_schedule_table(solver: Any, num_inference_steps: int) -> ScheduleTable
     """Reads the table off a diffusers scheduler, which it leaves somewhere in its schedule.
 
     Raises `ScheduleError`, which names the scheduler, where diffusers refuses the number of steps, and where the
-    scheduler is not linear within `WINDOW` pairs (clipping and thresholding are not).
+    scheduler is not linear within `HISTORY` pairs (clipping and thresholding are not).
     """
     scheduler = type(solver).__name__
     try:
@@ -87,7 +87,7 @@ def build_schedule_table(solver: Any, num_inference_steps: int) -> ScheduleTable
     coefficients, residual = _fit(run.samples)
     if not residual < _FIT_TOLERANCE or not _is_linear(run):
         raise ScheduleError(
-            f"{scheduler} is not linear in its last {WINDOW} samples and model outputs at {num_inference_steps} steps"
+            f"{scheduler} is not linear in its last {HISTORY} samples and model outputs at {num_inference_steps} steps"
         )
     return ScheduleTable(
         init_noise_sigma=float(solver.init_noise_sigma),
@@ -139,16 +139,16 @@ def _is_linear(run: _Run) -> bool:
 
 
 def _fit(samples: np.ndarray) -> tuple[np.ndarray, float]:
-    """Coefficients [E, WINDOW, 2] that give each sample from the pairs before it, and their worst relative residual.
+    """Coefficients [E, HISTORY, 2] that give each sample from the pairs before it, and their worst relative residual.
 
     Each step takes the fewest samples that fit, then the fewest model outputs. Others would fit as well, but with
     large weights that cancel: two samples differ by little, and their difference stands for a model output.
     """
     evaluations = len(samples) - 1
-    coefficients = np.zeros((evaluations, WINDOW, 2))
+    coefficients = np.zeros((evaluations, HISTORY, 2))
     worst = 0.0
     for index in range(evaluations):
-        longest = min(WINDOW, index + 1)
+        longest = min(HISTORY, index + 1)
         best = np.inf
         for num_samples, num_outputs in ((s, o) for s in range(1, longest + 1) for o in range(s, longest + 1)):
             fitted, residual = _fit_step(samples, index, num_samples, num_outputs)
@@ -161,14 +161,14 @@ def _fit(samples: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _fit_step(samples: np.ndarray, index: int, num_samples: int, num_outputs: int) -> tuple[np.ndarray, float]:
-    """Coefficients [WINDOW, 2] from the latest so many samples and model outputs, and their relative residual."""
+    """Coefficients [HISTORY, 2] from the latest so many samples and model outputs, and their relative residual."""
     target = samples[index + 1]
     latest = samples[index - np.arange(num_samples)]  # [num_samples, E + 1]
     # Older model outputs can only come in through the samples, which fixes the samples' weights.
     old = index - num_outputs + 2
     weights = np.linalg.lstsq(latest[:, :old].T, target[:old], rcond=None)[0]
     rest = target - weights @ latest
-    fitted = np.zeros((WINDOW, 2))
+    fitted = np.zeros((HISTORY, 2))
     fitted[:num_samples, 0] = weights
     fitted[:num_outputs, 1] = rest[index + 1 - np.arange(num_outputs)]
     return fitted, float(np.abs(rest[:old]).max() / np.abs(target).max())

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from stepping.forward_plan import Bucket
-from stepping.request import TextStates
-from stepping.schedule_table import WINDOW, ScheduleTable
-from stepping.windows import Windows
+from stepping.schedule_table import ScheduleTable
+from stepping.waveform import WaveformState
 from unet.layers import TextKeys
 from unet.length_masks import LengthMasks
 
@@ -42,84 +41,6 @@ COMPILED_T5_LENGTH: Final = 64
 """To this in compiled code; a batch with a longer text runs uncompiled."""
 
 
-@dataclass
-class WaveformState:
-    """One waveform between two steps."""
-
-    positive: TextStates
-    negative: TextStates | None
-    guidance_scale: float
-    table: ScheduleTable
-    history: Tensor  # [WINDOW, 2, C, H or more, W] float32: (sample, model output) of this evaluation, the last, ...
-    frames: int  # H, the latent frames that are its own; what a longer neighbour adds behind them is padding
-    guided: range  # the evaluations that have guidance, where there is a negative prompt
-    evaluation: int = 0  # how many are done
-    last_step: float = 0.0  # when, by time.perf_counter(); lengths that cannot share a forward take turns by it
-    windows: Windows | None = None  # where its windows are the rows of the forwards, and not the whole
-    held_windows: int = 1  # how many of them share a forward at most
-
-    @property
-    def latents(self) -> Tensor:
-        return self.history[0, 0, :, : self.frames]
-
-    @property
-    def finished(self) -> bool:
-        return self.evaluation == self.table.num_evaluations
-
-    @property
-    def unet_items(self) -> int:
-        """UNet batch items that it takes in a forward at most."""
-        return self.held_windows * (1 if self.negative is None else 2)
-
-    @property
-    def step_items(self) -> int:
-        """UNet batch items of its next evaluation, those of all its windows."""
-        return (1 if self.windows is None else len(self.windows.starts)) * (1 if self.guidance is None else 2)
-
-    @property
-    def row_frames(self) -> int:
-        """Latent frames of each of its rows in a forward."""
-        return self.frames if self.windows is None else self.windows.frames
-
-    @property
-    def in_turns(self) -> bool:
-        """Whether its windows take several forwards a step."""
-        return self.windows is not None and self.held_windows < len(self.windows.starts)
-
-    @property
-    def guidance(self) -> TextStates | None:
-        """The negative prompt's states, where the next evaluation has guidance."""
-        return self.negative if self.evaluation in self.guided else None
-
-
-def start_waveform(
-    positive: TextStates,
-    negative: TextStates | None,
-    guidance_scale: float,
-    table: ScheduleTable,
-    noise: Tensor,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    windows: Windows | None = None,
-    held_windows: int = 1,
-) -> WaveformState:
-    """A waveform before its first step, from noise [C, H, W] of unit variance.
-
-    Args:
-        guidance_interval: from and to which share of the evaluations there is guidance.
-        windows: of the waveform, where it is denoised in windows.
-        held_windows: how many of them share a forward at most.
-    """
-    history = noise.new_zeros(WINDOW, 2, *noise.shape, dtype=torch.float32)
-    history[0, 0] = noise * table.init_noise_sigma
-    guided = range(*(round(share * table.num_evaluations) for share in guidance_interval))
-    frames = noise.shape[1]
-    return WaveformState(
-        *(positive, negative, guidance_scale, table, history, frames, guided),
-        windows=windows,
-        held_windows=held_windows,
-    )
-
-
 @dataclass(frozen=True)
 class StepInputs:
     """What one step of R waveforms in `U` UNet batch items reads, all on one device.
@@ -128,9 +49,9 @@ class StepInputs:
     negative prompts.
     """
 
-    history: Tensor  # [R, WINDOW, 2, C, H, W] float32
+    history: Tensor  # [R, HISTORY, 2, C, H, W] float32
     input_scale: Tensor  # [R] float32
-    coefficients: Tensor  # [R, WINDOW, 2] of `update_dtype`
+    coefficients: Tensor  # [R, HISTORY, 2] of `update_dtype`
     time_biases: Tensor  # [U, K] in the UNet's dtype
     guidance_scale: Tensor  # [R] float32
     row_of_item: Tensor  # [U] int64
@@ -148,10 +69,10 @@ class StepBatch:
 
     items: int  # UNet batch items that stand for a waveform
     bucket: Bucket | None
-    history: Tensor  # [R, WINDOW, 2, C, H, W] float32
+    history: Tensor  # [R, HISTORY, 2, C, H, W] float32
     evaluation: Tensor  # [R] int64
     input_scales: Tensor  # [R, E] float32
-    coefficients: Tensor  # [R, E, WINDOW, 2] of `update_dtype`
+    coefficients: Tensor  # [R, E, HISTORY, 2] of `update_dtype`
     time_biases: Tensor  # [evaluations of all distinct schedules, K] in the UNet's dtype
     first_bias: Tensor  # [R] int64, where each row's schedule begins in `time_biases`
     guidance_scale: Tensor  # [R] float32
@@ -263,7 +184,7 @@ def unstack_waveforms(batch: StepBatch, waveforms: Sequence[WaveformState]) -> N
         waveform.history = history
 
 
-def advance(unet: UNet, batch: StepBatch) -> StepBatch:
+def step(unet: UNet, batch: StepBatch) -> StepBatch:
     """The batch after one step of every row. No synchronisation with the host, no work per row in Python."""
     now = batch.evaluation
     row = torch.arange(len(now), device=now.device)
@@ -286,7 +207,7 @@ Forward = Callable[[Tensor, Tensor, TextKeys, LengthMasks | None], Tensor]
 
 
 def denoise(forward: Forward, inputs: StepInputs) -> Tensor:
-    """Guidance, the UNet and the schedules' update: the history [R, WINDOW, 2, C, H, W] after one step."""
+    """Guidance, the UNet and the schedules' update: the history [R, HISTORY, 2, C, H, W] after one step."""
     history = inputs.history
     rows = len(history)
     sample = history[:, 0, 0]

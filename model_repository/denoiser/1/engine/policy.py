@@ -1,0 +1,84 @@
+"""What the engine decides: who enters, who steps together, and whose turn it is.
+
+Pure functions over plain data, which a simulator can run as well. Nothing here needs a UNet, a lock, a clock or torch.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from stepping.forward_plan import Bucket, ForwardCosts, PlannedWaveform, plan_forwards
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A request with waveforms that are not in flight yet."""
+
+    frames: tuple[int, ...]  # what each of these waveforms takes of the room, in generation order
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A waveform between two steps."""
+
+    request: int  # a number of the request that it belongs to
+    items: int  # UNet batch items of its next evaluation
+    frames: int  # latent frames of each item
+    in_turns: bool  # whether its windows take several forwards a step
+
+
+@dataclass(frozen=True)
+class Group:
+    """Waveforms that take their steps together."""
+
+    indices: tuple[int, ...]
+    in_turns: bool  # whether a step takes several forwards; the bucket of each is chosen when it is due
+    bucket: Bucket | None = None  # where compiled code runs the one forward
+
+
+def admit(waiting: Iterable[Waiting], room: int, is_empty: bool) -> list[int]:
+    """How many waveforms of the first requests enter; none of those behind them.
+
+    In order of arrival, as far as there is room: later arrivals do not overtake.
+
+    Args:
+        waiting: in order of arrival; read no further than there is room.
+        room: latent frames.
+        is_empty: whether nothing is in flight; then the first waveform always has room.
+    """
+    entering = []
+    for request in waiting:
+        count = 0
+        for frames in request.frames:
+            if frames > room and not is_empty:
+                break
+            room -= frames
+            is_empty = False
+            count += 1
+        entering.append(count)
+        if count < len(request.frames):
+            break
+    return entering
+
+
+def plan_groups(waveforms: Sequence[InFlight], costs: ForwardCosts) -> list[Group]:
+    """The groups of the cheapest forwards, and one for each request whose windows take several forwards a step."""
+    whole = [
+        PlannedWaveform(index, waveform.items, waveform.frames)
+        for index, waveform in enumerate(waveforms)
+        if not waveform.in_turns
+    ]
+    turns: dict[int, list[int]] = {}
+    for index, waveform in enumerate(waveforms):
+        if waveform.in_turns:
+            turns.setdefault(waveform.request, []).append(index)
+    groups = [Group(forward.indices, False, forward.bucket) for forward in plan_forwards(whole, costs)]
+    return groups + [Group(tuple(indices), True) for indices in turns.values()]
+
+
+def next_group(last_steps: Sequence[float]) -> int:
+    """The group that has waited longest for a step.
+
+    Args:
+        last_steps: when the waveform of each group that has waited longest took its last step.
+    """
+    return min(range(len(last_steps)), key=last_steps.__getitem__)
