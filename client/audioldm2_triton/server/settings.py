@@ -71,7 +71,6 @@ class Settings:
         "on: torch.compile, and CUDA graphs on a GPU; graphs: those alone; off (default: auto: graphs on a GPU)",
         COMPILE,
     )
-    compile_cache: str = _setting("", "a directory in which compiled code outlives the server (default: none)")
     compile_lengths_in_s: str = _setting(
         "", "audio lengths to compile for, as 2.56,10.24 (default: the checkpoint's native length)"
     )
