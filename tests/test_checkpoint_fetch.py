@@ -277,7 +277,7 @@ def test_refusal_by_the_storage_is_not_blamed_on_the_repository(
 
 def test_empty_answers_end(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
     hub.refused[UNET] = 206
-    assert_refused(fetch(hub, tmp_path / "out"), tmp_path / "out", UNET, "empty answer")
+    assert_refused(fetch(hub, tmp_path / "out"), tmp_path / "out", UNET, "empty response")
 
 
 def test_hub_that_is_down(fetch: Fetch, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_truncated_weights(checkpoint: Path, component: str, kept: int) -> None:
     path.write_bytes(path.read_bytes()[:kept])
     (fault,) = verify(checkpoint)
     assert fault.component == component
-    assert "not a whole safetensors file" in fault.message
+    assert "not a complete safetensors file" in fault.message
 
 
 @pytest.mark.parametrize(

@@ -140,9 +140,9 @@ def test_info(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["!fail INVALID_ARG `seed`: got -1 but expected more"], "`seed`: got -1 but expected more"),
         (["!raise"], "audioldm2_stream_0 failed: ValueError: an exception out of execute()"),
-        ([PROMPT, "-o=out.mp3"], "`path`: got 'out.mp3' but expected a file name that ends in .wav or .flac"),
-        ([PROMPT, "-o=no/out.wav"], "`path`: got 'no/out.wav' but expected a file in a directory that exists"),
-        ([PROMPT, "--plot=out.gif"], "`path`: got 'out.gif' but expected a file name that ends in .png"),
+        ([PROMPT, "-o=out.mp3"], "`path`: got 'out.mp3' but expected a file name ending in .wav or .flac"),
+        ([PROMPT, "-o=no/out.wav"], "`path`: got 'no/out.wav' but expected a file in an existing directory"),
+        ([PROMPT, "--plot=out.gif"], "`path`: got 'out.gif' but expected a file name ending in .png"),
         ([PROMPT, "--num-inference-steps=9999999999"], "`num_inference_steps`: got 9999999999 but expected an integer"),
         ([PROMPT, "--timeout=-1"], "`timeout`: got -1.0 but expected a positive number of seconds"),
         (["!sleep 9", "--timeout=0.1"], "deadline exceeded: 100000 us"),

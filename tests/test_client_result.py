@@ -49,7 +49,7 @@ def test_sizes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("out.mp3", r"\.wav or \.flac"), ("out", r"\.wav or \.flac"), ("no/out.wav", "exists")]
+    ("name", "expected"), [("out.mp3", r"\.wav or \.flac"), ("out", r"\.wav or \.flac"), ("no/out.wav", "existing")]
 )
 def test_other_paths_are_refused_with_what_is_accepted(tmp_path: Path, name: str, expected: str) -> None:
     with pytest.raises(InvalidArgumentError, match=rf"`path`: got .* but expected .*{expected}"):

@@ -257,7 +257,7 @@ def test_a_gateways_page_becomes_one_line() -> None:
     page = InferenceServerException("... <html>\nBad Gateway", "502", "<html>\nBad Gateway")
     with pytest.raises(errors.UnavailableError) as caught, known_failures(parse_url("http://host"), None):
         raise page
-    assert str(caught.value) == "http://host: got HTTP status 502 with no message of Triton's"
+    assert str(caught.value) == "http://host: got HTTP status 502 without a message from Triton"
 
 
 def test_other_exceptions_pass_as_they_are() -> None:
@@ -304,7 +304,7 @@ def test_an_event_stream_is_the_same_in_whatever_pieces_it_arrives(lengths: list
 
 
 def test_an_event_that_is_no_json_is_internal() -> None:
-    with pytest.raises(errors.InternalError, match="no JSON"):
+    with pytest.raises(errors.InternalError, match="not JSON"):
         list(EventStream().feed(b"data: <html>\n"))
 
 
@@ -313,7 +313,7 @@ def test_an_event_that_is_no_json_is_internal() -> None:
     [
         (400, b'data: {"error":"INVALID_ARG: `seed`: got -1"}\n\n', errors.InvalidArgumentError, "`seed`: got -1"),
         (404, b'{"error":"unknown"}', errors.UnavailableError, "http://host: unknown"),
-        (502, b"<html>", errors.UnavailableError, "http://host: got HTTP status 502 with no message of Triton's"),
+        (502, b"<html>", errors.UnavailableError, "http://host: got HTTP status 502 without a message from Triton"),
     ],
 )
 def test_a_stream_refused_over_http(status: int, body: bytes, kind: type[Exception], message: str) -> None:
@@ -337,9 +337,9 @@ LAST = {
 @pytest.mark.parametrize(
     ("responses", "complaint"),
     [
-        ([chunk(1, 2)], "chunk 1 of 2 came as number 0"),
-        ([chunk(0, 2), LAST], "1 chunks of audio are not all of them"),
-        ([LAST], "0 chunks of audio are not all of them"),
+        ([chunk(1, 2)], "chunk 1 of 2 arrived as number 0"),
+        ([chunk(0, 2), LAST], "there are only 1 chunks of audio"),
+        ([LAST], "there are only 0 chunks of audio"),
         ([chunk(0, 1), {**LAST, "order": np.array([1, 1])}], r"`order` is \[1, 1\] for 2 waveforms"),
         ([chunk(0, 1), {name: LAST[name] for name in ("score", "order")}], "seed_used"),
         ([{"step": np.array(1)}], "num_steps"),
@@ -348,7 +348,7 @@ LAST = {
 )
 def test_a_stream_that_is_not_whole_is_internal(responses: list[dict[str, Any]], complaint: str) -> None:
     reader = StreamReader(request(num_waveforms_per_prompt=2))
-    with pytest.raises(errors.InternalError, match=f"not whole: .*{complaint}"):
+    with pytest.raises(errors.InternalError, match=f"incomplete response: .*{complaint}"):
         deque(map(reader.read, responses))
 
 

@@ -45,8 +45,3 @@ def test_curl_returns_audio(server: LocalServer) -> None:
     assert 0.01 < max(map(abs, answer["audio"])) <= 1
     assert answer["seed_used"] == 0
     assert answer["sampling_rate"] == 16000
-
-
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)", README))))
-def test_links_lead_somewhere(link: str) -> None:
-    assert (ROOT / link).exists()

@@ -82,7 +82,7 @@ def test_the_first_answer_is_the_only_one(
     assert settlement.settle("sound")
     assert settlement.settled
     assert not settlement.settle(ValueError("too late"))
-    assert "has its answer: ValueError" in caplog.text
+    assert "has been answered: ValueError" in caplog.text
     assert client.answer() == "sound"
     assert not client.has_more()
     assert gauge.value == 0
@@ -258,7 +258,7 @@ def test_what_uses_the_sender_comes_before_the_final_answer_only(settlements: Se
     settlement: Settlement[object] = settlements.take(same, client.answers.put)
     assert settlement.while_open(lambda: client.answers.put("part") or 7) == 7
     settlement.settle("sound")
-    with pytest.raises(AnsweredError, match="has its final answer already"):
+    with pytest.raises(AnsweredError, match="has already had its final answer"):
         settlement.while_open(lambda: client.answers.put("part"))
     assert [client.answer(), client.answer()] == ["part", "sound"]
     assert not client.has_more()

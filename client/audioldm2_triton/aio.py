@@ -1,4 +1,4 @@
-"""The client for asyncio, the twin of `client`."""
+"""The client for asyncio, the counterpart of `client`."""
 
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
@@ -88,7 +88,7 @@ class AsyncAudioLDM2Client:
         request_id: str = "",
         on_progress: OnProgress | None = None,
     ) -> GenerationResult | list[GenerationResult]:
-        """As `AudioLDM2Client.generate`; where an interrupt reaches the server there, cancelling the task does here."""
+        """As `AudioLDM2Client.generate`, with cancelling the task in place of an interrupt."""
         request = wire.build_request(
             self._info or await self.server_info(timeout),
             prompt,
@@ -112,10 +112,10 @@ class AsyncAudioLDM2Client:
         return wire.read_results(request, answer)
 
     async def stream(self, prompt: str, **options: "Unpack[GenerateOptions]") -> AsyncGenerator[StreamEvent, None]:
-        """As `AudioLDM2Client.stream`, for `async for`; cancelling the task cancels the request on the server too.
+        """As `AudioLDM2Client.stream`, for `async for`; cancelling the task also cancels the request on the server.
 
-        After a `break` the generator is closed, and the request cancelled, when the event loop gets to it;
-        `contextlib.aclosing` waits for that.
+        After a `break`, the event loop closes the generator, and so cancels the request, some time later. Use
+        `contextlib.aclosing` to wait for that.
         """
         request = wire.build_request(self._info or await self.server_info(options.get("timeout")), prompt, **options)
         async with contextlib.aclosing(self._events(request)) as events:
@@ -147,7 +147,7 @@ class AsyncAudioLDM2Client:
                     on_progress(event)
                 elif isinstance(event, Finished):
                     result = event.result
-        assert result is not None  # else the stream has raised
+        assert result is not None  # or the stream would have raised
         return result
 
     def _open(self) -> "AsyncGrpcConnection | AsyncHttpConnection":

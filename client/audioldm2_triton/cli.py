@@ -24,22 +24,22 @@ from audioldm2_triton.transport.wire import GenerateOptions
 T = TypeVar("T")
 
 FAILED: Final = 1
-INTERRUPTED: Final = 130  # as the shell has it: 128 and the number of SIGINT
+INTERRUPTED: Final = 130  # as shells report it: 128 plus the number of SIGINT
 REFRESH_IN_S: Final = 0.2
 
 EPILOG: Final = """\
-With several waveforms per prompt the best goes to out.wav and the others, by falling score, to out-1.wav, out-2.wav
-and so on. With --batch the file is named after the prompt's line, 0001.wav. Existing files are overwritten. Each file
-is reported on standard output: path, length, seed, score, latency of its request.
-Ctrl-C also cancels what is in flight on the server (over HTTP not with --batch).
-Exit code: 0; 1 where something failed; 2 for a wrong command line; 130 after Ctrl-C.
+With several waveforms per prompt, the best goes to out.wav and the others, in order of falling score, to out-1.wav,
+out-2.wav and so on. With --batch, each file is named after the line of its prompt, as 0001.wav. Existing files are
+overwritten. Each file is reported on standard output: path, length, seed, score, latency of its request.
+Ctrl-C also cancels running requests on the server (over HTTP not with --batch).
+Exit code: 0 for success; 1 if anything failed; 2 for a wrong command line; 130 after Ctrl-C.
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="audioldm2",
-        description="Text to audio by an AudioLDM 2 server.",
+        description="Generates audio from text with an AudioLDM 2 server.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what to do")
     what.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to hear")
     what.add_argument(
-        "--batch", metavar="FILE", type=Path, help="a prompt per line of this file; blank lines are skipped"
+        "--batch", metavar="FILE", type=Path, help="a file with one prompt per line; blank lines are skipped"
     )
     what.add_argument("--info", action="store_true", help="print what the server accepts")
     output = parser.add_argument_group("output")
@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--output",
         metavar="PATH",
         type=Path,
-        help="a .wav (16-bit) or .flac file, by default out.wav; with --batch a directory, made if missing",
+        help="a .wav (16-bit) or .flac file, by default out.wav; with --batch a directory, created if missing",
     )
     output.add_argument("--plot", metavar="PATH", type=Path, help="also draw the best waveform to this .png file")
     request = parser.add_argument_group("request")
@@ -81,28 +81,30 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         type=int,
         default=contract.DEFAULT_NUM_WAVEFORMS_PER_PROMPT,
-        help="candidates, ranked by their similarity with the prompt; default: %(default)s",
+        help="candidates, ranked by their similarity to the prompt; default: %(default)s",
     )
-    request.add_argument("--seed", type=int, help="default: drawn; with --batch one seed goes for all prompts")
-    request.add_argument("--scheduler", metavar="NAME", help="one of those that --info prints")
-    request.add_argument("--transcription", metavar="TEXT", help="what to say, with a checkpoint that speaks")
+    request.add_argument("--seed", type=int, help="default: random; with --batch a single seed applies to every prompt")
+    request.add_argument("--scheduler", metavar="NAME", help="one of the names that --info prints")
+    request.add_argument("--transcription", metavar="TEXT", help="the words to say, for checkpoints that speak")
     request.add_argument(
         "--window-length-in-s",
         metavar="SECONDS",
         type=float,
         default=contract.DEFAULT_WINDOW_LENGTH_IN_S,
-        help="generate longer audio in overlapping windows of this length, best the checkpoint's own; default: off",
+        help="generate longer audio in overlapping windows of this length (best: the checkpoint's own); default: off",
     )
-    request.add_argument("--timeout", metavar="SECONDS", type=float, help="when to give a request up; default: never")
+    request.add_argument(
+        "--timeout", metavar="SECONDS", type=float, help="when to give up a request; default: when the server does"
+    )
     server = parser.add_argument_group("server")
     server.add_argument("--url", default=DEFAULT_URL, help="default: %(default)s; also grpcs://, http://, https://")
     server.add_argument(
         "--model",
         default=contract.ENSEMBLE,
-        help="default: %(default)s; another one where the server has several checkpoints",
+        help="default: %(default)s; another name if the server has several checkpoints",
     )
     server.add_argument(
-        "--concurrency", metavar="N", type=int, default=8, help="requests of a batch in flight; default: %(default)s"
+        "--concurrency", metavar="N", type=int, default=8, help="requests of a --batch at a time; default: %(default)s"
     )
     return parser
 
@@ -114,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sum((arguments.prompt is not None, arguments.batch is not None, arguments.info)) != 1:
         parser.error("expected one of PROMPT, --batch FILE and --info")
     if arguments.batch is not None and (arguments.output is None or arguments.plot is not None):
-        parser.error("--batch needs -o DIRECTORY and does not go with --plot")
+        parser.error("--batch needs -o DIRECTORY and cannot be combined with --plot")
     if arguments.concurrency < 1:
         parser.error(f"argument --concurrency: got {arguments.concurrency} but expected at least 1")
     try:
@@ -168,7 +170,7 @@ async def _generate_one(client: AsyncAudioLDM2Client, arguments: argparse.Namesp
     info = await client.server_info(arguments.timeout)
     start = time.monotonic()
     with _progress_bar() as bar:
-        # By way of the stream, where there is one: so Ctrl-C stops the work on the server too.
+        # Through the stream, if there is one, so that Ctrl-C also stops the work on the server.
         on_progress = partial(_show_progress, bar) if info.serves_stream else None
         answer = client.generate(arguments.prompt, on_progress=on_progress, **_options(arguments))
         result = await _refreshing(bar, answer)
@@ -179,7 +181,7 @@ async def _generate_one(client: AsyncAudioLDM2Client, arguments: argparse.Namesp
 
 
 def _progress_bar() -> "tqdm[NoReturn]":
-    """A bar that shows the time, until it knows the number of steps."""
+    """Makes a bar that shows the time until the number of steps is known."""
     return tqdm(bar_format="generating {elapsed}", leave=False, disable=None, file=sys.stderr)
 
 
@@ -190,7 +192,7 @@ def _show_progress(bar: "tqdm[NoReturn]", progress: Progress) -> None:
 
 
 async def _refreshing(bar: "tqdm[NoReturn]", answer: Awaitable[T]) -> T:
-    """Waits for an answer while the bar's time goes on."""
+    """Waits for an answer and keeps the bar's clock running."""
     task = asyncio.ensure_future(answer)
     try:
         while not task.done():
@@ -206,7 +208,7 @@ async def _refreshing(bar: "tqdm[NoReturn]", answer: Awaitable[T]) -> T:
 async def _generate_batch(client: AsyncAudioLDM2Client, arguments: argparse.Namespace) -> int:
     prompts = _read_prompts(arguments.batch)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    # A server that is not there fails the whole batch, once.
+    # Without a server the whole batch fails, with one message.
     await client.server_info(arguments.timeout)
     failed: list[int] = []
     waiting = iter(prompts)
@@ -228,7 +230,7 @@ async def _generate_batch(client: AsyncAudioLDM2Client, arguments: argparse.Name
 
 
 async def _all(works: Iterable[Awaitable[None]]) -> None:
-    """Runs all to the end; when one raises, which is a mistake of ours, or is cancelled, so are the others."""
+    """Runs all to the end. If one raises, which would be a bug, or is cancelled, the others are cancelled too."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         await asyncio.gather(*tasks)

@@ -1,4 +1,4 @@
-"""The client for ordinary programs; `aio` has its twin for asyncio."""
+"""The client for ordinary programs; `aio` has its counterpart for asyncio."""
 
 import contextlib
 from collections.abc import Generator, Sequence
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class AudioLDM2Client:
-    """A connection to one server. Usable from several threads at once, and as a context manager.
+    """Sends requests to one server. Usable from several threads at once, and as a context manager.
 
     Args:
         url: grpc://HOST[:8001], grpcs://HOST[:8001], http://HOST[:8000] or https://HOST[:443].
         model: the ensemble to ask, for a server with several checkpoints; its stream's name is derived from it.
-        root_certificates: a PEM file with the authorities to trust over TLS; by default the system's.
+        root_certificates: a PEM file with the certificate authorities to trust over TLS; by default the system's.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class AudioLDM2Client:
         self._connection.close()
 
     def server_info(self, timeout: float | None = None) -> ServerInfo:
-        """Asks the server for its limits, native length and schedulers; `timeout` in seconds.
+        """Asks the server for its limits, native length and schedulers; `timeout` is in seconds.
 
-        Raises `UnavailableError` where there is no server or it has not loaded the models, and `DeadlineExceededError`.
+        Raises `UnavailableError` if there is no server or its models are not loaded, and `DeadlineExceededError`.
         """
         self._check_open()
         wire.check_timeout(timeout)
@@ -99,33 +99,35 @@ class AudioLDM2Client:
         """Generates the waveforms of one prompt, or of several in one request.
 
         Args:
-            prompt: what to hear; or a sequence of 1 to 8 of them. Each is generated as if it were alone.
-            negative_prompt: what not to hear. This and all arguments below but the length, the number of waveforms,
-                the timeout and the request id are one value for all prompts or a sequence of one for each.
+            prompt: what to hear, or a sequence of 1 to 8 such texts. Each is generated as if it were alone.
+            negative_prompt: what not to hear. This argument, and those below except the length, the number of
+                waveforms, the timeout and the request id, take one value for all prompts or a sequence with one each.
             audio_length_in_s: seconds; by default the checkpoint's native length.
-            num_inference_steps: denoising steps; more take longer.
+            num_inference_steps: denoising steps; more steps take longer.
             guidance_scale: how closely to follow the prompt; up to 1 means no guidance.
-            num_waveforms_per_prompt: candidates for each prompt, ranked by their similarity with it.
-            seed: the same seed and arguments give the same audio; by default drawn. One seed goes for all prompts.
-            scheduler: the name of a diffusers scheduler; `server_info().schedulers` has the accepted ones.
-            return_scores: whether to score the waveforms; by default, and always, with more than one of them.
-            transcription: the words to say, for checkpoints that speak, which require it; the others refuse it.
-            window_length_in_s: generates audio that is longer than this in overlapping windows of this length, blended
-                at every step: for long audio, with the native length of `server_info()`; 0, the default: as a whole.
-            timeout: seconds until the server gives the request up; by default what the server is set to, an hour as it
-                comes.
+            num_waveforms_per_prompt: candidates for each prompt, ranked by their similarity to it.
+            seed: random by default. The same seed and arguments reproduce the audio. A single seed applies to every
+                prompt.
+            scheduler: the name of a diffusers scheduler; `server_info().schedulers` lists the accepted ones.
+            return_scores: whether to return CLAP scores. Always on with several waveforms per prompt; otherwise off by
+                default.
+            transcription: the words to say. Checkpoints that speak require it; all others refuse it.
+            window_length_in_s: for long audio. Audio longer than this is generated in overlapping windows of this
+                length, blended at every step; best is the native length of `server_info()`. 0, the default: no windows.
+            timeout: seconds after which the server gives up the request. By default the server's own setting, which is
+                an hour unless changed.
             request_id: a name for the request in the server's logs and traces.
-            on_progress: called with each `Progress`, once per evaluation of the UNet; for one prompt only, and not
-                with a server that lacks `audioldm2_stream`.
+            on_progress: called with a `Progress` after each evaluation of the UNet. Accepts one prompt only, and needs
+                a server with `audioldm2_stream`.
 
-        Over gRPC one prompt goes by way of the stream, as everything with `on_progress` does, so that an interrupt
-        (Ctrl-C) also stops the work on the server. Several prompts in one request, and plain requests over HTTP, are
-        only stopped there by `timeout`: see `stream` for what can always be stopped.
+        Over gRPC, a request with one prompt goes through the stream, as does every request with `on_progress`, so that
+        an interrupt (Ctrl-C) also stops the work on the server. Several prompts in one request, and requests over HTTP
+        without `on_progress`, are stopped there only by `timeout`; a `stream` can always be stopped.
 
-        Returns one result for a string and a list of results, in order, for a sequence.
+        Returns one result for a string, and a list of results, in order, for a sequence.
 
-        Raises `InvalidArgumentError` (names the argument), `UnavailableError` (the server is full or not reachable),
-        `DeadlineExceededError`, `RequestCancelledError` or `InternalError`, all of them `AudioLDM2Error`.
+        Raises `InvalidArgumentError` (names the argument), `UnavailableError` (the server is full or cannot be
+        reached), `DeadlineExceededError`, `RequestCancelledError` or `InternalError`; all are `AudioLDM2Error`s.
         """
         request = wire.build_request(
             self._info or self.server_info(timeout),
@@ -151,14 +153,13 @@ class AudioLDM2Client:
         return wire.read_results(request, answer)
 
     def stream(self, prompt: str, **options: "Unpack[GenerateOptions]") -> Generator[StreamEvent, None, None]:
-        """Generates the waveforms of one prompt and tells of it: `Progress`, then `AudioChunk`, `Finished` at the end.
+        """Generates the waveforms of one prompt and yields events: `Progress`, then `AudioChunk`, finally `Finished`.
 
-        Arguments and errors are those of `generate`; nothing is sent, and nothing raised, before the first event is
-        asked for. Whatever ends the iteration early (`break`, an exception, `close()`) cancels the request on the
+        Arguments and errors are those of `generate`. Nothing is sent, and nothing raised, until the first event is
+        requested. Whatever ends the iteration early (`break`, an exception, `close()`) cancels the request on the
         server, at its next denoising step.
 
-        Over HTTP the server sees a cancellation as the end of the connection, which a proxy on the way may keep to
-        itself. Errors in a stream have no codes: their kind is told from the wording of the message.
+        Over HTTP the server sees a cancellation as a closed connection, which a proxy may hide from it.
         """
         request = wire.build_request(self._info or self.server_info(options.get("timeout")), prompt, **options)
         yield from self._events(request)
@@ -178,7 +179,7 @@ class AudioLDM2Client:
         reader.end()
 
     def _goes_by_stream(self, request: InferRequest) -> bool:
-        """Whether a request without `on_progress` does: over HTTP it would be much larger, as JSON."""
+        """Whether a request without `on_progress` goes through the stream: not over HTTP, where JSON is much larger."""
         return (
             request.single and self._endpoint.protocol == "grpc" and self._info is not None and self._info.serves_stream
         )
@@ -191,7 +192,7 @@ class AudioLDM2Client:
                     on_progress(event)
                 elif isinstance(event, Finished):
                     result = event.result
-        assert result is not None  # else the stream has raised
+        assert result is not None  # or the stream would have raised
         return result
 
     def _check_open(self) -> None:

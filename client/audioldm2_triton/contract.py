@@ -10,7 +10,7 @@ from typing import Final
 
 ENSEMBLE: Final = "audioldm2"
 STREAM: Final = "audioldm2_stream"
-"""The models of a server's own checkpoint; those of another beside it have a common prefix, as `music_audioldm2`."""
+"""The models of a server's first checkpoint; those of further ones have a prefix, as in `music_audioldm2`."""
 
 SCHEDULERS: Final = (
     "DPMSolverMultistepScheduler",
@@ -51,21 +51,21 @@ INPUTS: Final[Mapping[str, str]] = {
     "transcription": "BYTES",
     "window_length_in_s": "FP32",
 }
-"""Input tensors, each [B, 1], and their Triton types. All but `prompt` are optional.
+"""Input tensors, each [B, 1], and their Triton types. All except `prompt` are optional.
 
-But `transcription`: checkpoints that speak require it, all others refuse it.
+Checkpoints that speak also require `transcription`; all others refuse it.
 """
 
 OUTPUTS: Final[Mapping[str, str]] = {"audio": "FP32", "score": "FP32", "sampling_rate": "INT32", "seed_used": "INT64"}
 """Output tensors: `audio` [B, N, S], `score` [B, N], `sampling_rate` and `seed_used` [B, 1].
 
-Not `seed`: an ensemble whose output has the name of an input feeds it back to its first step, for ever.
+Not `seed`: an ensemble with an output named like an input feeds it back to its first step, for ever.
 """
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server accepts, as far as it can be configured."""
+    """The configurable limits of one server."""
 
     max_audio_length_in_s: float = 300.0
     max_num_inference_steps: int = 200
@@ -73,5 +73,5 @@ class Limits:
 
 
 def stream_of(model: str) -> str:
-    """The name of the streaming twin of an ensemble: `music_audioldm2_stream` of `music_audioldm2`."""
+    """Returns the streaming model beside an ensemble: `music_audioldm2_stream` for `music_audioldm2`."""
     return model + STREAM.removeprefix(ENSEMBLE)

@@ -11,13 +11,13 @@ class AudioLDM2Error(Exception):
 
 
 class InvalidArgumentError(AudioLDM2Error):
-    """The request cannot be served as it is; sending it again changes nothing."""
+    """The request is wrong; sending it again changes nothing."""
 
     code = "INVALID_ARG"
 
 
 class UnavailableError(AudioLDM2Error):
-    """The server is full, out of memory or not reachable; the same request may succeed later."""
+    """The server is full, out of memory or unreachable; the same request may succeed later."""
 
     code = "UNAVAILABLE"
 
@@ -37,7 +37,7 @@ class InternalError(AudioLDM2Error):
 
 
 DEADLINE_EXCEEDED = "deadline exceeded"
-"""How the message of a `DeadlineExceededError` begins, which tells it from a cancellation on the wire."""
+"""The message of a `DeadlineExceededError` begins like this, which distinguishes it from a cancellation on the wire."""
 
 
 _BY_CODE: Final[Mapping[str, type[AudioLDM2Error]]] = {
@@ -46,25 +46,25 @@ _BY_CODE: Final[Mapping[str, type[AudioLDM2Error]]] = {
 
 
 def error_of(code: str, message: str) -> AudioLDM2Error:
-    """The error that a code and a message stand for."""
+    """Makes the error with this code and message."""
     if code == DeadlineExceededError.code and message.startswith(DEADLINE_EXCEEDED):
         return DeadlineExceededError(message)
     return _BY_CODE.get(code, InternalError)(message)
 
 
 def stream_message(error: AudioLDM2Error) -> str:
-    """What an error says in a stream, where Triton passes on no code: `UNAVAILABLE: denoiser is full`."""
+    """Returns an error's message with its code, which Triton drops in a stream: `UNAVAILABLE: denoiser is full`."""
     return f"{error.code}: {error}"
 
 
 def read_stream_message(message: str) -> AudioLDM2Error | None:
-    """The error of a `stream_message`; None for any other message, which is Triton's own."""
+    """Returns the error of a `stream_message`; None for any other message, which is Triton's own."""
     code, colon, rest = message.partition(": ")
     return error_of(code, rest) if colon and code in _BY_CODE else None
 
 
 def invalid(argument: str, got: Any, expected: str) -> InvalidArgumentError:
-    """The one wording of a refusal: the argument, what was given, what is accepted."""
+    """Makes the error of a refused argument, in one wording: the argument, what was given, what is accepted."""
     given = repr(got)
     if len(given) > 80:
         given = f"{given[:77]}..."
@@ -72,7 +72,7 @@ def invalid(argument: str, got: Any, expected: str) -> InvalidArgumentError:
 
 
 def as_exception(error: BaseException) -> Exception:
-    """An error as one that concerns a request alone: the panics of libraries in Rust, for one, are no `Exception`."""
+    """Returns an error as an `Exception`, which ends one request only. Panics of Rust libraries are no `Exception`."""
     if isinstance(error, Exception):
         return error
     wrapped = RuntimeError(f"{type(error).__name__}: {error}")

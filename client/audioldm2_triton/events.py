@@ -1,4 +1,4 @@
-"""What a client gets of a stream: progress, audio in chunks, and the result."""
+"""The events of a stream: progress, audio in chunks, and the result."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from audioldm2_triton.result import GenerationResult
 
 @dataclass(frozen=True)
 class Progress:
-    """One evaluation of the UNet is done."""
+    """Reports that one more evaluation of the UNet is done."""
 
     step: int  # from 1
-    num_steps: int  # evaluations in all, which some schedulers need more of than steps
+    num_steps: int  # evaluations in total: 2n - 1 for n steps of the second-order schedulers, n for the others
 
 
 @dataclass(frozen=True, eq=False)
 class AudioChunk:
-    """A part of every waveform. The waveforms are in generation order: which is best is known only at the end."""
+    """A part of every waveform, in generation order, because the ranking is known only at the end."""
 
     audio: NDArray[np.float32]  # float32 [N, samples of this chunk]
     chunk: int  # from 0

@@ -1,4 +1,4 @@
-"""Where the client may write a file, found out before anything is generated."""
+"""Checks where the client may write a file, before anything is generated."""
 
 from os import PathLike
 from pathlib import Path
@@ -10,15 +10,15 @@ AUDIO_FORMATS: Final = {".wav": "WAV", ".flac": "FLAC"}
 
 
 def check_audio_path(path: str | PathLike[str]) -> Path:
-    """The path of an audio file that could be written. Raises `InvalidArgumentError`."""
+    """Returns the path of an audio file that can be written. Raises `InvalidArgumentError`."""
     return check_path(path, tuple(AUDIO_FORMATS))
 
 
 def check_path(path: str | PathLike[str], suffixes: tuple[str, ...]) -> Path:
-    """A path with one of the suffixes in a directory that exists. Raises `InvalidArgumentError`."""
+    """Returns a path with one of the suffixes, in an existing directory. Raises `InvalidArgumentError`."""
     checked = Path(path)
     if checked.suffix.lower() not in suffixes:
-        raise invalid("path", str(path), f"a file name that ends in {' or '.join(suffixes)}")
+        raise invalid("path", str(path), f"a file name ending in {' or '.join(suffixes)}")
     if not checked.parent.is_dir():
-        raise invalid("path", str(path), "a file in a directory that exists")
+        raise invalid("path", str(path), "a file in an existing directory")
     return checked

@@ -1,4 +1,4 @@
-"""A picture of a waveform and of its log-mel spectrogram. Needs the extra `plot` (matplotlib)."""
+"""Pictures of a waveform and its log-mel spectrogram. Needs the extra `plot` (matplotlib)."""
 
 import textwrap
 import warnings
@@ -22,7 +22,7 @@ MAX_TITLE: Final = 160  # characters
 
 
 def require_matplotlib() -> None:
-    """Raises `ImportError`, naming the extra, where matplotlib is missing."""
+    """Raises `ImportError`, which names the extra, if matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -32,8 +32,8 @@ def require_matplotlib() -> None:
 def save_plot(path: str | PathLike[str], samples: NDArray[np.float32], sampling_rate: int, title: str = "") -> Path:
     """Draws `samples`, float32 [S] at `sampling_rate` Hz, to a .png file: waveform above, log-mel spectrogram below.
 
-    Raises `ImportError` without matplotlib and `InvalidArgumentError` for a path that is no .png in a directory that
-    exists.
+    Raises `ImportError` without matplotlib, and `InvalidArgumentError` for anything but a .png file in an existing
+    directory.
     """
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -41,7 +41,7 @@ def save_plot(path: str | PathLike[str], samples: NDArray[np.float32], sampling_
 
     path = check_path(path, (".png",))
     duration = len(samples) / sampling_rate
-    # Not by way of pyplot, whose figures and backend belong to the caller.
+    # Not through pyplot, whose figures and backend belong to the caller.
     figure = Figure(figsize=SIZE_IN_INCHES, dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -61,7 +61,7 @@ def save_plot(path: str | PathLike[str], samples: NDArray[np.float32], sampling_
     lower.set(xlabel="time in s", ylabel="frequency in Hz", yticks=edges, yticklabels=[f"{item:.0f}" for item in hertz])
     figure.colorbar(image, ax=lower, label="dB", pad=0.01)
     with warnings.catch_warnings():
-        # A title in a script that the font lacks is drawn as boxes, which is no reason to complain.
+        # A title in a script that the font lacks is drawn as boxes, which needs no warning.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(path, format="png")
     return path

@@ -1,4 +1,4 @@
-"""What a request brings back."""
+"""The result of a request."""
 
 from dataclasses import dataclass
 from os import PathLike
@@ -38,14 +38,14 @@ class GenerationResult:
         return self.num_samples / self.sampling_rate
 
     def save(self, path: str | PathLike[str], index: int = 0) -> Path:
-        """Writes one waveform, 0 being the best, as 16-bit PCM to a .wav or .flac file; louder than 1 is clipped.
+        """Writes one waveform (0 is the best) as 16-bit PCM to a .wav or .flac file; samples beyond 1 are clipped.
 
-        Returns the path. Raises `InvalidArgumentError` for another suffix, a directory that does not exist or an
-        index that is not there, and `OSError` where the file cannot be written.
+        Returns the path. Raises `InvalidArgumentError` for another suffix, a missing directory or an index out of
+        range, and `OSError` if the file cannot be written.
         """
         path = check_audio_path(path)
         samples = np.clip(self._waveform(index), -1.0, 1.0)
-        # Opened here: of a file that it cannot open libsndfile only says "System error".
+        # Opened here, because libsndfile only says "System error" for a file that it cannot open.
         with path.open("wb") as file:
             soundfile.write(
                 file, samples, self.sampling_rate, format=AUDIO_FORMATS[path.suffix.lower()], subtype="PCM_16"
@@ -53,10 +53,10 @@ class GenerationResult:
         return path
 
     def plot(self, path: str | PathLike[str], index: int = 0) -> Path:
-        """Draws one waveform, 0 being the best, to a .png file: the waveform above, its log-mel spectrogram below.
+        """Draws one waveform (0 is the best) to a .png file, with its log-mel spectrogram below.
 
-        Returns the path. Needs the extra `plot`: raises `ImportError`, which says so. Raises `InvalidArgumentError`
-        for another suffix, a directory that does not exist or an index that is not there.
+        Returns the path. Raises `ImportError` without the extra `plot`, and `InvalidArgumentError` for another suffix,
+        a missing directory or an index out of range.
         """
         return save_plot(path, self._waveform(index), self.sampling_rate, self.prompt)
 

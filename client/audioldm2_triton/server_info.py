@@ -1,4 +1,4 @@
-"""What a server says about itself, most of it in the configuration of the model `audioldm2`."""
+"""What a server publishes about itself, mostly in the configuration of the model `audioldm2`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ T = TypeVar("T")
 class ServerInfo:
     """The limits and the checkpoint of one server.
 
-    A Triton started by hand on the static repository publishes nothing: the limits are then the contract's defaults
-    and what depends on the checkpoint is None.
+    A Triton started by hand on the static repository publishes nothing. The limits are then the contract's defaults,
+    and whatever depends on the checkpoint is None.
     """
 
     limits: Limits
-    native_audio_length_in_s: float | None  # the length of a request that gives none
+    native_audio_length_in_s: float | None  # the length of a request that specifies none
     sampling_rate: int | None  # Hz
     schedulers: tuple[str, ...]  # accepted names, the default first
     checkpoint: str | None
     max_batch_size: int  # rows of one request
-    serves_stream: bool  # whether `audioldm2_stream` is there: progress, and requests that can be cancelled
-    transcription: str | None = None  # in requests: "required" by checkpoints that speak, "refused" by the others
+    serves_stream: bool  # whether it has `audioldm2_stream`: progress, and requests that can be cancelled
+    transcription: str | None = None  # in requests: "required" by checkpoints that speak, "refused" by all others
 
 
 def read_server_info(config: Mapping[str, Any], serves_stream: bool) -> ServerInfo:

@@ -1,4 +1,4 @@
-"""`scripts/checkpoint`: build a checkpoint of random weights, fetch one from the hub, verify one."""
+"""`scripts/checkpoint`: builds a checkpoint with random weights, fetches one from the hub, or verifies one."""
 
 import argparse
 import sys
@@ -20,17 +20,17 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="checkpoint", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    build = commands.add_parser("build", help="build a checkpoint of random weights")
-    build.add_argument("size", choices=SIZES, help="the shape: one of the official ones, or a tiny one for tests")
+    build = commands.add_parser("build", help="build a checkpoint with random weights")
+    build.add_argument("size", choices=SIZES, help="the shape: an official one, or a tiny one for tests")
     build.add_argument("--out", type=Path, required=True, help="the new directory")
-    build.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
+    build.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
     build.set_defaults(command=_build)
     fetch = commands.add_parser("fetch", help="download a checkpoint from the Hugging Face hub")
     fetch.add_argument("repository", metavar="REPO_ID", help="for example cvssp/audioldm2")
     fetch.add_argument("--revision", default="main", help="a branch, a tag or a commit (default: %(default)s)")
     fetch.add_argument("--out", type=Path, required=True, help="the new directory")
     fetch.set_defaults(command=_fetch)
-    verify = commands.add_parser("verify", help="check that a checkpoint is whole and that its shapes fit its configs")
+    verify = commands.add_parser("verify", help="check that a checkpoint is complete and its shapes fit its configs")
     verify.add_argument("directory", type=Path, metavar="DIR")
     verify.set_defaults(command=_verify)
     return parser

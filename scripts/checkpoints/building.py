@@ -1,4 +1,4 @@
-"""Checkpoints of random weights, in the layout that `AudioLDM2Pipeline.from_pretrained` reads."""
+"""Builds checkpoints with random weights, in the layout that `AudioLDM2Pipeline.from_pretrained` reads."""
 
 import json
 from collections.abc import Callable
@@ -37,17 +37,17 @@ _CLIP_LENGTH: Final = 250  # latent frames: 10 s
 def build(size: str, out: Path, seed: int = 0, report: Callable[[str], None] = lambda _: None) -> None:
     """Builds a checkpoint in the new directory `out`; the same `size` and `seed` give the same weights.
 
-    The same to the last bit on the same machine with the same number of threads, else within rounding.
+    They are identical on the same machine with the same number of threads, and within rounding otherwise.
 
-    One component is in memory at a time, but for the VAE and the vocoder, which is scaled on the VAE's mels. `report`
-    hears which component comes next.
+    One component is in memory at a time, except for the VAE and the vocoder, which is scaled on the VAE's mels.
+    `report` is called with the name of each component before it is built.
 
-    Raises `ValueError` for an unknown size and `FileExistsError` where `out` is there and not empty.
+    Raises `ValueError` for an unknown size, and `FileExistsError` if `out` exists and is not empty.
     """
     if size not in SIZES:
         raise ValueError(f"size: got {size!r} but expected one of {', '.join(SIZES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out}: got something that is there already but expected a new directory")
+        raise FileExistsError(f"{out}: got an existing path but expected a new directory")
     out.mkdir(parents=True, exist_ok=True)
     for component in ("scheduler", "feature_extractor"):
         _write_config(size, component, out)
@@ -63,7 +63,7 @@ def build(size: str, out: Path, seed: int = 0, report: Callable[[str], None] = l
         _save(construct(component_config(size, component), generator(seed, component)), size, component, out)
 
     _build_calibrated(size, out, seed, report)
-    # Last, so that an interrupted build does not look whole.
+    # Last, so that an interrupted build does not look complete.
     _write_json(model_index(size), out / MODEL_INDEX)
 
 

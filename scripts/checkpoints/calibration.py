@@ -1,4 +1,4 @@
-"""Adjusts random weights to what they are fed with: an audible vocoder, a CLAP that tells waveforms apart."""
+"""Adjusts random weights to their inputs: an audible vocoder, and a CLAP that distinguishes waveforms."""
 
 from math import atanh
 from typing import Any, Final

@@ -1,7 +1,7 @@
-"""Checkpoints from the Hugging Face hub: safetensors only, resumable, and never half there.
+"""Fetches checkpoints from the Hugging Face hub: safetensors only, resumable, and never incomplete.
 
-`huggingface_hub.snapshot_download` throws a half-finished file away when its process ends, which is gigabytes here,
-and takes what lies in the directory for the whole when the network is down. So the files are asked for one by one.
+`huggingface_hub.snapshot_download` discards an unfinished file, which can be gigabytes here, when its process ends. And
+when the network is down, it takes an incomplete directory for a complete one. So the files are fetched one by one.
 """
 
 import errno
@@ -27,7 +27,7 @@ _UNFINISHED: Final = ".unfinished"
 _LOCK: Final = ".lock"
 _BLOCK: Final = 1 << 20  # bytes
 _TIMEOUT: Final = 30.0  # s without a byte
-_ATTEMPTS: Final = 3  # that bring no byte
+_ATTEMPTS: Final = 3  # in a row without a byte
 
 
 class FetchError(Exception):
@@ -36,26 +36,26 @@ class FetchError(Exception):
 
 @dataclass(frozen=True)
 class Revision:
-    """Which files a directory holds; written beside them."""
+    """Identifies the files of a directory; written beside them."""
 
     repo_id: str
-    revision: str  # as it was asked for
-    sha: str  # the commit that it was
+    revision: str  # as requested
+    sha: str  # the commit it pointed to
 
 
 @dataclass(frozen=True)
 class _File:
     path: str
     size: int  # bytes
-    sha256: str | None  # of the large files
-    blob_id: str | None  # git's hash, of the others
+    sha256: str | None  # for large files
+    blob_id: str | None  # git's hash, for all others
 
 
 def fetch(repo_id: str, revision: str, out: Path) -> str:
     """Downloads a checkpoint into the new directory `out` and returns the commit.
 
-    It grows in `out` + ".partial" and is renamed when it is whole and verified. After a failure the same call goes on
-    where it stopped. The endpoint is that of the environment (HF_ENDPOINT), and so is the token (HF_TOKEN).
+    The files are written to `out` + ".partial", which is renamed once it is complete and verified. After a failure the
+    same call resumes where it stopped. The endpoint and the token come from the environment (HF_ENDPOINT, HF_TOKEN).
 
     Raises `FetchError`.
     """
@@ -76,7 +76,7 @@ def _fetch(repo_id: str, revision: str, out: Path) -> str:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             if _read_revision(out) == resolved:
                 return resolved.sha
-            raise FetchError(f"{out}: got something that is there already but expected a new directory")
+            raise FetchError(f"{out}: got an existing path but expected a new directory")
         partial = out.with_name(out.name + ".partial")
         with _claimed(partial):
             _forget_other_commits(partial, resolved)
@@ -93,7 +93,7 @@ def _fetch(repo_id: str, revision: str, out: Path) -> str:
 
 
 def _list(repo_id: str, revision: str) -> tuple[Revision, list[_File]]:
-    """The commit behind a revision, and the files of a checkpoint in it."""
+    """Returns the commit of a revision, and the checkpoint's files in it."""
     from huggingface_hub import HfApi, constants
 
     info = HfApi(constants.ENDPOINT).model_info(repo_id, revision=revision, files_metadata=True)
@@ -112,13 +112,13 @@ def _list(repo_id: str, revision: str) -> tuple[Revision, list[_File]]:
 
 def _file(sibling: "RepoSibling") -> _File:
     if sibling.size is None:
-        raise FetchError(f"{sibling.rfilename}: the hub did not tell its size")
+        raise FetchError(f"{sibling.rfilename}: the hub did not report its size")
     return _File(sibling.rfilename, sibling.size, sibling.lfs.sha256 if sibling.lfs else None, sibling.blob_id)
 
 
 @contextmanager
 def _claimed(partial: Path) -> Iterator[None]:
-    """Holds `partial` for this process alone."""
+    """Locks `partial` for this process."""
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / _LOCK).open("w") as lock:
         try:
@@ -129,7 +129,7 @@ def _claimed(partial: Path) -> Iterator[None]:
 
 
 def _forget_other_commits(partial: Path, resolved: Revision) -> None:
-    """Empties `partial` unless it was begun for the same commit."""
+    """Empties `partial` unless it was started for the same commit."""
     begun = _read_revision(partial)
     if begun is None or (begun.repo_id, begun.sha) != (resolved.repo_id, resolved.sha):
         for entry in partial.iterdir():
@@ -155,13 +155,13 @@ def _check_space(partial: Path, files: list[_File]) -> None:
 
 
 def _present(path: Path) -> int:
-    """How many bytes of a file are there, finished or not."""
+    """Returns how many bytes of a file are present, finished or not."""
     unfinished = path.with_name(path.name + _UNFINISHED)
     return next((candidate.stat().st_size for candidate in (path, unfinished) if candidate.exists()), 0)
 
 
 def _download(file: _File, resolved: Revision, partial: Path, progress: "tqdm[NoReturn]") -> None:
-    """Fetches what is missing of a file; it has its name only once it is whole."""
+    """Fetches the missing part of a file, which gets its name only once it is complete."""
     from httpx2 import NetworkError, RemoteProtocolError, TimeoutException
 
     path = partial / file.path
@@ -173,7 +173,7 @@ def _download(file: _File, resolved: Revision, partial: Path, progress: "tqdm[No
     attempts = 0
     with unfinished.open("ab") as stream:
         if stream.tell() > file.size:
-            _start_over(stream)  # no beginning of this file
+            _start_over(stream)  # not the beginning of this file
         while stream.tell() != file.size:
             before = stream.tell()
             try:
@@ -187,12 +187,12 @@ def _download(file: _File, resolved: Revision, partial: Path, progress: "tqdm[No
         os.fsync(stream.fileno())
     if not _intact(unfinished, file):
         unfinished.unlink()
-        raise FetchError(f"{resolved.repo_id}: {file.path} does not have the hash that the hub gives; fetch again")
+        raise FetchError(f"{resolved.repo_id}: {file.path} does not match the hub's hash; fetch again")
     unfinished.rename(path)
 
 
 def _append(file: _File, resolved: Revision, stream: BinaryIO, progress: "tqdm[NoReturn]") -> None:
-    """Appends the rest of a file to what is there, as far as the connection lasts."""
+    """Appends the rest of a file, for as long as the connection lasts."""
     from huggingface_hub import constants, get_session, get_token, hf_hub_url, hf_raise_for_status
 
     headers = {"Accept-Encoding": "identity", "Range": f"bytes={stream.tell()}-"}
@@ -201,7 +201,7 @@ def _append(file: _File, resolved: Revision, stream: BinaryIO, progress: "tqdm[N
     url = hf_hub_url(resolved.repo_id, file.path, revision=resolved.sha, endpoint=constants.ENDPOINT)
     with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=_TIMEOUT) as response:
         hf_raise_for_status(response)
-        if response.status_code != 206:  # the server does not know ranges
+        if response.status_code != 206:  # the server does not support ranges
             progress.update(-stream.tell())
             _start_over(stream)
         before = stream.tell()
@@ -211,14 +211,12 @@ def _append(file: _File, resolved: Revision, stream: BinaryIO, progress: "tqdm[N
             stream.write(block)
             progress.update(len(block))
     if stream.tell() == before:
-        raise FetchError(
-            f"{resolved.repo_id}: {file.path}: got {before} of {file.size} bytes, and then an empty answer"
-        )
+        raise FetchError(f"{resolved.repo_id}: {file.path}: got {before} of {file.size} bytes, then an empty response")
 
 
 def _start_over(stream: BinaryIO) -> None:
     stream.truncate(0)
-    stream.seek(0)  # a file that is appended to keeps its position
+    stream.seek(0)  # a file opened for appending keeps its position
 
 
 def _intact(path: Path, file: _File) -> bool:
@@ -241,11 +239,11 @@ def _check(partial: Path, repo_id: str) -> None:
 
     faults = verify(partial)
     if faults:
-        raise FetchError(f"{repo_id}: is no whole checkpoint: {'; '.join(map(str, faults))}")
+        raise FetchError(f"{repo_id}: is not a complete checkpoint: {'; '.join(map(str, faults))}")
 
 
 def _explain(error: Exception, repo_id: str, revision: str) -> str:
-    """One line for what went wrong between here and the hub."""
+    """Describes in one line what went wrong between here and the hub."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RemoteEntryNotFoundError, RevisionNotFoundError
 
@@ -255,21 +253,21 @@ def _explain(error: Exception, repo_id: str, revision: str) -> str:
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         status = error.response.status_code
         if not str(error.response.url).startswith(constants.ENDPOINT):
-            # A signed address, whose refusals are not about the repository; the next attempt asks for a new one.
-            return f"{repo_id}: the hub's storage at {error.response.url.host} answered {status}; fetch again to go on"
+            # A signed address, which refuses for reasons of its own; the next attempt gets a new one.
+            return f"{repo_id}: the hub's storage at {error.response.url.host} answered {status}; fetch again to resume"
         if isinstance(error, GatedRepoError) or status == 403:
             return f"{repo_id}: access denied ({status}): accept its terms on the hub and set HF_TOKEN"
         if status == 401:
             return f"{repo_id}: access denied (401): it is private or does not exist; set HF_TOKEN if it is private"
         if isinstance(error, RemoteEntryNotFoundError):
-            return f"{repo_id}: a file that it lists is not there (404): {error.response.url.path}; fetch again later"
+            return f"{repo_id}: a file that it lists is missing (404): {error.response.url.path}; fetch again later"
         if status == 404:
             return f"{repo_id}: not found on {constants.ENDPOINT} (404)"
         return f"{repo_id}: the hub answered {status}: {line}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"disk full: {error.filename or repo_id}: {error.strerror}; what is there is kept, fetch again to go on"
-    # A file of ours, whose errors in writing have no name. What goes wrong with a connection has no number, or is one
-    # of these two.
+        return f"disk full: {error.filename or repo_id}: {error.strerror}; fetch again to resume"
+    # Local I/O errors have an errno but may lack a filename; connection errors have no errno, or are one of these two
+    # types.
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
         return line if error.filename is not None else f"{repo_id}: could not be written: {line}"
-    return f"{repo_id}: no connection to {constants.ENDPOINT}: {line or type(error).__name__}; fetch again to go on"
+    return f"{repo_id}: no connection to {constants.ENDPOINT}: {line or type(error).__name__}; fetch again to resume"

@@ -1,4 +1,4 @@
-"""What belongs to a checkpoint: its components, their classes and the files they may lie in."""
+"""The layout of a checkpoint: its components, their classes and their files."""
 
 import re
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def belongs(path: str) -> bool:
-    """Whether a file of a repository is part of the checkpoint: no pickles, no variants, no more components."""
+    """Whether a file of a repository belongs to the checkpoint: no pickles, variants or other components."""
     parts = PurePosixPath(path)
     if path == MODEL_INDEX:
         return True
@@ -64,5 +64,5 @@ def belongs(path: str) -> bool:
 
 
 def is_pickle(name: str) -> bool:
-    """Whether a file may run code when it is read as weights."""
+    """Whether loading a file as weights could run code."""
     return name.endswith(_PICKLES)

@@ -1,4 +1,4 @@
-"""Whether a directory holds a whole checkpoint: every component, every config key, every tensor in its shape."""
+"""Verifies that a directory holds a complete checkpoint: every component, config key and tensor shape."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -36,14 +36,14 @@ _REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {
     "vae": ("block_out_channels", "latent_channels", "layers_per_block", "norm_num_groups", "scaling_factor"),
     "vocoder": ("model_in_dim", "sampling_rate", "upsample_initial_channel", "upsample_kernel_sizes", "upsample_rates"),
 }
-"""Keys whose default in the library would make another model, silently."""
+"""Keys without which the library's default would silently make another model."""
 _REQUIRED_OF_CLASS: Final[Mapping[str, tuple[str, ...]]] = {
     SPEECH_ENCODER: ("ffn_dim", "hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"),
 }
 _SECOND_TOKENIZERS: Final[Mapping[str, str]] = {"T5EncoderModel": "T5Tokenizer", SPEECH_ENCODER: "VitsTokenizer"}
 
-# In a file, but not in the model of this version of the library, or the other way round; and the head of GPT-2, which
-# is not used. Whole T5 models have a decoder too.
+# In a file but not in this version's model, or the other way round; and the head of GPT-2, which is not used. Complete
+# T5 models also have a decoder.
 _OPTIONAL: Final = (
     "position_ids",
     "token_type_ids",
@@ -64,7 +64,7 @@ _FAULTS_SHOWN: Final = 3  # of one kind in one component
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong with a checkpoint."""
+    """One fault of a checkpoint."""
 
     component: str
     message: str
@@ -74,9 +74,9 @@ class Fault:
 
 
 def verify(directory: Path) -> list[Fault]:
-    """What is wrong with the checkpoint in `directory`; an empty list for a whole one.
+    """Returns the faults of the checkpoint in `directory`; an empty list if it is complete.
 
-    Reads the headers of the weights, not the weights: a gigabyte takes no longer than a megabyte.
+    Reads only the headers of the weights: a gigabyte takes no longer than a megabyte.
     """
     index = _read_json(directory / MODEL_INDEX)
     if isinstance(index, str):
@@ -89,7 +89,7 @@ def verify(directory: Path) -> list[Fault]:
         faults += [Fault(component, message) for message in found]
     faults += _faults_of_widths(configs)
     faults += _faults_of_speech(index, configs)
-    # Cheap checks first: what follows imports the libraries, which takes seconds.
+    # After the cheap checks, because this imports the libraries, which takes seconds.
     broken = {fault.component for fault in faults}
     for component in CLASSES:
         if component not in broken:
@@ -109,7 +109,7 @@ def _faults_of_files(
     configs: dict[str, dict[str, Any]],
     shapes: dict[str, dict[str, Shape]],
 ) -> Iterator[str]:
-    """Checks the files of one component; what it reads goes to `configs` and `shapes`."""
+    """Checks the files of one component, and stores what it reads in `configs` and `shapes`."""
     entry = index.get(component)
     if not isinstance(entry, list) or len(entry) != 2:
         yield f"got {entry!r} in {MODEL_INDEX} but expected [library, class]"
@@ -137,9 +137,9 @@ def _faults_of_files(
 
 
 def read_shapes(folder: Path, stem: str) -> dict[str, Shape]:
-    """The shapes of all tensors in `folder`, whether in one file or in several.
+    """Returns the shapes of all tensors in `folder`, from one file or several.
 
-    Raises `ValueError` for weights that are missing, only pickled, cut short or spread over files that do not fit.
+    Raises `ValueError` for weights that are missing, only pickled, truncated or spread over files that do not match.
     """
     index = folder / f"{stem}.safetensors.index.json"
     single = folder / f"{stem}.safetensors"
@@ -172,7 +172,7 @@ def _read_header(path: Path) -> dict[str, Shape]:
         with safe_open(path, framework="numpy") as weights:
             return {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path.name} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"{path.name} is not a complete safetensors file: {error}") from error
 
 
 def _faults_of_weights(component: str, name: str, config: dict[str, Any], shapes: dict[str, Shape]) -> Iterator[str]:
@@ -192,7 +192,7 @@ def _faults_of_weights(component: str, name: str, config: dict[str, Any], shapes
     if missing:
         yield f"lacks {_some(missing)}"
     if extra:
-        yield f"has {_some(extra)}, which {name} with this config has not"
+        yield f"has {_some(extra)}, which {name} with this config lacks"
     wrong = [key for key in expected if key in found and found[key] != expected[key] and not _optional(component, key)]
     for key in wrong[:_FAULTS_SHOWN]:
         yield f"{key}: got the shape {list(found[key])} but expected {list(expected[key])}"
@@ -201,7 +201,7 @@ def _faults_of_weights(component: str, name: str, config: dict[str, Any], shapes
 
 
 def _expected_shapes(component: str, name: str, config: dict[str, Any]) -> tuple[dict[str, Shape], set[str]]:
-    """The shapes of the model that `config` describes, and the keys that may be left out as copies of others."""
+    """Returns the shapes of the model that `config` describes, and the keys that may be omitted as copies of others."""
     import torch
 
     model: Any
@@ -224,7 +224,7 @@ def _expected_shapes(component: str, name: str, config: dict[str, Any]) -> tuple
 
 
 def _current_key(component: str, key: str) -> str:
-    """The name that a tensor goes by today, with or without the language model's head."""
+    """Returns the current name of a tensor, with or without the language model's head."""
     if component == "language_model":
         return key.removeprefix("transformer.")
     if component == "vae" and ".attentions." in key:
@@ -240,7 +240,7 @@ def _optional(component: str, key: str) -> bool:
 
 
 def _faults_of_loading(folder: Path, component: str, name: str, configs: Mapping[str, dict[str, Any]]) -> Iterator[str]:
-    """Loads what has no weights, and compares a tokenizer's vocabulary with that of its encoder."""
+    """Loads a component without weights, and compares a tokenizer's vocabulary with that of its encoder."""
     import diffusers
     import transformers
 
@@ -263,7 +263,7 @@ def _faults_of_loading(folder: Path, component: str, name: str, configs: Mapping
 
 
 def _faults_of_widths(configs: Mapping[str, dict[str, Any]]) -> Iterator[Fault]:
-    """Where one component's output does not fit the next one's input."""
+    """Yields where one component's output does not fit the next one's input."""
 
     def of(component: str, key: str) -> Any:
         return configs.get(component, {}).get(key)
@@ -283,7 +283,7 @@ def _faults_of_widths(configs: Mapping[str, dict[str, Any]]) -> Iterator[Fault]:
 
 
 def _faults_of_speech(index: Mapping[str, Any], configs: Mapping[str, dict[str, Any]]) -> Iterator[Fault]:
-    """Where the second text encoder and what stands around it are not of one family."""
+    """Yields where the second text encoder and the components around it do not belong together."""
     if "text_encoder_2" not in configs or "tokenizer_2" not in configs:
         return
     encoder, tokenizer = index["text_encoder_2"][1], index["tokenizer_2"][1]
@@ -303,7 +303,7 @@ def _faults_of_speech(index: Mapping[str, Any], configs: Mapping[str, dict[str, 
 
 
 def _read_json(path: Path) -> dict[str, Any] | str:
-    """The object in a JSON file, or what is wrong with it."""
+    """Returns the object in a JSON file, or a description of what is wrong with it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

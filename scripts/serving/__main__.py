@@ -31,8 +31,8 @@ _NAME: Final = re.compile(r"[A-Za-z]\w*", re.ASCII)
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/serve",
-        description="Serves AudioLDM 2 in the foreground. Each setting may also come from the environment, "
-        "as AUDIOLDM2_ and its name in capitals.",
+        description="Serves AudioLDM 2 in the foreground. Each setting can also be given in the environment, as "
+        "AUDIOLDM2_ followed by its name in capitals.",
     )
     for field in fields(Settings):
         option = f"--{field.name.replace('_', '-')}"
@@ -42,16 +42,16 @@ def parse_arguments() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=CHECKPOINT",
-        help="a further checkpoint, with the same settings, whose models are NAME_audioldm2, NAME_audioldm2_stream and "
-        "so on; may be repeated",
+        help="another checkpoint with the same settings; its models are NAME_audioldm2, NAME_audioldm2_stream and so "
+        "on; may be repeated",
     )
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
     parser.add_argument("--metrics-port", type=int, default=8002)
     parser.add_argument(
-        "--cache-dir", default=DEFAULT_CACHE, help=f"where hub checkpoints go (default: {DEFAULT_CACHE})"
+        "--cache-dir", default=DEFAULT_CACHE, help=f"where hub checkpoints are stored (default: {DEFAULT_CACHE})"
     )
-    parser.add_argument("triton_arguments", nargs="*", help="after --: further arguments of tritonserver")
+    parser.add_argument("triton_arguments", nargs="*", help="after --: more arguments for tritonserver")
     return parser.parse_args()
 
 
@@ -85,14 +85,14 @@ def _further_checkpoints(given: Sequence[str]) -> dict[str, str]:
     for text in given:
         name, _, checkpoint = text.partition("=")
         if not _NAME.fullmatch(name) or not checkpoint or f"{name}_" in checkpoints:
-            expected = "NAME=CHECKPOINT, with a name of letters, digits and _ that no other checkpoint has"
+            expected = "NAME=CHECKPOINT, with a unique name of letters, digits and _"
             raise SettingsError(f"--also: got {text!r} but expected {expected}")
         checkpoints[f"{name}_"] = checkpoint
     return checkpoints
 
 
 def _with_local_checkpoint(given: dict[str, str], cache: Path, option: str) -> dict[str, str]:
-    """The settings as text, of the command line before the environment, with a verified local checkpoint."""
+    """Returns the settings as text, from the command line or the environment, with a verified local checkpoint."""
     resolved = {name: value or os.environ.get(environment_name(name), "") for name, value in given.items()}
     checkpoint = resolved["checkpoint"]
     if not checkpoint:
@@ -109,10 +109,10 @@ def _with_local_checkpoint(given: dict[str, str], cache: Path, option: str) -> d
 
 
 def _run_checkpoint_command(option: str, *arguments: str) -> None:
-    """In a process of its own, so that the memory of what it imports is free again when the server runs."""
+    """Runs it in a separate process, so that the memory of its imports is free again when the server runs."""
     environment = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
     command = [sys.executable, "-m", "checkpoints", *arguments]
-    # Standard output is this command's; progress bars and faults go to standard error.
+    # Standard output belongs to this command; progress bars and faults go to standard error.
     if subprocess.run(command, env=environment, stdout=sys.stderr).returncode:
         raise ServerError(f"{option}: {' '.join(arguments[:2])} failed, see above")
 
@@ -120,16 +120,16 @@ def _run_checkpoint_command(option: str, *arguments: str) -> None:
 def _serve(
     settings: Mapping[str, Settings], run_directory: Path, ports: dict[str, int], triton_arguments: list[str]
 ) -> None:
-    """Runs a server with the models of each of `settings`, by the prefix of their names."""
+    """Runs a server with one set of models for each entry of `settings`, whose key is the prefix of their names."""
     triton = find_triton(run_directory)
     repository = run_directory / "models"
     for prefix, of_checkpoint in settings.items():
         write_repository(MODEL_REPOSITORY, repository, of_checkpoint, prefix)
     # The settings are in the configurations now; the environment would override them.
     environment = {name: value for name, value in triton.environment.items() if not name.startswith(ENVIRONMENT_PREFIX)}
-    # Idle OpenMP threads must not spin: the stages are processes that share the cores (ten times slower otherwise).
+    # Idle OpenMP threads must not spin, because the stages' processes share the cores (ten times slower otherwise).
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Progress bars of the libraries that load the weights do not belong in a server's log.
+    # The progress bars of the libraries that load the weights do not belong in a server's log.
     environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     environment.setdefault("TRANSFORMERS_VERBOSITY", "error")
     environment.setdefault("DIFFUSERS_VERBOSITY", "error")

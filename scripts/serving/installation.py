@@ -1,4 +1,4 @@
-"""Which `tritonserver` there is: the container's, else the one that the wheel `nvidia-pytriton` carries."""
+"""Finds `tritonserver`: the container's, or else the one in the wheel `nvidia-pytriton`."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ class TritonInstallation:
 
 
 def find_triton(run_directory: Path) -> TritonInstallation:
-    """Finds the server; links that the wheel's needs are made in `run_directory`. Raises `InstallationError`."""
+    """Finds the server, and makes the links that the wheel's needs in `run_directory`. Raises `InstallationError`."""
     environment = dict(os.environ)
     # The Python backend's stub takes its interpreter from PATH. The link is to the virtual environment's parent: the
     # package, installed by a relative path, lies beside the environment.
@@ -38,7 +38,7 @@ def find_triton(run_directory: Path) -> TritonInstallation:
         return TritonInstallation(Path(container), (), environment)
     spec = find_spec("pytriton")
     if spec is None or spec.origin is None:
-        raise InstallationError("no tritonserver: start in Triton's container, or install the extra `triton`")
+        raise InstallationError("no tritonserver: run this in Triton's container, or install the extra `triton`")
     site_packages = Path(spec.origin).parent.parent
     wheel = site_packages / "pytriton" / "tritonserver"
     backend = run_directory / "backends" / "python"

@@ -1,6 +1,6 @@
-"""Whether this Python can run the server: its version, and the parts of it that distributions package separately.
+"""Checks whether this Python can run the server: its version, and the parts that distributions package separately.
 
-Runs as a script too, before any environment exists, so it imports the standard library alone.
+Also runs as a script, before any environment exists, so it imports only the standard library.
 """
 
 import ctypes
@@ -27,16 +27,16 @@ def check_version() -> None:
 
 
 def check_venv() -> None:
-    """Raises `InterpreterError` where virtual environments cannot be made, naming Debian's package for that."""
+    """Raises `InterpreterError`, which names Debian's package, if virtual environments cannot be made."""
     version = _dotted(sys.version_info[:2])
     if find_spec("venv") is None or find_spec("ensurepip") is None:
         raise InterpreterError(f"got no venv module: on Debian and Ubuntu, apt-get install python{version}-venv")
 
 
 def library_directory() -> Path:
-    """The folder of the shared library libpython, in which Triton's Python backend runs the models.
+    """Returns the folder of the shared library libpython, in which Triton's Python backend runs the models.
 
-    Raises `InterpreterError` where there is none, naming Debian's package for it.
+    Raises `InterpreterError`, which names Debian's package, if there is none.
     """
     version = _dotted(sys.version_info[:2])
     name = f"libpython{version}.so.1.0"
@@ -45,7 +45,7 @@ def library_directory() -> Path:
         if (directory / name).exists():
             return directory
     try:
-        ctypes.CDLL(name)  # wherever else the system looks
+        ctypes.CDLL(name)  # in the system's other folders
     except OSError:
         raise InterpreterError(
             f"got no {name}, which Triton's Python backend loads: on Debian and Ubuntu, apt-get install "

@@ -1,4 +1,4 @@
-"""A server of one's own on free ports, for as long as a `with` block lasts."""
+"""A private server on free ports, for the duration of a `with` block."""
 
 import signal
 import socket
@@ -34,7 +34,7 @@ class LocalServer:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nothing listens on at the moment."""
+    """Returns ports of this machine on which nothing listens at the moment."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for probe in sockets:
@@ -50,10 +50,10 @@ def local_server(checkpoint: Path, log: Path, *arguments: str) -> Iterator[Local
     """Starts `scripts/serve` and stops it again.
 
     Args:
-        log: a file for what the server writes.
-        arguments: further ones of `scripts/serve`.
+        log: the file for the server's output.
+        arguments: more arguments for `scripts/serve`.
 
-    Raises `ServerError` where it does not become ready or does not stop cleanly; the message has the log's end.
+    Raises `ServerError`, with the end of the log, if the server does not become ready or does not stop cleanly.
     """
     http_port, grpc_port, metrics_port = free_ports(3)
     command = [

@@ -4,9 +4,9 @@ from serving.loopback import read_page
 
 
 def read_metrics(port: int) -> dict[str, float]:
-    """Every sample of the page: by its name with labels, and summed over its labels by the name alone.
+    """Returns every sample of the page by its name with labels, and summed over all labels by the name alone.
 
-    Raises `OSError` where no server answers.
+    Raises `OSError` if no server answers.
     """
     lines = read_page(port, "/metrics", timeout=10).decode().splitlines()
     metrics: dict[str, float] = {}

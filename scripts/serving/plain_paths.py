@@ -1,7 +1,7 @@
-"""Plain names for folders whose paths have blanks or letters outside ASCII.
+"""Plain names for folders whose paths have blanks or non-ASCII letters.
 
 Triton's Python backend embeds an interpreter that starts in the locale C and ignores the environment: whatever
-`PYTHONUTF8` and `LC_ALL` say, no model can open a path with a letter outside ASCII. Blanks break the commands by which
+`PYTHONUTF8` and `LC_ALL` say, no model can open a path with a non-ASCII letter. Blanks break the commands with which
 torch.compile runs the compiler.
 """
 
@@ -21,7 +21,7 @@ class PlainPathError(RuntimeError):
 
 @contextmanager
 def plain_directory() -> Iterator[Path]:
-    """A temporary directory whose path Triton and its shell can read. Raises `PlainPathError` where there is none."""
+    """Makes a temporary directory whose path Triton and its shell can read. Raises `PlainPathError` if it cannot."""
     with tempfile.TemporaryDirectory(prefix="audioldm2-triton-") as directory:
         if not _is_plain(directory):  # Triton starts each model by a shell, without quotes
             parent = str(Path(directory).parent)
@@ -30,7 +30,7 @@ def plain_directory() -> Iterator[Path]:
 
 
 def plain_path(path: Path, directory: Path) -> Path:
-    """The same folder by a plain path: `path` itself, or a link in `directory`."""
+    """Returns a plain path of the same folder: `path` itself, or a link in `directory`."""
     if _is_plain(str(path)):
         return path
     links = directory / _LINKS

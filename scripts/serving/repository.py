@@ -1,8 +1,8 @@
-"""The model repository as one server runs it: the models as they are, with the resolved settings as parameters.
+"""Writes the model repository that one server runs: the same models, with the resolved settings as parameters.
 
-Triton does not expand the environment in `config.pbtxt`, and a client can read only what stands there. So what was
-resolved from the command line and the environment is written into a copy of each configuration; the version folders
-are links.
+Triton does not expand the environment in `config.pbtxt`, and a client can read only what is written there. So the
+settings, resolved from the command line and the environment, are written into a copy of each configuration; the version
+folders are links.
 """
 
 from dataclasses import asdict, replace
@@ -24,8 +24,8 @@ FRONTS = (ENSEMBLE, STREAM)
 def write_repository(source: Path, target: Path, settings: Settings, prefix: str = "") -> None:
     """Makes `target` a model repository that runs the models of `source` with `settings`.
 
-    With a prefix all of them, and what they call each other, are named with it: so several checkpoints lie side by side
-    in one repository. A link that the models need is made beside `target`.
+    With a prefix, all models and the references between them are renamed, so that several checkpoints can be in one
+    repository. A link that the models may need is made beside `target`.
     """
     plain = replace(settings, checkpoint=str(plain_path(Path(settings.checkpoint), target.parent)))
     parameters = {name: _text(value) for name, value in asdict(plain).items()}
@@ -33,7 +33,7 @@ def write_repository(source: Path, target: Path, settings: Settings, prefix: str
     for config_path in sorted(source.glob("*/config.pbtxt")):
         model = config_path.parent
         config = text_format.Parse(config_path.read_text(), model_config_pb2.ModelConfig())
-        # Only what a model declares: the rest does not concern it.
+        # Only the parameters that the model declares.
         for name in config.parameters:
             config.parameters[name].string_value = (public if model.name in FRONTS else parameters).get(
                 name, config.parameters[name].string_value
@@ -50,7 +50,7 @@ def write_repository(source: Path, target: Path, settings: Settings, prefix: str
 
 
 def _public_parameters(settings: Settings) -> dict[str, str]:
-    """What clients are told about the checkpoint."""
+    """Returns what clients can read about the checkpoint."""
     checkpoint = Path(settings.checkpoint)
     geometry = read_audio_geometry(checkpoint)
     return {
@@ -63,7 +63,7 @@ def _public_parameters(settings: Settings) -> dict[str, str]:
 
 
 def _place(config: Any, device: str) -> None:
-    """Keeps instances of automatic kind off the devices that are not asked for."""
+    """Keeps instances of automatic kind off all devices except the configured one."""
     for group in config.instance_group:
         if group.kind != group.KIND_AUTO:
             continue

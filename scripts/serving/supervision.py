@@ -1,4 +1,4 @@
-"""Running `tritonserver` in the foreground, and stopping it cleanly."""
+"""Runs `tritonserver` in the foreground, and stops it cleanly."""
 
 import contextlib
 import re
@@ -17,12 +17,12 @@ from serving.loopback import read_page
 from serving.metrics import read_metrics
 
 EXIT_TIMEOUT_IN_S: Final = 30
-SETTLING_TIME_IN_S: Final = 0.5  # a request between two stages shows in neither
+SETTLING_TIME_IN_S: Final = 0.5  # a request between two stages is counted by neither
 _LOAD_FAILURE: Final = re.compile(r"failed to load '(\w+)' version \d+: (.*)")
 
 
 class ServerError(RuntimeError):
-    """The server did not start, or stopped by itself."""
+    """The server did not start, or stopped unexpectedly."""
 
 
 def check_ports_free(ports: Mapping[str, int]) -> None:
@@ -43,7 +43,7 @@ def run_server(
     metrics_port: int,
     on_ready: Callable[[], None],
 ) -> None:
-    """Runs the server until SIGTERM, or Ctrl-C unless ignored. Raises `ServerError` where it stops by itself."""
+    """Runs the server until SIGTERM, or Ctrl-C unless ignored. Raises `ServerError` if it stops unexpectedly."""
     process = subprocess.Popen(
         command,
         env=dict(environment),
@@ -51,17 +51,17 @@ def run_server(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # Ctrl-C is for us; we tell the server
+        start_new_session=True,  # Ctrl-C must reach only this process, which then stops the server
     )
     stopping = threading.Event()
 
     def stop(*_: object) -> None:
-        # Once: a second signal makes Triton exit at once, with requests in flight.
+        # Only once: a second signal makes Triton exit immediately, with requests in flight.
         if not stopping.is_set():
             stopping.set()
             threading.Thread(target=_drain_and_terminate, args=(process, metrics_port), daemon=True).start()
 
-    # A job in the background is started with Ctrl-C ignored, and goes on when another job gets it.
+    # A shell starts background jobs with Ctrl-C ignored, so that they survive when another job receives it.
     obeyed = [signal.SIGTERM, *([] if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else [signal.SIGINT])]
     previous = {number: signal.signal(number, stop) for number in obeyed}
     failures: list[str] = []
@@ -79,7 +79,7 @@ def run_server(
 
 
 def _drain_and_terminate(process: subprocess.Popen[str], metrics_port: int) -> None:
-    """Lets running requests finish first: Triton before 25.05 drops those of gRPC that are inside an ensemble."""
+    """Lets running requests finish first: Triton before 25.05 drops gRPC requests that are inside an ensemble."""
     deadline = time.monotonic() + EXIT_TIMEOUT_IN_S
     idle_since = time.monotonic()
     try:
@@ -94,10 +94,10 @@ def _drain_and_terminate(process: subprocess.Popen[str], metrics_port: int) -> N
 
 
 def _requests_inside(metrics_port: int) -> float:
-    """The requests that any stage works on."""
+    """Returns the number of requests in progress in all stages."""
     try:
         metrics = read_metrics(metrics_port)
-    except (OSError, HTTPException, ValueError):  # no server any more, or half a page
+    except (OSError, HTTPException, ValueError):  # the server has gone, or sent half a page
         return 0
     return metrics.get(STAGE_REQUESTS, 0.0)
 
@@ -105,7 +105,7 @@ def _requests_inside(metrics_port: int) -> float:
 def _forward_log(process: subprocess.Popen[str], failures: list[str]) -> None:
     assert process.stdout is not None
     for line in process.stdout:
-        # Whatever becomes of it, the server must be able to go on writing.
+        # Even if this fails, the server must be able to go on writing.
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.write(line)
             sys.stderr.flush()
@@ -116,7 +116,7 @@ def _forward_log(process: subprocess.Popen[str], failures: list[str]) -> None:
 def _report_ready(
     process: subprocess.Popen[str], http_port: int, metrics_port: int, on_ready: Callable[[], None]
 ) -> None:
-    # Triton opens the port of the metrics last.
+    # Triton opens the metrics port last.
     while process.poll() is None:
         try:
             read_page(http_port, "/v2/health/ready", timeout=5)

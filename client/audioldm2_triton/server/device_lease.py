@@ -1,6 +1,6 @@
-"""Whose weights are on a device: the stage processes of one device take turns by a lock on a file.
+"""Decides whose weights are on a device: the stage processes of one device take turns with a lock on a file.
 
-A lock of `flock` goes with its process: whoever crashes has given it back.
+A lock of `flock` ends with its process, so a process that crashes releases it.
 """
 
 import fcntl
@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Final
 
 LEASES: Final = Path("/dev/shm")
-"""Where the files lie: seen by all processes of the machine or the container, and empty when it starts."""
+"""The directory of the files: visible to all processes of the machine or container, and empty when it starts."""
 
 
 class DeviceLease:
-    """The right to have weights on one device, which one of its holders has at a time.
+    """The right to have weights on one device, held by one process at a time.
 
-    First come, first served: who waits for the lease also holds the queue, so that a holder who gives way is not the
-    first to come back. Used by one thread at a time.
+    First come, first served: the first to wait for the lease also holds the queue, so that a holder that yields is not
+    the next to get it. Used by one thread at a time.
 
     Args:
-        device: a name that all processes have for the device, such as `cpu`.
+        device: a name of the device that is the same in all processes, such as `cpu`.
     """
 
     def __init__(self, device: str, directory: Path = LEASES) -> None:
-        # One user's processes: another's files could not be opened.
+        # One lease per user, because another user's files could not be opened.
         stem = f"audioldm2-{os.getuid()}-{device}"
         self._queue, self._lease = (_open(directory / f"{stem}.{kind}") for kind in ("queue", "lease"))
 
@@ -39,7 +39,7 @@ class DeviceLease:
         fcntl.flock(self._lease, fcntl.LOCK_UN)
 
     def is_wanted(self) -> bool:
-        """Whether somebody waits for the lease; asked by its holder."""
+        """Whether another process waits for the lease; for its holder to ask."""
         try:
             fcntl.flock(self._queue, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -48,7 +48,7 @@ class DeviceLease:
         return False
 
     def close(self) -> None:
-        """Gives back what is held."""
+        """Releases whatever is held."""
         for file in (self._queue, self._lease):
             os.close(file)
 

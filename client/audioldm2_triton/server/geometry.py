@@ -1,4 +1,4 @@
-"""How seconds become latent frames and samples in one checkpoint, read from its configurations."""
+"""Converts seconds to latent frames and samples for one checkpoint, as its configurations say."""
 
 import json
 from dataclasses import dataclass
@@ -30,10 +30,11 @@ class AudioGeometry:
         return ceil(int(audio_length_in_s / self.frame_length_in_s) / self.vae_scale_factor)
 
     def window_frames(self, window_length_in_s: float) -> tuple[int, int]:
-        """Latent frames of a window and of the overlap of two, half of it; zeros for the length 0: no windows.
+        """Returns the latent frames of a window and of the overlap, half of it; zeros for the length 0: no windows.
 
-        Both are multiples of what the UNet's downsampling takes together, so that windows begin and end where it does:
-        the window is rounded up, the overlap down. With less overlap the character of the sound changes at the seams.
+        Both are multiples of the UNet's total downsampling factor, so that windows begin and end on frames of its
+        lowest resolution: the window is rounded up, the overlap down. With less overlap the sound's character changes
+        at the seams.
         """
         if window_length_in_s == 0:
             return 0, 0
@@ -47,7 +48,7 @@ class AudioGeometry:
 
 
 def read_audio_geometry(checkpoint: Path) -> AudioGeometry:
-    """Reads the components' `config.json`. Raises `OSError` and `KeyError` for a checkpoint that is not whole."""
+    """Reads the components' `config.json`. Raises `OSError` and `KeyError` for an incomplete checkpoint."""
     vocoder, vae, unet = (_read_config(checkpoint / part / "config.json") for part in ("vocoder", "vae", "unet"))
     vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
     return AudioGeometry(

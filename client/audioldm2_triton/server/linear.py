@@ -1,8 +1,8 @@
 """Linear layers on a CPU, by oneDNN.
 
-PyTorch gives products in float32 to MKL. On an AMD EPYC with AVX-512 the same product takes oneDNN, which computes
-PyTorch's convolutions, less than half the time; other processors have not been measured. The results differ by
-rounding. Products in bfloat16 are oneDNN's already.
+PyTorch computes products in float32 with MKL. On an AMD EPYC with AVX-512, oneDNN, which computes PyTorch's
+convolutions, takes less than half the time; other processors were not measured. The results differ by rounding. For
+bfloat16 PyTorch uses oneDNN anyway.
 """
 
 from typing import Any, Final
@@ -13,16 +13,16 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 PRODUCT: Final = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-"""oneDNN's product, of builds that have it."""
+"""oneDNN's product, in builds of PyTorch that have it."""
 WORTHWHILE: Final = 2**21
-"""Multiplications from which on oneDNN is faster: a call costs 10 microseconds more than one of MKL."""
+"""oneDNN is faster from this number of multiplications: a call costs 10 microseconds more than one of MKL."""
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: `hidden` [..., K], `weight` [N, K], `bias` [N], to [..., N].
 
-    Training, compiled code and small products get PyTorch's own: oneDNN's has no gradient, and compilers have ways of
-    theirs.
+    Training, compiled code and small products use PyTorch's own: oneDNN's has no gradient, and compilers choose their
+    own kernels.
     """
     if (
         PRODUCT is None
@@ -51,7 +51,7 @@ class Linear(nn.Module):
 
 
 def replace_linear_layers(module: nn.Module) -> None:
-    """Has all linear layers of a module computed by `linear`; their parameters and names stay."""
+    """Replaces all linear layers of a module by `Linear`; their parameters and names stay."""
     for name, layer in list(module.named_modules()):
         if type(layer) in (nn.Linear, Conv1D):
             module.set_submodule(name, Linear(layer))

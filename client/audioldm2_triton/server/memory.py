@@ -8,10 +8,10 @@ if TYPE_CHECKING:
 
 
 def peak_memory_bytes(device: "torch.device") -> int:
-    """The most that PyTorch has reserved on a GPU, CUDA graphs included; else the highest resident set of this
-    process; 0 where unknown.
+    """Returns the most that PyTorch has reserved on a GPU, CUDA graphs included; on a CPU, the process's peak resident
+    set, or 0 if unknown.
 
-    Since the start, or since the peak was reset (`torch.cuda.reset_peak_memory_stats`; `/proc/PID/clear_refs`).
+    Counts from the start, or from a reset of the peak (`torch.cuda.reset_peak_memory_stats`; `/proc/PID/clear_refs`).
     """
     if device.type != "cuda":
         return peak_resident_bytes()
@@ -21,7 +21,7 @@ def peak_memory_bytes(device: "torch.device") -> int:
 
 
 def peak_resident_bytes(process: int | str = "self") -> int:
-    """`VmHWM` of a process by its id; 0 on systems that do not tell it. Raises `OSError` where it has ended."""
+    """Returns `VmHWM` of a process by its id; 0 on systems without it. Raises `OSError` if the process has ended."""
     status = Path(f"/proc/{process}/status")
     if process == "self" and not status.exists():
         return 0

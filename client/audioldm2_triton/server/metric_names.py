@@ -1,4 +1,4 @@
-"""The names of the metrics of our own on Triton's `/metrics`; `OPERATIONS.md` says what each means."""
+"""The names of our own metrics on Triton's `/metrics`; `OPERATIONS.md` explains each."""
 
 from typing import Final
 

@@ -1,7 +1,7 @@
-"""Where the checkpoint, the device, the dtype and the limits come from.
+"""The settings of a server: the checkpoint, the device, the dtype, the limits and so on.
 
-Each setting is a parameter of the models' `config.pbtxt`; an environment variable of the same name in capitals, with
-the prefix `AUDIOLDM2_`, overrides it for all models at once.
+Each setting is a parameter in the models' `config.pbtxt`. The environment variable of the same name, in capitals and
+with the prefix `AUDIOLDM2_`, overrides it for all models at once.
 """
 
 import os
@@ -30,9 +30,9 @@ def _setting(default: Any, help: str, choices: Sequence[str] = (), range: tuple[
     """Declares a setting.
 
     Args:
-        help: what it does and what its default means, for people who start a server.
+        help: what it does and what its default means, for whoever starts a server.
         choices: the values that it may have, besides its default.
-        range: of a number, both ends included.
+        range: the lowest and the highest number that it may be.
     """
     return field(default=default, metadata={"help": help, "choices": tuple(choices), "range": range})
 
@@ -49,16 +49,14 @@ class Settings:
             "range": None,
         }
     )
-    device: str = _setting("auto", f"{DEVICES} (default: auto: the GPUs, where there are any)")
+    device: str = _setting("auto", f"{DEVICES} (default: auto: all GPUs, or the CPU if there are none)")
     dtype: str = _setting(
-        "auto", "auto, float32, float16 or bfloat16 (default: auto: float16 on a GPU, else float32)", DTYPES
+        "auto", "auto, float32, float16 or bfloat16 (default: auto: float16 on a GPU, float32 on a CPU)", DTYPES
     )
-    max_audio_length_in_s: float = _setting(
-        300.0, "the longest audio that is accepted (default: 300)", range=(0.1, 3600)
-    )
-    max_num_inference_steps: int = _setting(200, "the most steps that are accepted (default: 200)", range=(1, 1000))
+    max_audio_length_in_s: float = _setting(300.0, "the longest audio accepted (default: 300)", range=(0.1, 3600))
+    max_num_inference_steps: int = _setting(200, "the most steps accepted (default: 200)", range=(1, 1000))
     max_num_waveforms_per_prompt: int = _setting(
-        8, "the most waveforms per prompt that are accepted (default: 8)", range=(1, 64)
+        8, "the most waveforms per prompt accepted (default: 8)", range=(1, 64)
     )
     max_active_rows: int = _setting(
         0, "UNet batch items in flight in one engine (default: 0: derived from the device)", range=(0, 4096)
@@ -68,30 +66,31 @@ class Settings:
     )
     compile: str = _setting(
         "auto",
-        "on: torch.compile, and CUDA graphs on a GPU; graphs: those alone; off (default: auto: graphs on a GPU)",
+        "on: torch.compile, and CUDA graphs on a GPU; graphs: CUDA graphs only; off: neither "
+        "(default: auto: graphs on a GPU, off on a CPU)",
         COMPILE,
     )
     compile_lengths_in_s: str = _setting(
-        "", "audio lengths to compile for, as 2.56,10.24 (default: the checkpoint's native length)"
+        "", "audio lengths to compile for, such as 2.56,10.24 (default: the checkpoint's native length)"
     )
     compile_max_rows: int = _setting(
         0, "UNet batch items of the largest compiled forward (default: 0: derived from the device)", range=(0, 4096)
     )
     embedding_cache_size: int = _setting(
-        1024, "texts whose encoding is kept; 0: none (default: 1024)", range=(0, 1_000_000)
+        1024, "number of texts whose encoding is kept (default: 1024)", range=(0, 1_000_000)
     )
     guidance_interval: str = _setting(
-        "0,1", "lossy: guidance in a part of the steps only, as 0,0.7 (default: 0,1: in all)"
+        "0,1", "lossy: guidance only between these shares of the steps, such as 0,0.7 (default: 0,1: always)"
     )
     timestep_spacing: str = _setting(
         "",
-        f"lossy: other timesteps than the checkpoint's: {', '.join(TIMESTEP_SPACINGS[:-1])} or {TIMESTEP_SPACINGS[-1]} "
-        "(default: the checkpoint's)",
+        f"lossy: how timesteps are spaced: {', '.join(TIMESTEP_SPACINGS[:-1])} or {TIMESTEP_SPACINGS[-1]} "
+        "(default: as in the checkpoint)",
         TIMESTEP_SPACINGS,
     )
     full_negative_prompt: str = _setting(
         "off",
-        "on: T5 reads a negative prompt whole; off: cut to the prompt's number of tokens, as the reference does "
+        "on: T5 reads the whole negative prompt; off: cut to the prompt's number of tokens, as in the reference "
         "(default: off)",
         SWITCH,
     )
@@ -100,7 +99,7 @@ class Settings:
     )
     default_timeout_in_s: float = _setting(
         3600.0,
-        "seconds until a request that sets no timeout is given up; 0: never (default: 3600)",
+        "seconds after which a request without a timeout is given up; 0: never (default: 3600)",
         range=(0, 1_000_000),
     )
 
@@ -115,7 +114,7 @@ class Settings:
         return first, last
 
     def lengths_to_compile(self, native_audio_length_in_s: float) -> tuple[float, ...]:
-        """Seconds of audio, the shortest first."""
+        """Returns seconds of audio, the shortest first."""
         if not self.compile_lengths_in_s:
             return (native_audio_length_in_s,)
         return tuple(sorted({float(length) for length in self.compile_lengths_in_s.split(",")}))
@@ -126,7 +125,7 @@ def environment_name(setting: str) -> str:
 
 
 def read_settings(parameters: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> Settings:
-    """Settings from a model's parameters, overridden by the environment; an empty value counts as not given.
+    """Reads a model's parameters, overridden by the environment; an empty value counts as not given.
 
     Raises `SettingsError`, which names the setting, what was given and what is accepted.
     """
@@ -138,7 +137,7 @@ def read_settings(parameters: Mapping[str, str], environ: Mapping[str, str] = os
     settings = Settings(**values)
     if settings.offload == "on" and settings.compile in ("on", "graphs"):
         raise SettingsError(
-            f"compile: got {settings.compile!r} with offload but expected auto or off: graphs need weights that stay"
+            f"compile: got {settings.compile!r} with offload but expected auto or off: graphs need weights in place"
         )
     _check_lengths(settings)
     _check_guidance_interval(settings)
@@ -151,7 +150,7 @@ def read_settings(parameters: Mapping[str, str], environ: Mapping[str, str] = os
 
 
 def read_default_timeout(parameters: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> float:
-    """`default_timeout_in_s` alone, for a model that has no checkpoint. Raises `SettingsError`."""
+    """Reads `default_timeout_in_s` alone, for a model without a checkpoint. Raises `SettingsError`."""
     setting = next(each for each in fields(Settings) if each.name == "default_timeout_in_s")
     given = _given(setting.name, parameters, environ)
     return float(_parse(setting, given)) if given else Settings.default_timeout_in_s
@@ -181,11 +180,11 @@ def _check_guidance_interval(settings: Settings) -> None:
         valid = False
     if not valid:
         given = settings.guidance_interval
-        raise SettingsError(f"guidance_interval: got {given!r} but expected two shares of the steps, as 0,0.7")
+        raise SettingsError(f"guidance_interval: got {given!r} but expected two shares of the steps, such as 0,0.7")
 
 
 def _parse(setting: "Field[Any]", given: str) -> Any:
-    """The value of a setting from its text, checked by itself. Raises `SettingsError`."""
+    """Parses the text of one setting and checks it by itself. Raises `SettingsError`."""
     choices, span = setting.metadata["choices"], setting.metadata["range"]
     if choices and given not in choices:
         raise SettingsError(f"{setting.name}: got {given!r} but expected one of {', '.join(choices)}")
@@ -204,9 +203,9 @@ def _parse(setting: "Field[Any]", given: str) -> Any:
 
 
 def resolve_device(settings: Settings, instance_kind: str = "", instance_id: int = 0) -> "torch.device":
-    """The device of one model instance: what is set, else the GPU that Triton dealt the instance, else the CPU.
+    """Returns the device of one model instance: the configured one, or the GPU that Triton assigned, or the CPU.
 
-    Raises `SettingsError` where CUDA is asked for and there is none.
+    Raises `SettingsError` if CUDA is configured but unavailable.
     """
     import torch
 
@@ -222,7 +221,10 @@ def resolve_device(settings: Settings, instance_kind: str = "", instance_id: int
 
 
 def resolve_dtype(settings: Settings, device: "torch.device") -> "torch.dtype":
-    """float16 on CUDA and float32 on a CPU, unless set. Raises `SettingsError` for float16 on a CPU."""
+    """Returns the configured dtype, by default float16 on CUDA and float32 on a CPU.
+
+    Raises `SettingsError` for float16 on a CPU.
+    """
     import torch
 
     if settings.dtype == "auto":
@@ -236,8 +238,8 @@ def resolve_dtype(settings: Settings, device: "torch.device") -> "torch.dtype":
 def resolve_compile(settings: Settings, device: "torch.device") -> bool:
     """Whether a stage on this device prepares forwards of fixed shapes before it is ready.
 
-    Never with offload: weights that come and go cannot be replayed in CUDA graphs. Raises `SettingsError` for graphs
-    without a GPU.
+    Never with offload, because CUDA graphs need weights that stay in place. Raises `SettingsError` for graphs without a
+    GPU.
     """
     if settings.offload == "on":
         return False
@@ -247,5 +249,5 @@ def resolve_compile(settings: Settings, device: "torch.device") -> bool:
 
 
 def uses_compiler(settings: Settings) -> bool:
-    """Whether what is prepared goes through `torch.compile`; on a GPU it becomes CUDA graphs either way."""
+    """Whether the prepared forwards go through `torch.compile`; on a GPU they become CUDA graphs either way."""
     return settings.compile == "on"

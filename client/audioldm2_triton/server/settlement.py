@@ -1,8 +1,8 @@
-"""One final answer for every request that a model takes, whatever is raised wherever.
+"""Exactly one final answer for every request that a model takes, whatever is raised, in whichever thread.
 
-A `Settlement` is made at the moment a model takes a request, and owns the sending of its one final answer. Forgetting
-it is no way out: when the last reference to it is gone, when its deadline has long passed, and when the model stops, a
-thread of the `Settlements` answers instead.
+A `Settlement` is created at the moment a model takes a request, and alone sends its final answer. A request cannot be
+forgotten: when the last reference to its settlement is gone, when its deadline has long passed, and when the model
+stops, a thread of the `Settlements` answers instead.
 """
 
 import logging
@@ -17,12 +17,12 @@ from audioldm2_triton.errors import DEADLINE_EXCEEDED, DeadlineExceededError, In
 T = TypeVar("T")
 R = TypeVar("R")
 Prepare: TypeAlias = Callable[[T | BaseException], Any]
-"""Makes the final response of an outcome: what was asked for, or why it cannot be had."""
+"""Makes the final response from an outcome: the result, or the error."""
 Send: TypeAlias = Callable[[Any], None]
 """Sends a final response."""
 
 GRACE_IN_S: Final = 1.0
-"""How long after its deadline a request is left to its stage, which can say more; less than a client's own margin."""
+"""How long after the deadline the stage may still answer, since its message says more; less than a client's margin."""
 _LONGEST_WAIT_IN_S: Final = 3600.0
 _LAST_ANSWERS_IN_S: Final = 5.0
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class AnsweredError(InternalError):
-    """The request has its final answer."""
+    """The request has already had its final answer."""
 
 
 class Settlement(Generic[T]):
@@ -41,21 +41,21 @@ class Settlement(Generic[T]):
         self._dropped = dropped
 
     def __del__(self) -> None:
-        # Called anywhere, so no lock may be taken here: putting into this queue is safe by its documentation.
+        # This may run anywhere, so it must not take a lock; `SimpleQueue.put` is documented to be safe.
         if not self._open.settled:
             self._dropped.put(self._open)
 
     @property
     def settled(self) -> bool:
-        """Whether the request has its answer, or is about to."""
+        """Whether the request has been answered, or is about to be."""
         return self._open.settled
 
     def settle(self, outcome: T | BaseException) -> bool:
-        """Sends the answer and returns True, unless there was one before. Raises nothing: what fails is logged."""
+        """Sends the answer and returns True, unless there was one before. Raises nothing: failures are logged."""
         return self._open.answer(outcome)
 
     def while_open(self, call: Callable[[], R]) -> R:
-        """What `call` returns, during which no answer is sent. Raises `AnsweredError` if one was."""
+        """Returns the result of `call`, during which no answer is sent. Raises `AnsweredError` if one has been."""
         return self._open.while_open(call)
 
     def expect_by(self, deadline_ns: int) -> None:
@@ -65,11 +65,11 @@ class Settlement(Generic[T]):
 
 
 class Settlements:
-    """The requests that one model has taken and not answered yet.
+    """The requests that one model has taken and not yet answered.
 
     Args:
-        stage: the model's name, for the answers that it did not give itself.
-        count: adds to the gauge of the requests that the stage works on.
+        stage: the model's name, for the answers that are given in its place.
+        count: adds to the gauge of the requests in progress.
     """
 
     def __init__(self, stage: str, count: Callable[[int], None], grace_in_s: float = GRACE_IN_S) -> None:
@@ -79,17 +79,17 @@ class Settlements:
         self._lock = threading.Lock()
         self._open: set[_OpenRequest[Any]] = set()
         self._closed = False
-        # None: something else has changed.
+        # None: a deadline has changed, or the model stops.
         self._dropped: SimpleQueue[_OpenRequest[Any] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._watch, name=f"settlements-{stage}", daemon=True)
         self._thread.start()
 
     def take(self, prepare: Prepare[T], send: Send) -> Settlement[T]:
-        """The settlement of a request that has just arrived.
+        """Opens the settlement of a request that has just arrived.
 
         Args:
-            prepare: may take its time: until it is done, somebody else may answer.
-            send: called once; once more with an error, if that failed.
+            prepare: makes the response, and may be slow: until it returns, another thread may answer instead.
+            send: called once, and once more with an error if that failed.
         """
         open_request: _OpenRequest[T] = _OpenRequest(self, prepare, send)
         self._add(1)
@@ -102,7 +102,7 @@ class Settlements:
         return settlement
 
     def close(self) -> None:
-        """Answers all that is open."""
+        """Answers every open request."""
         with self._lock:
             self._closed = True
             left = list(self._open)
@@ -120,7 +120,7 @@ class Settlements:
         try:
             self._count(requests)
         except Exception:
-            logger.exception("%s: the gauge of its requests is wrong from here on", self.stage)
+            logger.exception("%s: the gauge of its requests is wrong from now on", self.stage)
 
     def _shutting_down(self) -> UnavailableError:
         return UnavailableError(f"{self.stage} is shutting down; try again")
@@ -131,8 +131,8 @@ class Settlements:
                 self._answer_dropped(self._seconds_to_wait())
                 self._answer_late()
             except BaseException:
-                # Nothing here is expected to raise; but this thread is the last that can answer.
-                logger.exception("%s: open requests could not be looked after", self.stage)
+                # Nothing here is expected to raise, but no other thread would answer in its place.
+                logger.exception("%s: open requests could not be checked", self.stage)
 
     def _seconds_to_wait(self) -> float:
         with self._lock:
@@ -161,13 +161,13 @@ class Settlements:
 
 
 class _OpenRequest(Generic[T]):
-    """What is needed to answer a request. It knows nothing of its `Settlement`, whose end it must outlive."""
+    """What is needed to answer a request. Holds no reference to its `Settlement`, because it must outlive it."""
 
     def __init__(self, settlements: Settlements, prepare: Prepare[T], send: Send) -> None:
         self.deadline_ns = 0
         self._settlements = settlements
         self._ways: tuple[Prepare[T], Send] | None = (prepare, send)
-        self._claim = threading.Lock()  # taken by whoever answers, and never given back
+        self._claim = threading.Lock()  # taken by whoever answers, and never released
         self._sending = threading.Lock()  # held while the response sender is used
 
     @property
@@ -179,9 +179,9 @@ class _OpenRequest(Generic[T]):
         prepared = None if ways is None or self.settled else self._prepare(outcome, ways[0])
         if not self._claim.acquire(blocking=False):
             kind = type(outcome).__name__
-            logger.warning("%s: not sent, since the request has its answer: %s", self._settlements.stage, kind)
+            logger.warning("%s: not sent, since the request has been answered: %s", self._settlements.stage, kind)
             return False
-        assert ways is not None  # it is there until somebody has claimed the answer
+        assert ways is not None  # it is set until the answer is claimed
         try:
             with self._sending:
                 self._deliver(prepared, *ways)
@@ -195,11 +195,11 @@ class _OpenRequest(Generic[T]):
     def while_open(self, call: Callable[[], R]) -> R:
         with self._sending:
             if self.settled:
-                raise AnsweredError(f"{self._settlements.stage}: the request has its final answer already")
+                raise AnsweredError(f"{self._settlements.stage}: the request has already had its final answer")
             return call()
 
     def _prepare(self, outcome: T | BaseException, prepare: Prepare[T]) -> Any:
-        """The response, or None where there is none."""
+        """Makes the response; None if not even an error could be made."""
         try:
             return prepare(outcome)
         except BaseException as error:
@@ -214,7 +214,7 @@ class _OpenRequest(Generic[T]):
         try:
             send(prepared)
         except BaseException as error:
-            # It may have been the answer, which is too large for the shared memory.
+            # The answer may have been too large for the shared memory.
             logger.exception("%s: an answer could not be sent", self._settlements.stage)
             send(prepare(self._not_sent(error)))
 

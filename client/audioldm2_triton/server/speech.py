@@ -1,4 +1,4 @@
-"""Which checkpoints speak: those whose second text encoder is VITS, which reads the words to say."""
+"""Recognises checkpoints that speak: their second text encoder is VITS, which reads the words to say."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,10 @@ from typing import Final
 
 SPEECH_ENCODER: Final = "VitsModel"
 END_TOKEN: Final = 182
-"""What the reference ends a transcription with, in place of the first token 0; AudioLDM 2 counts phonemes so."""
+"""The token with which the reference ends a transcription, in place of the first token 0."""
 
 
 def speaks(checkpoint: Path) -> bool:
-    """Whether requests to a checkpoint need a `transcription`. Raises `OSError` and `KeyError` for one that is not
-    whole."""
+    """Whether requests to a checkpoint need a `transcription`. Raises `OSError` and `KeyError` if it is incomplete."""
     index = json.loads((checkpoint / "model_index.json").read_text())
     return bool(index["text_encoder_2"][1] == SPEECH_ENCODER)

@@ -1,7 +1,7 @@
-"""How many threads a stage's process computes with on a CPU.
+"""Chooses how many threads a stage's process computes with on a CPU.
 
-Three stages share the cores. More threads than the work can use only take cores from the neighbours: the small kernels
-of a small checkpoint are slower on two threads than on one.
+Three stages share the cores. More threads than the work can use only take cores from the other stages: the small
+kernels of a small checkpoint are slower on two threads than on one.
 """
 
 import logging
@@ -13,15 +13,15 @@ from typing import Final
 logger = logging.getLogger(__name__)
 
 WORTHWHILE: Final = 0.85
-"""More threads must bring the time down to this share at least."""
+"""More threads must reduce the time to at most this share."""
 _REPEATS: Final = 3
 
 
 def set_measured_threads(work: Callable[[], object]) -> int:
-    """Sets PyTorch's threads to as many as `work` can use: 1, 2, 4 ... up to the cores, while more of them pay.
+    """Sets PyTorch's threads to as many as `work` can use: 1, 2, 4 ... up to the cores, as long as doubling pays.
 
-    Nothing is measured where OMP_NUM_THREADS is set. Call it before other threads of this process compute: each takes
-    the number over when it first does.
+    Measures nothing if OMP_NUM_THREADS is set. Call it before other threads of this process compute: each adopts the
+    number when it first does.
     """
     import torch
 
@@ -29,7 +29,7 @@ def set_measured_threads(work: Callable[[], object]) -> int:
         return torch.get_num_threads()
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(1)
-    work()  # the first call pays for what happens once
+    work()  # the first call includes one-time costs
     threads, seconds = 1, _time(work)
     while threads < cores:
         more = min(2 * threads, cores)

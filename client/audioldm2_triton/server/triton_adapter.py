@@ -1,4 +1,4 @@
-"""What the models' `model.py` share: Triton requests to NumPy and back, exceptions to Triton's error codes.
+"""The common part of the models' `model.py`, whose adapters take, parse, compute and settle requests.
 
 Imports `triton_python_backend_utils`, which exists only inside Triton's Python backend.
 """
@@ -39,7 +39,7 @@ R = TypeVar("R")
 
 
 def model_settings(args: Mapping[str, str]) -> Settings:
-    """The settings of a model from the `args` of its `initialize`; what it logs goes to the server's log from here on.
+    """Reads the settings of a model from the `args` of its `initialize`, and directs its log to the server's.
 
     Raises `SettingsError`.
     """
@@ -49,8 +49,8 @@ def model_settings(args: Mapping[str, str]) -> Settings:
 
 def prepare_process(args: Mapping[str, str]) -> None:
     """Sets the locale and the log of a model's process."""
-    # Triton's embedded interpreter starts in the locale C, whatever the environment says: files with anything but ASCII
-    # could not be read, those of the compiler among them.
+    # Triton's embedded interpreter starts in the locale C, whatever the environment says: files with non-ASCII text,
+    # such as the compiler's, could not be read.
     locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
     logging.basicConfig(level=logging.INFO, format=f"{args['model_name']}: %(message)s")
 
@@ -63,7 +63,7 @@ def model_parameters(args: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ReadRequest:
-    """What a request says, independent of Triton's buffers."""
+    """The contents of a request, independent of Triton's buffers."""
 
     inputs: dict[str, np.ndarray]
     parameters: Mapping[str, Any]
@@ -72,15 +72,15 @@ class ReadRequest:
 
     @property
     def control(self) -> str:
-        """Which kind of request this is between the models of one server; empty for an ordinary one."""
+        """The kind of a request between the models of one server; empty for an ordinary request."""
         return str(self.parameters.get(CONTROL, ""))
 
 
 def read_request(request: Any, default_timeout_in_s: float) -> ReadRequest:
     """Reads a request that has just arrived.
 
-    Its deadline is the one that an earlier stage has set, as `deadline_ns`, else the end of its own `timeout`, else of
-    the default one, if that is not 0.
+    Its deadline is the input `deadline_ns`, if an earlier stage has set it; otherwise it follows from the request's own
+    `timeout`; otherwise from the default timeout, unless that is 0.
     """
     inputs = input_arrays(request)
     parameters = json.loads(request.parameters() or "{}")
@@ -94,18 +94,18 @@ def read_request(request: Any, default_timeout_in_s: float) -> ReadRequest:
 
 def input_arrays(request: Any) -> dict[str, np.ndarray]:
     """The tensors of a request by name; BYTES arrive as object arrays of `bytes`."""
-    # Copies: Triton's buffers are gone once execute() has returned, or the request has its answer.
+    # Copies, because Triton's buffers are gone once execute() has returned or the request is answered.
     return {tensor.name(): tensor.as_numpy().copy() for tensor in request.inputs()}
 
 
 def deadline_ns(timeout_us: int, default_timeout_in_s: float) -> int:
-    """The deadline of a request that has just arrived, on the monotonic clock in ns; 0: none."""
+    """Returns the deadline of a request that has just arrived, on the monotonic clock in ns; 0: none."""
     timeout_ns = timeout_us * 1000 if timeout_us > 0 else int(default_timeout_in_s * 1e9)
     return min(time.monotonic_ns() + timeout_ns, LATEST_DEADLINE_NS) if timeout_ns > 0 else 0
 
 
 def _timeout_us(request: Any, parameters: Mapping[str, Any]) -> int:
-    """What a request allows in microseconds; 0 where it sets nothing.
+    """Returns the request's own timeout in microseconds; 0 if it sets none.
 
     From the endpoints `generate` and `generate_stream`, `timeout` arrives among the custom parameters.
     """
@@ -123,13 +123,13 @@ def response(outputs: Outputs) -> Any:
 
 
 def error_response(error: BaseException, stage: str, say: Callable[[AudioLDM2Error], str] = str) -> Any:
-    """The response for a request that failed in `stage`; the neighbours in its batch are not concerned."""
+    """Makes the response for a request that failed in `stage`; its neighbours in the batch are not affected."""
     known = as_known_error(error, stage)
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(say(known), getattr(pb_utils.TritonError, known.code)))
 
 
 def as_known_error(error: BaseException, stage: str) -> AudioLDM2Error:
-    """An error of the contract as it is; out of memory as unavailable; all else as internal, logged in full."""
+    """Maps out of memory to unavailable, and any error outside the contract to internal, which is logged in full."""
     if isinstance(error, AudioLDM2Error):
         return error
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -141,19 +141,19 @@ def as_known_error(error: BaseException, stage: str) -> AudioLDM2Error:
 @cache
 def _requests_family() -> Any:
     return pb_utils.MetricFamily(
-        name=STAGE_REQUESTS, description="Requests that a stage works on", kind=pb_utils.MetricFamily.GAUGE
+        name=STAGE_REQUESTS, description="Requests in progress in a stage", kind=pb_utils.MetricFamily.GAUGE
     )
 
 
 class RequestsGauge:
-    """Of the requests that a stage works on, by which a server is drained before it stops."""
+    """Gauge of requests in progress in a stage. scripts/serve waits for zero before it stops the server."""
 
     def __init__(self, model: str) -> None:
         self._metric = _requests_family().Metric(labels={"model": model})
         self._lock = threading.Lock()
 
     def add(self, requests: int) -> None:
-        # Two threads in operations of one metric bring down the whole server (2.51.0): they share a buffer.
+        # Two concurrent operations on one metric bring down the whole server (2.51.0): they share a buffer.
         with self._lock:
             self._metric.increment(requests)
 
@@ -165,13 +165,13 @@ requests_gauge = cache(RequestsGauge)
 def _memory_family() -> Any:
     return pb_utils.MetricFamily(
         name=PEAK_MEMORY_BYTES,
-        description="Most memory that a stage has held: on its GPU, or the resident set of its process",
+        description="Peak memory of a stage: on its GPU, or the resident set of its process",
         kind=pb_utils.MetricFamily.GAUGE,
     )
 
 
 class MemoryGauge:
-    """Of the most memory that a stage has held on one device since it was started."""
+    """Gauge of the peak memory of a stage on one device since its start."""
 
     def __init__(self, stage: str, device: "torch.device") -> None:
         self._device = device
@@ -180,16 +180,16 @@ class MemoryGauge:
         self.update()
 
     def update(self) -> None:
-        """Never fails: what is measured must not disturb what works."""
+        """Never fails, because a measurement must not fail a request."""
         try:
             with self._lock:  # as `RequestsGauge`
                 self._metric.set(peak_memory_bytes(self._device))
         except Exception:
-            logger.exception("the most memory held cannot be told")
+            logger.exception("the peak memory cannot be measured")
 
 
 def open_settlements(model: str) -> Settlements:
-    """The settlements of a model, which show in the gauge of its requests."""
+    """Opens the settlements of a model, which are counted by the gauge of its requests."""
     return Settlements(model, requests_gauge(model).add)
 
 
@@ -203,15 +203,15 @@ class TakenRequest(Generic[T]):
     _sender: Any
 
     def is_cancelled(self) -> bool:
-        """Whether nobody waits for the answer: the client is gone, or has it."""
-        # Asked of a request that has its final response, Triton 2.51.0 ends by SIGSEGV.
+        """Whether nobody waits for the answer: the client has gone, or has been answered."""
+        # Triton 2.51.0 dies of SIGSEGV when asked about a request that has its final response.
         try:
             return bool(self.settlement.while_open(self._sender.is_cancelled))
         except AnsweredError:
             return True
 
     def send_part(self, outputs: Outputs) -> None:
-        """Sends a response before the final one. Raises `AnsweredError` if that one is sent."""
+        """Sends a response before the final one. Raises `AnsweredError` if the final one has been sent."""
         part = response(outputs)
         self.settlement.while_open(lambda: self._sender.send(part))
 
@@ -223,9 +223,9 @@ def take(
     default_timeout_in_s: float,
     in_stream: bool = False,
 ) -> list[TakenRequest[T]]:
-    """Takes all requests that have just arrived, before anything is done for the first of them.
+    """Takes all requests that have just arrived, before any work on the first of them.
 
-    One that cannot even be read has its answer then.
+    A request that cannot even be read is answered at once.
 
     Args:
         outputs: makes the tensors of the final response.
@@ -261,7 +261,7 @@ def _final_response(
 
 
 def _send_final(sender: Any, final: Any) -> None:
-    # The response and the final flag in one call, else the client may wait for ever.
+    # The response and the final flag in one call; otherwise the client may wait for ever.
     sender.send(final, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
@@ -270,10 +270,10 @@ def answer_together(
     parse: Callable[[ReadRequest], T],
     compute: Callable[[list[T]], list[dict[str, np.ndarray]]],
 ) -> None:
-    """Answers each request, those that parse with what is computed for them in one call.
+    """Answers each request; those that parse are computed together in one call.
 
-    A request that does not parse fails alone. Where the common call fails, each is computed alone, so that only the
-    one that cannot be computed fails. Raises nothing: out of `execute()` it would make Triton answer all of them.
+    A request that does not parse fails alone. If the common call fails, each is computed alone, so that only the faulty
+    one fails. Raises nothing: an exception out of `execute()` would make Triton fail all of them.
     """
     try:
         items: list[T] = []

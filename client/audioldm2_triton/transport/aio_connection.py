@@ -1,4 +1,4 @@
-"""How the client for asyncio reaches a server: `tritonclient`, and what that lacks of streams."""
+"""The connections of the client for asyncio: `tritonclient`, and the streams that it lacks."""
 
 import asyncio
 import ssl
@@ -69,7 +69,7 @@ class AsyncGrpcConnection:
                     raise error
                 yield wire.grpc_tensors(result)
         finally:
-            call.cancel()  # nothing, if it is at its end
+            call.cancel()  # does nothing if it has ended
 
     async def close(self) -> None:
         await self._client.close()
@@ -83,11 +83,11 @@ class AsyncHttpConnection:
         self._scheme = "https" if endpoint.tls else "http"
         self._address = endpoint.address
         self._ssl = ssl.create_default_context(cafile=root_certificates) if endpoint.tls else True
-        self._session: ClientSession | None = None  # for the streams, which `tritonclient.http` has not
+        self._session: ClientSession | None = None  # for the streams, which `tritonclient.http` lacks
         self._input_class = aio.InferInput
         self._client = aio.InferenceServerClient(
             endpoint.address,
-            # Neither a limit on what is in flight, which is the caller's, nor on the time, which is per request.
+            # No limit on requests in flight, which is up to the caller, nor on the time, which is per request.
             conn_limit=0,
             conn_timeout=None,
             ssl=endpoint.tls,
@@ -128,7 +128,7 @@ class AsyncHttpConnection:
                 for tensors in events.feed(piece):
                     yield tensors
         finally:
-            response.close()  # and with it the connection, whose end is the cancellation
+            response.close()  # and with it the connection, which is the cancellation
 
     async def close(self) -> None:
         if self._session is not None:

@@ -1,4 +1,4 @@
-"""How the client for ordinary programs reaches a server: `tritonclient`, and what that lacks of streams."""
+"""The connections of the client for ordinary programs: `tritonclient`, and the streams that it lacks."""
 
 import contextlib
 import ssl
@@ -23,7 +23,7 @@ PIECE: Final = 2**16  # bytes of an HTTP stream read at once, at most
 class GrpcConnection:
     """One channel for single answers and one for streams, shared by all threads.
 
-    The streams are not `tritonclient`'s: it has one per client, and each that is cancelled leaves a thread behind.
+    The streams are our own: `tritonclient` has one per client, and leaves a thread behind when it is cancelled.
     """
 
     def __init__(self, endpoint: Endpoint, model: str, root_certificates: str | None) -> None:
@@ -75,7 +75,7 @@ class GrpcConnection:
                     raise InferenceServerException(response.error_message)
                 yield wire.grpc_tensors(self._result_class(response.infer_response))
         finally:
-            call.cancel()  # nothing, if it is at its end
+            call.cancel()  # does nothing if it has ended
 
     def close(self) -> None:
         self._channel.close()
@@ -109,13 +109,13 @@ class HttpConnection:
         return bool(self._client(timeout).is_model_ready(contract.stream_of(self._model)))
 
     def stream(self, request: InferRequest) -> Generator[Tensors, None, None]:
-        # `tritonclient.http` has no streams. Each gets a connection of its own, whose end is the cancellation.
+        # `tritonclient.http` has no streams. Each gets its own connection; closing it is the cancellation.
         remaining = _countdown(wire.client_timeout(request.timeout))
         host, slash, base = self._endpoint.address.partition("/")
         with contextlib.closing(self._open_connection(host, next(remaining))) as connection:
             body = sse.request_body(request)
             connection.request("POST", f"{slash}{base}{sse.path(self._model)}", body, sse.HEADERS)
-            socket = connection.sock  # which the connection forgets
+            socket = connection.sock  # kept, because the connection drops it
             with connection.getresponse() as response:
                 if response.status != 200:
                     raise sse.refusal(response.status, response.read())
@@ -131,11 +131,11 @@ class HttpConnection:
         return HTTPSConnection(host, timeout=timeout, context=context)
 
     def close(self) -> None:
-        # Each thread's client closes itself when nothing refers to it any more.
+        # Each thread's client closes itself when nothing refers to it.
         self._local = threading.local()
 
     def _client(self, timeout: float | None) -> Any:
-        """This thread's client. A timeout belongs to the connection, so that another one takes a new connection."""
+        """Returns this thread's client. A timeout belongs to its connection, so another one needs a new connection."""
         from tritonclient import http
 
         if getattr(self._local, "timeout", -1) != timeout:
@@ -152,7 +152,7 @@ class HttpConnection:
 
 
 def _countdown(timeout: float | None) -> Iterator[float | None]:
-    """How many of `timeout` seconds are left, whenever asked; None: for ever. Raises `TimeoutError` when none are."""
+    """Yields how many of `timeout` seconds are left; None: unlimited. Raises `TimeoutError` when none are."""
     deadline = None if timeout is None else time.monotonic() + timeout
     while True:
         left = None if deadline is None else deadline - time.monotonic()

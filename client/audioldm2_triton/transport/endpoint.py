@@ -1,4 +1,4 @@
-"""Where a server is reached: the URL, taken apart."""
+"""The address of a server, parsed from its URL."""
 
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -34,7 +34,7 @@ class Endpoint:
 
 
 def parse_url(url: str) -> Endpoint:
-    """Takes a URL apart. Raises `InvalidArgumentError` for another scheme, no host, or parts that have no meaning."""
+    """Parses a URL. Raises `InvalidArgumentError` for another scheme, no host, or parts that have no meaning."""
     try:
         parts = urlsplit(url)
         port = parts.port or _DEFAULT_PORTS.get(parts.scheme)
@@ -45,7 +45,7 @@ def parse_url(url: str) -> Endpoint:
     protocol = parts.scheme.removesuffix("s")
     path = parts.path.rstrip("/")
     if path and protocol == "grpc":
-        raise invalid("url", url, f"no path behind the host: {_EXPECTED}")
+        raise invalid("url", url, f"no path after the host: {_EXPECTED}")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return Endpoint(
         url,

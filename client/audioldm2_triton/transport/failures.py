@@ -1,4 +1,4 @@
-"""What went wrong in a call, from the exceptions of `tritonclient` and gRPC to the errors of the contract."""
+"""Translates the exceptions of `tritonclient`, gRPC and HTTP into the errors of the contract."""
 
 import asyncio
 import re
@@ -22,7 +22,7 @@ from audioldm2_triton.errors import (
 from audioldm2_triton.transport.endpoint import Endpoint
 
 CANCELLED: Final = "cancelled"
-"""How the message of a cancellation begins, which tells it over HTTP from an invalid argument: both are 400."""
+"""A cancellation's message begins like this: over HTTP it has the same status, 400, as an invalid argument."""
 
 # Statuses that Triton does not send come from proxies in front of it. Not found: the model is not loaded (yet).
 _KINDS: Final[dict[str, type[AudioLDM2Error]]] = {
@@ -58,7 +58,7 @@ _STACK: Final = re.compile(r"\n\s*\nAt:\n.*", re.DOTALL)
 
 @contextmanager
 def known_failures(endpoint: Endpoint, timeout: float | None) -> Iterator[None]:
-    """Raises what fails inside as an error of the contract; `timeout` in seconds is what the caller had set."""
+    """Raises whatever fails inside as an error of the contract; `timeout` is the caller's, in seconds."""
     try:
         yield
     except Exception as error:
@@ -72,9 +72,9 @@ def _known(error: Exception, endpoint: Endpoint, timeout: float | None) -> Audio
     if isinstance(error, InferenceServerException):
         return _from_triton(error, endpoint, timeout)
     if isinstance(error, grpc.RpcError):
-        # From a stream, whose exceptions `tritonclient` lets pass as they are.
+        # From a stream, whose exceptions `tritonclient` does not convert.
         return _from_triton(InferenceServerException(error.details(), str(error.code())), endpoint, timeout)
-    # Without a timeout of ours it is the operating system that gave up connecting. In Python 3.10 there are two kinds.
+    # If we set no timeout, it was the operating system that gave up connecting. Python 3.10 has two kinds.
     if isinstance(error, (TimeoutError, asyncio.TimeoutError)) and timeout is not None:
         return DeadlineExceededError(_no_answer(endpoint, timeout))
     # The HTTP libraries are imported only where they are used.
@@ -87,7 +87,7 @@ def _from_triton(error: InferenceServerException, endpoint: Endpoint, timeout: f
     status = error.status() or ""
     if status.isdigit() and error.debug_details() is not None:
         # The body was not the JSON that Triton sends; it may be a page of HTML.
-        message = f"{endpoint.url}: got HTTP status {status} with no message of Triton's"
+        message = f"{endpoint.url}: got HTTP status {status} without a message from Triton"
     else:
         message = clean_message(error.message() or "")
     if not status:
@@ -119,7 +119,7 @@ def _located(error: AudioLDM2Error, endpoint: Endpoint) -> AudioLDM2Error:
 
 
 def clean_message(message: str) -> str:
-    """The stage's own words in one line, without what Triton puts around them."""
+    """Reduces a message to the stage's own words in one line, without what Triton adds."""
     message = _WRAPPING.sub("", message, count=1) if _WRAPPING.match(message) else message
     raised = _RAISED_IN_STAGE.match(message)
     if raised:

@@ -20,12 +20,12 @@ _DATA: Final = b"data:"
 
 
 def path(model: str) -> str:
-    """The endpoint of the streaming twin of the ensemble `model`."""
+    """Returns the endpoint of the streaming model beside the ensemble `model`."""
     return f"/v2/models/{quote(contract.stream_of(model), safe='')}/generate_stream"
 
 
 def request_body(request: InferRequest) -> bytes:
-    """A request of one row. Raises `InvalidArgumentError` for numbers that JSON has not."""
+    """Makes the body for one prompt. Raises `InvalidArgumentError` for numbers that JSON lacks."""
     body: dict[str, Any] = {}
     for name, tensor in request.tensors.items():
         value = tensor[0, 0]
@@ -40,13 +40,13 @@ def request_body(request: InferRequest) -> bytes:
 
 
 class EventStream:
-    """Puts events together from the pieces of the body in which they happen to arrive."""
+    """Assembles events from the body, in whatever pieces it arrives."""
 
     def __init__(self) -> None:
-        self._pieces: list[bytes] = []  # of a line whose end has not arrived
+        self._pieces: list[bytes] = []  # of a line whose end is still to come
 
     def feed(self, piece: bytes) -> Iterator[Tensors]:
-        """The outputs of each response that this piece completes; those with one element are scalars, others flat.
+        """Yields the outputs of each response that this piece completes: scalars if they have one element, else flat.
 
         Raises `InferenceServerException` for an error response.
         """
@@ -61,7 +61,7 @@ class EventStream:
 
 
 def refusal(status: int, body: bytes) -> InferenceServerException:
-    """What an HTTP status other than 200 means, with the message of its body."""
+    """Makes the error of an HTTP status other than 200, with the message in its body."""
     text = body.strip().removeprefix(_DATA)
     try:
         message = json.loads(text)["error"]
@@ -74,12 +74,12 @@ def _tensors(line: bytes) -> Tensors:
     try:
         response = json.loads(line.removeprefix(_DATA))
     except ValueError as error:
-        raise InternalError(f"the server's stream has an event that is no JSON: {error}") from error
+        raise InternalError(f"the server's stream has an event that is not JSON: {error}") from error
     if "error" in response:
         raise _error(response["error"])
     return {name: np.asarray(value) for name, value in response.items()}
 
 
 def _error(message: str, status: int = 400) -> InferenceServerException:
-    # Triton has 400 here for every error of a model, so that only the message tells them apart.
+    # Triton answers 400 here for every error of a model, so only the message distinguishes them.
     return InferenceServerException(message, None if status == 400 else str(status))

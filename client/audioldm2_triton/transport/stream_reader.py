@@ -24,9 +24,9 @@ class StreamReader:
         self._finished = False
 
     def read(self, tensors: Tensors) -> StreamEvent | None:
-        """The event in one response; None for a response that carries none of a known kind.
+        """Returns the event in one response; None if it has none of a known kind.
 
-        Tensors may be flat, as JSON has them. Raises `InternalError` for a response that is not whole.
+        Tensors may be flat, as in JSON. Raises `InternalError` for an incomplete response.
         """
         try:
             if "audio" in tensors:
@@ -35,10 +35,10 @@ class StreamReader:
                 return Progress(_integer(tensors["step"]), _integer(tensors["num_steps"]))
             return self._result(tensors) if "score" in tensors else None
         except (KeyError, ValueError) as error:
-            raise InternalError(f"the server's stream has a response that is not whole: {error}") from error
+            raise InternalError(f"the server's stream has an incomplete response: {error}") from error
 
     def end(self) -> None:
-        """To be called when the server ends the stream. Raises `InternalError` if there was no last response."""
+        """Call this when the server ends the stream. Raises `InternalError` if the last response is missing."""
         if not self._finished:
             raise InternalError("the server ended the stream before its last response")
 
@@ -47,13 +47,13 @@ class StreamReader:
         audio = np.array(tensors["audio"], np.float32).reshape(self._num_waveforms, -1)
         chunk = AudioChunk(audio, _integer(tensors["chunk"]), _integer(tensors["num_chunks"]))
         if chunk.chunk != len(self._chunks):
-            raise ValueError(f"chunk {chunk.chunk} of {chunk.num_chunks} came as number {len(self._chunks)}")
+            raise ValueError(f"chunk {chunk.chunk} of {chunk.num_chunks} arrived as number {len(self._chunks)}")
         self._chunks.append(chunk)
         return chunk
 
     def _result(self, tensors: Tensors) -> Finished:
         if not self._chunks or len(self._chunks) != self._chunks[0].num_chunks:
-            raise ValueError(f"{len(self._chunks)} chunks of audio are not all of them")
+            raise ValueError(f"there are only {len(self._chunks)} chunks of audio")
         order = np.array(tensors["order"]).reshape(-1)
         if sorted(order) != list(range(self._num_waveforms)):
             raise ValueError(f"`order` is {order.tolist()} for {self._num_waveforms} waveforms")

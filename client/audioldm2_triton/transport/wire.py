@@ -51,7 +51,7 @@ class GenerateOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class InferRequest:
-    """One request as it travels, and what is needed to read its answer."""
+    """One request as it travels, with what is needed to read its answer."""
 
     tensors: Mapping[str, NDArray[Any]]  # [B, 1] each, by the names of the contract
     prompts: tuple[str, ...]  # one per row
@@ -86,16 +86,16 @@ def build_request(
     """The tensors of one request; arguments as in `AudioLDM2Client.generate`.
 
     All inputs of the contract are filled in, because Triton does not batch requests that differ in which optional
-    inputs they have. Left out are a length that neither the caller nor the server has told, and a transcription that
-    is not given: checkpoints that do not speak refuse one.
+    inputs they have. Left out are a length that neither the caller nor the server has specified, and a transcription
+    that is not given, because checkpoints that do not speak refuse one.
 
-    Raises `InvalidArgumentError` for what fits no tensor. Values are the server's to judge.
+    Raises `InvalidArgumentError` for values that fit no tensor. All other checks are left to the server.
     """
     single = isinstance(prompt, str)
     prompts = [prompt] if single else _items(prompt)
     if prompts is None or not 1 <= len(prompts) <= info.max_batch_size:
         given = prompt if prompts is None else f"{len(prompts)} prompts"
-        raise invalid("prompt", given, f"a text or a sequence of 1 to {info.max_batch_size} texts")
+        raise invalid("prompt", given, f"a string or a sequence of 1 to {info.max_batch_size} strings")
     length = info.native_audio_length_in_s if audio_length_in_s is None else audio_length_in_s
     num_waveforms = _integer("num_waveforms_per_prompt", num_waveforms_per_prompt, 32)
 
@@ -128,7 +128,7 @@ def build_request(
     return InferRequest(
         tensors={name: _column(columns[name], dtype) for name, dtype in contract.INPUTS.items() if name in columns},
         prompts=tuple(texts),
-        # Ranking needs the scores, so that with several waveforms the server sends them in any case.
+        # Ranking needs the scores, so with several waveforms the server always sends them.
         scored=tuple(bool(asked) or num_waveforms > 1 for asked in columns["return_scores"]),
         single=single,
         timeout=check_timeout(timeout),
@@ -139,11 +139,11 @@ def build_request(
 def check_single(request: InferRequest) -> None:
     """Raises `InvalidArgumentError` for a request that a stream cannot carry."""
     if not request.single:
-        raise invalid("prompt", f"{len(request.prompts)} prompts", "one text: a stream, like `on_progress`, is of one")
+        raise invalid("prompt", f"{len(request.prompts)} prompts", "one string for a stream or with `on_progress`")
 
 
 def check_timeout(timeout: float | None) -> float | None:
-    """Raises `InvalidArgumentError` for a timeout that is no positive, finite number of seconds."""
+    """Raises `InvalidArgumentError` for a timeout that is not a positive, finite number of seconds."""
     if timeout is None:
         return None
     if not 0 < _number("timeout", timeout) < math.inf:
@@ -152,7 +152,7 @@ def check_timeout(timeout: float | None) -> float | None:
 
 
 def client_timeout(timeout: float | None) -> float | None:
-    """How many seconds the client itself waits for an answer; None: for ever."""
+    """Returns how many seconds the client itself waits for an answer; None: without limit."""
     return None if timeout is None else timeout + CLIENT_TIMEOUT_MARGIN_IN_S
 
 
@@ -166,7 +166,7 @@ def infer_inputs(request: InferRequest, input_class: Any) -> list[Any]:
 
 
 def stream_message(request: InferRequest, model: str) -> Any:
-    """The request to the streaming twin of the ensemble `model`, as a `ModelInferRequest` of gRPC."""
+    """Makes the gRPC `ModelInferRequest` to the streaming model beside the ensemble `model`."""
     from tritonclient.grpc import service_pb2
 
     message = service_pb2.ModelInferRequest(model_name=contract.stream_of(model), id=request.request_id)
@@ -180,7 +180,7 @@ def stream_message(request: InferRequest, model: str) -> Any:
 
 
 def grpc_tensors(answer: Any) -> dict[str, NDArray[Any]]:
-    """All tensors in an `InferResult` of gRPC by name."""
+    """Returns all tensors in a gRPC `InferResult` by name."""
     return {output.name: answer.as_numpy(output.name) for output in answer.get_response().outputs}
 
 
@@ -207,7 +207,7 @@ def read_results(request: InferRequest, answer: Any) -> GenerationResult | list[
 
 
 def _items(given: Any) -> list[Any] | None:
-    """The items of a sequence that is no text; None for anything else."""
+    """Returns the items of a sequence other than a string; None for anything else."""
     if isinstance(given, np.ndarray):
         return list(given) if given.ndim else None
     return list(given) if isinstance(given, Sequence) and not isinstance(given, str | bytes) else None
@@ -224,11 +224,11 @@ def _encoded(texts: Sequence[str]) -> list[bytes]:
 
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise invalid(name, value, "a text")
+        raise invalid(name, value, "a string")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise invalid(name, value, "a text that UTF-8 can hold") from None
+        raise invalid(name, value, "a string that can be encoded as UTF-8") from None
     return str(value)
 
 

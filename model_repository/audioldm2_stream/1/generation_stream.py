@@ -1,4 +1,4 @@
-"""One streamed generation: the stages one after the other, with what each gives sent as soon as it is there."""
+"""Runs one streamed generation: calls the stages one after the other and sends each result as soon as it exists."""
 
 import time
 from collections.abc import Callable
@@ -58,7 +58,7 @@ def stream_generation(
 def _send_audio(
     latents: np.ndarray, conditioning: Tensors, call: CallStage, send: Send, check: Callable[[str], None]
 ) -> np.ndarray:
-    """Sends the audio chunk by chunk; returns the whole [1, N, S], in generation order."""
+    """Sends the audio chunk by chunk; returns all of it [1, N, S], in generation order."""
     deadline = {"deadline_ns": conditioning["deadline_ns"]}
     inputs = {"latents": latents, "num_samples": conditioning["num_samples"], **deadline}
     cut = call(StageCall(DECODER, inputs, ["mel_windows", "kept_samples"], {CONTROL: MEL}))

@@ -81,10 +81,10 @@ def _call_stage(prefix: str, request_id: str, call: StageCall) -> Tensors:
     ).exec()
     if response.has_error():
         raise _stage_error(response.error())
-    # Copies: the buffers go with the response.
+    # Copies, because the buffers are freed with the response.
     return {tensor.name(): tensor.as_numpy().copy() for tensor in response.output_tensors()}
 
 
 def _stage_error(error: Any) -> AudioLDM2Error:
-    """The error of a stage as the stage's own exception was; Triton calls all of them internal here."""
+    """Converts the error of a stage back to the stage's own exception, since Triton calls all of them internal here."""
     return read_stream_message(error.message()) or InternalError(error.message())

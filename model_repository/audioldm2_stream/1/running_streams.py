@@ -1,4 +1,4 @@
-"""The threads of the streams under way: one for each, because each of them mostly waits."""
+"""The threads of the running streams: one for each, because each of them mostly waits."""
 
 import threading
 import time
@@ -10,7 +10,7 @@ CLOSE_TIMEOUT_IN_S = 10.0
 
 
 class RunningStreams:
-    """Starts streams in threads of their own, and waits for them at the end."""
+    """Starts each stream in its own thread, and waits for all of them at the end."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -19,11 +19,11 @@ class RunningStreams:
 
     @property
     def closing(self) -> bool:
-        """Whether streams are to end before their time."""
+        """Whether streams should end early."""
         return self._closing
 
     def start(self, serve: Callable[[], None]) -> None:
-        """Runs `serve`, which must not raise. Raises `RuntimeError` where there is no thread for it."""
+        """Runs `serve`, which must not raise, in a thread. Raises `RuntimeError` if none can be started."""
 
         def run() -> None:
             try:
@@ -35,11 +35,11 @@ class RunningStreams:
         thread = threading.Thread(target=run, name="stream", daemon=True)
         faults.at("audioldm2_stream.start")
         with self._lock:
-            thread.start()  # may fail, where the machine has no more
+            thread.start()  # fails if the machine has no more threads
             self._threads.add(thread)
 
     def close(self) -> None:
-        """Asks all streams to end, and waits until they have, for a while."""
+        """Asks all streams to end, and waits for them, up to `CLOSE_TIMEOUT_IN_S`."""
         self._closing = True
         with self._lock:
             threads = list(self._threads)

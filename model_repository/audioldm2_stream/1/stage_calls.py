@@ -1,4 +1,4 @@
-"""What the stream asks of the stages, and what it offers while it waits; with no Triton in it."""
+"""The types of the stream's calls to the stages and of its own callbacks, without Triton."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ Tensors: TypeAlias = Mapping[str, np.ndarray]
 class StageCall:
     """One request to a stage of the same checkpoint."""
 
-    model: str  # without the prefix that tells several checkpoints of one server apart
+    model: str  # without the prefix that distinguishes the checkpoints of one server
     inputs: Tensors
     outputs: Sequence[str]
     parameters: Mapping[str, str | int] = field(default_factory=dict)
@@ -23,10 +23,10 @@ class StageCall:
 
 
 CallStage: TypeAlias = Callable[[StageCall], Tensors]
-"""Blocks until the stage has answered. Raises an `AudioLDM2Error` with the stage's own message."""
+"""Calls a stage and waits for its answer. Raises an `AudioLDM2Error` with the stage's own message."""
 
 Send: TypeAlias = Callable[[Tensors], None]
-"""Sends one response that is not the last."""
+"""Sends one response before the last."""
 
 Interruption: TypeAlias = Callable[[], AudioLDM2Error | None]
-"""Why the stream should end before its time, or None."""
+"""Returns why the stream should end early, or None."""

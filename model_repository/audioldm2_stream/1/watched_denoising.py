@@ -1,4 +1,4 @@
-"""The denoiser's part of a stream: while it works, its progress is passed on, and a cancellation passed in."""
+"""Runs the denoiser's part of a stream: passes its progress to the client, and a cancellation to it."""
 
 import logging
 import threading
@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 def denoise(call: CallStage, conditioning: Tensors, send: Send, interruption: Interruption) -> np.ndarray:
-    """The latents [1, N, C, H, W] of one request; sends each of its steps once, in order and without gaps.
+    """Returns the latents [1, N, C, H, W] of one request; sends each of its steps once, in order and without gaps.
 
     Args:
         conditioning: the outputs of the text stage.
 
-    Raises what the denoiser refuses or fails with, and the interruption as soon as the denoiser has let go.
+    Raises the denoiser's error, or the interruption as soon as the denoiser has dropped the request.
     """
     job = uuid.uuid4().hex
     outcomes: SimpleQueue[_Outcome | tuple[int, int]] = SimpleQueue()
@@ -40,7 +40,7 @@ def denoise(call: CallStage, conditioning: Tensors, send: Send, interruption: In
     next_poll = time.monotonic()
     answered = False
     try:
-        # Where one of the threads cannot be started, the denoiser has not been asked yet.
+        # If either thread cannot be started, the denoiser has no request yet.
         _start(_watch, job, call, job, outcomes, over)
         _start(_denoise, job, call, conditioning, job, outcomes)
         while True:
@@ -49,7 +49,7 @@ def denoise(call: CallStage, conditioning: Tensors, send: Send, interruption: In
                 next_poll = time.monotonic() + INTERRUPTION_POLL_IN_S
                 reason = reason or interruption()
                 if reason is not None:
-                    # Again and again: the job may not have been known yet.
+                    # Repeatedly, because the denoiser may not know the job yet.
                     _let_go(call, job)
             if isinstance(outcome, tuple):
                 step, num_steps = outcome
@@ -76,11 +76,11 @@ def _start(target: Callable[..., None], job: str, *arguments: object) -> None:
 
 
 def _let_go(call: CallStage, job: str) -> None:
-    """Cancels a job that nobody waits for any more."""
+    """Cancels a job whose result nobody is waiting for."""
     try:
         _control(call, CANCEL, job)
     except Exception:
-        logger.exception("the denoiser could not be told that nobody waits for a request")
+        logger.exception("a request could not be cancelled in the denoiser")
 
 
 def _next(
@@ -93,7 +93,7 @@ def _next(
 
 
 def _send_steps(send: Send, sent: int, step: int, num_steps: int) -> int:
-    """Sends what lies between the last sent and `step`: quick steps outrun the asking. Returns the last sent."""
+    """Sends all steps after the last sent up to `step`, since several may pass between polls. Returns the last sent."""
     for index in range(sent + 1, step + 1):
         send({"step": np.array([[index]], np.int32), "num_steps": np.array([[num_steps]], np.int32)})
     return max(sent, step)
@@ -113,7 +113,7 @@ def _denoise(
 def _watch(
     call: CallStage, job: str, outcomes: "SimpleQueue[_Outcome | tuple[int, int]]", over: threading.Event
 ) -> None:
-    """Asks for progress again and again; the denoiser answers when there is some."""
+    """Asks for progress repeatedly; the denoiser answers each time when there is some."""
     seen = 0
     try:
         faults.at("audioldm2_stream.watch")
@@ -123,14 +123,14 @@ def _watch(
                 seen = step
                 outcomes.put((step, num_steps))
             else:
-                over.wait(UNKNOWN_JOB_RETRY_IN_S)  # not known yet, or not any more
+                over.wait(UNKNOWN_JOB_RETRY_IN_S)  # the job is still unknown, or already gone
     except BaseException:
-        # Progress is a courtesy: the request goes on without it, and its own call tells what is wrong.
-        logger.exception("the progress of a request cannot be told")
+        # Progress is optional: the request goes on without it, and its own call reports what is wrong.
+        logger.exception("the progress of a request cannot be reported")
 
 
 def _control(call: CallStage, control: str, job: str, **parameters: int) -> tuple[int, int]:
-    # Triton wants at least one input.
+    # Triton needs at least one input.
     inputs = {"deadline_ns": np.zeros((1, 1), np.int64)}
     answer = call(StageCall(DENOISER, inputs, ["step", "num_steps"], {CONTROL: control, JOB: job, **parameters}))
     return int(answer["step"][0, 0]), int(answer["num_steps"][0, 0])

@@ -1,17 +1,17 @@
-"""One long clip through the VAE's decoder, layer by layer, each of them chunk by chunk along time.
+"""Runs one long clip through the VAE's decoder, layer by layer, and each layer chunk by chunk along time.
 
-What it gives is what the decoder gives for the whole, but for rounding:
+The result equals the decoder's for the whole clip, except for rounding:
 
-* a convolution sees one frame beyond each end of a chunk, which is the neighbour's, and zeros beyond the clip's ends;
+* a convolution sees one frame of each neighbouring chunk, and zeros beyond the clip's ends;
 * the statistics of group normalisation are those of the whole clip, merged from the chunks' before it is applied;
 * self-attention in the middle block looks at all positions, with the queries of one chunk at a time. PyTorch's fused
-  kernels do not hold the scores, on a CPU neither; where none of them fits, those of one chunk are held, not the
+  kernels, on a CPU too, never store the scores; if no fused kernel applies, those of one chunk are stored, not the
   square of the clip.
 
-**Memory.** A layer lets go of each chunk that it has read for the last time, and what a layer needs beside its input
-and its output does not grow with the clip. The most is held in the first residual block of the last resolution: its
-input and half as much again. At the official widths (128, 256, 512) that is 96 Ki numbers for each latent frame, of
-which there are 25 in a second: 9.4 MiB for each second of audio in float32, half of that in float16.
+**Memory.** A layer frees each chunk that it has read for the last time, and what it needs besides its input and output
+does not grow with the clip. The peak is in the first residual block of the last resolution: its input and half as much
+again. At the official widths (128, 256, 512) that is 96 Ki numbers per latent frame, at 25 frames per second: 9.4 MiB
+per second of audio in float32, half of that in float16.
 """
 
 from collections import deque
@@ -28,11 +28,11 @@ CHUNK_FRAMES: Final = 128
 """Latent frames of a chunk, 5.12 s; the last one may be shorter."""
 
 Chunks: TypeAlias = deque[Tensor]
-"""An activation of one clip, [1, channels, frames of a chunk, width] each. Whoever takes it empties it."""
+"""An activation of one clip, [1, channels, frames of a chunk, width] each. A function that takes it empties it."""
 
 
 def decode_chunked(vae: Any, latents: Tensor, chunk_frames: int = CHUNK_FRAMES) -> Tensor:
-    """What `vae.decode` gives.
+    """Computes `vae.decode`.
 
     Args:
         vae: an `AutoencoderKL` that `check_followed` accepts.
@@ -51,7 +51,7 @@ class _ChunkedLayers:
         return deque(_convolved(convolution, hidden, lambda window: window))
 
     def resnet(self, resnet: Any, hidden: Chunks) -> Chunks:
-        # Of a copy, which keeps the chunks: they are read once more, for the shortcut.
+        # On a copy of the deque, because the chunks are read once more, for the shortcut.
         inner = deque(_convolved(resnet.conv1, deque(hidden), _normed(resnet.norm1, resnet.nonlinearity, hidden)))
         outer = _convolved(resnet.conv2, inner, _normed(resnet.norm2, resnet.nonlinearity, inner))
         output: Chunks = deque()
@@ -98,11 +98,11 @@ class _ChunkedLayers:
 def _convolved(
     convolution: Any, hidden: Chunks, prepare: Callable[[Tensor], Tensor], scale: int = 1
 ) -> Iterator[Tensor]:
-    """The convolution of what is made of each chunk, as of the whole; empties `hidden` as it goes.
+    """Convolves the prepared chunks as if they were one clip; empties `hidden` as it goes.
 
     Args:
         convolution: a `Conv2d` that keeps the size, with one or three frames in its kernel.
-        prepare: of a window [1, channels, frames, width], frame by frame to `scale` frames each.
+        prepare: maps a slice [1, channels, frames, width] frame by frame, to `scale` frames each.
     """
     reach = convolution.kernel_size[0] // 2
     before: Tensor | None = None
@@ -110,7 +110,7 @@ def _convolved(
         chunk = hidden.popleft()
         after = hidden[0][:, :, :reach] if hidden else None
         window = prepare(torch.cat([part for part in (before, chunk, after) if part is not None], dim=2))
-        # Of a neighbour's frame, prepared, what the convolution reaches. Beyond the clip it reads zeros.
+        # Crop the prepared neighbour frames to what the kernel reaches; beyond the clip's ends pad with zeros.
         first, last = (0 if side is None else side.shape[2] * (scale - 1) for side in (before, after))
         window = window[:, :, first : window.shape[2] - last]
         padding = [reach if side is None else 0 for side in (before, after)]
@@ -122,13 +122,13 @@ def _convolved(
 
 
 def _normed(norm: Any, activation: Callable[[Tensor], Tensor], hidden: Chunks) -> Callable[[Tensor], Tensor]:
-    """Group normalisation by the statistics of the whole clip, and the activation: a function of any part of it."""
+    """Returns group normalisation with the whole clip's statistics, then the activation, as a function of any part."""
     groups, wide = norm.num_groups, torch.promote_types(hidden[0].dtype, torch.float32)
     statistics = [
         torch.var_mean(chunk.to(wide).unflatten(1, (groups, -1)), dim=(2, 3, 4), correction=0) for chunk in hidden
     ]
     variances, means = (torch.stack(parts).double() for parts in zip(*statistics, strict=True))
-    # Each chunk counts by its frames; the sums of squares are about the clip's mean (Chan, Golub and LeVeque, 1983).
+    # Each chunk is weighted by its frames; squares are about the clip's mean (Chan, Golub and LeVeque, 1983).
     frames = torch.tensor([chunk.shape[2] for chunk in hidden], device=means.device, dtype=torch.float64)
     share = (frames / frames.sum())[:, None, None]
     mean = (share * means).sum(0)

@@ -12,7 +12,7 @@ _FLOOR: Final = 1e-10  # of the mel power: -100 dB
 
 @dataclass(frozen=True)
 class ClapFrontEnd:
-    """What a `ClapFeatureExtractor` computes with; the tensors are float32 on the scorer's device."""
+    """The parameters of a `ClapFeatureExtractor`; the tensors are float32 on the scorer's device."""
 
     sampling_rate: int
     window_samples: int  # what CLAP hears at once
@@ -23,9 +23,9 @@ class ClapFrontEnd:
 
 
 def clap_front_end(extractor: Any, device: torch.device) -> ClapFrontEnd:
-    """Read off a `ClapFeatureExtractor`. Its `top_db` is not: the extractor has the field and never uses it.
+    """Reads the parameters from a `ClapFeatureExtractor`, except `top_db`, which the extractor itself never uses.
 
-    Raises ValueError for feature fusion, which takes a model that no AudioLDM 2 checkpoint has, and for an unknown
+    Raises ValueError for feature fusion, which needs a model that no AudioLDM 2 checkpoint has, and for an unknown
     padding.
     """
     if extractor.truncation != "rand_trunc":
@@ -46,9 +46,9 @@ def clap_front_end(extractor: Any, device: torch.device) -> ClapFrontEnd:
 
 
 def audio_windows(waveforms: Tensor, front_end: ClapFrontEnd) -> Tensor:
-    """Consecutive windows `[M, K, window_samples]` of waveforms `[M, S]`; the last is aligned to the end.
+    """Cuts waveforms `[M, S]` into consecutive windows `[M, K, window_samples]`; the last is aligned to the end.
 
-    Shorter audio is one window, filled up as the extractor does.
+    Shorter audio becomes one window, padded as the extractor does.
     """
     size, length = front_end.window_samples, waveforms.shape[-1]
     if length <= size:
@@ -67,7 +67,7 @@ def _fill_up(waveforms: Tensor, front_end: ClapFrontEnd) -> Tensor:
 
 
 def log_mel(windows: Tensor, front_end: ClapFrontEnd) -> Tensor:
-    """Mel power in dB, float32 `[M, 1, frames, bands]`, of float32 windows `[M, samples]`.
+    """Computes the mel power in dB, float32 `[M, 1, frames, bands]`, of float32 windows `[M, samples]`.
 
     As `transformers.audio_utils.spectrogram` with the extractor's arguments: a periodic Hann window, frames centred in
     the waveform reflected at its ends, power, mel filters, dB from a floor of -100.

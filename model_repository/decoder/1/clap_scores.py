@@ -1,4 +1,4 @@
-"""How well waveforms match their prompt: cosine similarity in CLAP space, on the decoder's device."""
+"""Scores how well waveforms match their prompt: cosine similarity in CLAP space, on the decoder's device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from clap_features import ClapFrontEnd, audio_windows, clap_front_end, log_mel
 from resampling import resample
 
 MAX_WINDOWS_PER_CALL: Final = 32
-"""Windows that CLAP hears together on a GPU: bounds the memory, whatever the number of requests and their length."""
+"""Windows that CLAP hears together on a GPU; bounds the memory for any number and length of requests."""
 
 MAX_WINDOWS_PER_TRANSFORM: Final = 8
 """Windows whose spectra are held together, 10 MiB each."""
@@ -45,7 +45,7 @@ def load_clap_scorer(checkpoint: Path, device: torch.device, dtype: torch.dtype)
 def score_waveforms(
     scorer: ClapScorer, waveforms: Sequence[np.ndarray], text_embeds: Sequence[Tensor], sampling_rate: int
 ) -> list[float]:
-    """The score of each of M waveforms against its own text.
+    """Scores each of M waveforms against its own text.
 
     Audio longer than CLAP hears at once (10 s) is scored by the mean of the normalised embeddings of consecutive
     windows, the last of which ends with the audio. The reference crops at a random place instead.
@@ -55,8 +55,8 @@ def score_waveforms(
         text_embeds: M CLAP text embeddings [D].
     """
     features = clap_features(scorer, waveforms, sampling_rate)
-    # On a CPU a window alone costs what it costs among others, with 38 MiB at the official widths instead of 32 times
-    # that; and its score is the same in whatever company it comes.
+    # On a CPU one window per call is no slower, needs 38 MiB at the official widths instead of 32 times that, and makes
+    # its score independent of the batch.
     size = 1 if scorer.device.type == "cpu" else MAX_WINDOWS_PER_CALL
     embeds = torch.cat([_embed(scorer, part) for part in torch.cat(features).split(size)])
     means = torch.stack([part.mean(dim=0) for part in embeds.split([len(windows) for windows in features])])
@@ -65,7 +65,7 @@ def score_waveforms(
 
 @torch.inference_mode()
 def clap_features(scorer: ClapScorer, waveforms: Sequence[np.ndarray], sampling_rate: int) -> list[Tensor]:
-    """CLAP's input for each of M waveforms: float32 [K, 1, frames, bands], one for each of its K windows.
+    """Computes CLAP's input for each of M waveforms: float32 [K, 1, frames, bands], for its K windows.
 
     Equal lengths share a call on a GPU.
     """
@@ -75,8 +75,8 @@ def clap_features(scorer: ClapScorer, waveforms: Sequence[np.ndarray], sampling_
         by_length.setdefault(len(waveform), []).append(index)
     window_samples = scorer.front_end.window_samples * sampling_rate / scorer.front_end.sampling_rate
     for length, indices in by_length.items():
-        # On a CPU the last bits of a transform depend on the batch, which shows at the floor of -100 dB; one waveform a
-        # call costs the same there, and its features are the same in whatever company it comes.
+        # On a CPU the last bits of a transform depend on the batch, which shows at the floor of -100 dB. One waveform
+        # per call costs the same there, and makes its features independent of the batch.
         on_cpu = scorer.device.type == "cpu"
         size = 1 if on_cpu else max(1, int(MAX_WINDOWS_PER_CALL * window_samples / max(length, window_samples)))
         for first in range(0, len(indices), size):
@@ -91,7 +91,7 @@ def clap_features(scorer: ClapScorer, waveforms: Sequence[np.ndarray], sampling_
 
 
 def _embed(scorer: ClapScorer, features: Tensor) -> Tensor:
-    """Normalised embeddings [M, D], float32 on the host."""
+    """Computes normalised embeddings [M, D], float32 on the host."""
     output = scorer.clap.get_audio_features(features.to(scorer.dtype))
     embeds: Tensor = output.pooler_output.float().cpu()
     return embeds

@@ -1,4 +1,4 @@
-"""The few shapes that the decoder is compiled for, and batches that are padded to them."""
+"""The few shapes that the decoder is compiled for, and the padding of batches to them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,14 +43,15 @@ def map_in_buckets(
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """`function(batch, valid frames)` of each item [..., frames, width], called only with batches of `buckets.shapes`.
+    """Maps items [..., frames, width] with `function`, called only with batches in `buckets.shapes`.
 
     Args:
-        function: of `[rows, ..., frames, width]`, with zeros after an item's own frames, and of int64 `[rows]`.
-        items: of any numbers of frames up to the largest bucket, otherwise of one shape.
+        function: takes `[rows, ..., frames, width]`, with zeros after an item's own frames, and the valid frames, int64
+            `[rows]`.
+        items: of any number of frames up to the largest bucket, and otherwise of one shape.
 
     Returns:
-        Each item's row of the result, with whatever the function makes of the padding.
+        Each item's row of the result, including whatever the function makes of the padding.
     """
     results: list[Tensor] = [torch.empty(0)] * len(items)
     by_frames: dict[int, list[int]] = {}
@@ -65,7 +66,7 @@ def map_in_buckets(
             batch = torch.zeros(rows, *shape[:-2], frames, shape[-1], device=device, dtype=dtype)
             for row, index in enumerate(part):
                 batch[row, ..., : items[index].shape[-2], :] = items[index]
-            # Rows that no item fills are silence of one frame.
+            # Rows without an item are one frame of silence.
             valid = [items[index].shape[-2] for index in part] + [1] * (rows - len(part))
             outputs = function(batch, torch.tensor(valid, device=device))
             for row, index in enumerate(part):

@@ -1,4 +1,4 @@
-"""The VAE's decoder and the vocoder, compiled for a few shapes ahead of the first request."""
+"""Compiles the VAE's decoder and the vocoder for a few shapes, before the first request."""
 
 import logging
 import time
@@ -27,12 +27,12 @@ from waveform_decoder import (
 logger = logging.getLogger(__name__)
 
 ROWS_ON_GPU: Final = (1, 2, 4, 8)
-# On a CPU each shape takes tens of seconds to compile, and rows in turn cost what rows together cost.
+# On a CPU each shape takes tens of seconds to compile, and rows one by one cost no more than rows together.
 ROWS_ON_CPU: Final = (1,)
 
 
 def compile_for_settings(decoder: WaveformDecoder, settings: Settings, geometry: AudioGeometry) -> WaveformDecoder:
-    """The decoder compiled for the settings' lengths."""
+    """Compiles the decoder for the settings' lengths."""
     lengths = settings.lengths_to_compile(geometry.native_audio_length_in_s)
     frames = tuple(sorted({geometry.latent_frames(length) for length in lengths}))
     rows = ROWS_ON_CPU if decoder.device.type == "cpu" else ROWS_ON_GPU
@@ -49,14 +49,14 @@ def compile_decoder(
     backend: str | Callable[..., Any] = "inductor",
     use_compiler: bool = True,
 ) -> WaveformDecoder:
-    """The decoder with its VAE and its vocoder compiled for every bucket; a line of progress in the log for each.
+    """Compiles the decoder's VAE and vocoder for every bucket, and logs a line for each.
 
-    What fits a bucket is padded to it, all else runs uncompiled. Where the compiler fails, that is a warning in the
-    log, and the decoder is returned as it was.
+    Whatever fits a bucket is padded to it; everything else runs uncompiled. If the compiler fails, that is logged, and
+    the decoder is returned as it was.
 
     Args:
-        latents: of latent frames.
-        windows: of mel frames; the largest is what longer spectrograms are cut into.
+        latents: buckets of latent frames.
+        windows: buckets of mel frames; longer spectrograms are cut into windows of the largest.
     """
 
     def ready(forward: Callable[[Tensor, Tensor], Tensor], buckets: Buckets) -> CompiledPart:

@@ -1,4 +1,4 @@
-"""The stage as a server starts it: loaded, given its threads, compiled, and warm."""
+"""Loads the stage as a server starts it: with its number of threads chosen, compiled, and warm."""
 
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from waveform_decoder import WaveformDecoder, load_waveform_decoder
 def load_decoder_stage(
     settings: Settings, geometry: AudioGeometry, device: torch.device
 ) -> tuple[WaveformDecoder, ClapScorer]:
-    """The decoding parts of the settings' checkpoint, ready for requests."""
+    """Loads the decoding parts of the settings' checkpoint, ready for requests."""
     checkpoint, dtype = Path(settings.checkpoint), resolve_dtype(settings, device)
     residency = stage_residency(settings, device)
     with residency:

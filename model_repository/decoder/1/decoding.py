@@ -1,4 +1,4 @@
-"""The stage: latents of several requests in; each request's audio out, ranked within each prompt."""
+"""Decodes the latents of several requests to each request's audio, ranked within each prompt."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -20,7 +20,7 @@ MAX_PADDED_SAMPLES: Final = 160  # one frame of the mel spectrogram
 def decode(
     decoder: WaveformDecoder, scorer: ClapScorer, requests: Sequence[Mapping[str, np.ndarray]]
 ) -> list[dict[str, np.ndarray]]:
-    """The stage's output tensors of each ordinary request, by name; see the table in `model_repository/README.md`.
+    """Returns the output tensors of each ordinary request, by name; see the table in `model_repository/README.md`.
 
     All waveforms of all requests are decoded together, equal lengths in one call. Raises `InternalError` for
     non-finite audio.
@@ -47,12 +47,12 @@ def _decode_all(decoder: WaveformDecoder, requests: Sequence[Mapping[str, np.nda
 
 
 def fit_length(waveform: Tensor, samples: int) -> Tensor:
-    """Exactly `samples` of a waveform [samples made].
+    """Cuts or pads a waveform [samples made] to exactly `samples`.
 
-    Off the 10 ms grid the frames can fall short by up to 8 ms, since the reference truncates twice: to frames, and to
-    samples. It returns the shorter audio; here silence fills the promised length.
+    For lengths off the 10 ms grid the frames can fall short by up to 8 ms, because the reference truncates twice: to
+    frames, and to samples. The reference returns the shorter audio; here silence fills the promised length.
 
-    Raises `InvalidArgumentError` where more is missing, which only a caller of this stage alone can ask for.
+    Raises `InvalidArgumentError` if more is missing, which only a direct call to this stage can cause.
     """
     missing = samples - len(waveform)
     if missing > MAX_PADDED_SAMPLES:
@@ -63,7 +63,7 @@ def fit_length(waveform: Tensor, samples: int) -> Tensor:
 def score_all(
     scorer: ClapScorer, requests: Sequence[Mapping[str, np.ndarray]], audios: Sequence[np.ndarray], sampling_rate: int
 ) -> list[np.ndarray]:
-    """Each request's scores [B, N]; zeros for the rows that asked for none."""
+    """Returns each request's scores [B, N]; zeros for the rows that asked for none."""
     scores = [np.zeros(audio.shape[:2], np.float32) for audio in audios]
     wanted = [
         (index, row) for index, request in enumerate(requests) for row in np.flatnonzero(request["return_scores"])
@@ -74,7 +74,7 @@ def score_all(
         given = np.array(score_waveforms(scorer, waveforms, texts, sampling_rate), np.float32)
         given = faults.at("decoder.score", given)
         if not np.isfinite(given).all():
-            raise InternalError("decoder: CLAP gave non-finite scores")
+            raise InternalError("decoder: CLAP returned non-finite scores")
         values = iter(given)
         for index, row in wanted:
             scores[index][row] = [next(values) for _ in audios[index][row]]
@@ -82,7 +82,7 @@ def score_all(
 
 
 def rank_all(scores: Sequence[np.ndarray], sampling_rate: int) -> list[dict[str, np.ndarray]]:
-    """Each request's `score` and `order` [B, N], best score first within each prompt, ties by generation order.
+    """Ranks each request's `score` and `order` [B, N], best first within each prompt, ties by generation order.
 
     Args:
         scores: in generation order.
@@ -104,7 +104,7 @@ def in_order(values: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 def warm_up(decoder: WaveformDecoder, scorer: ClapScorer, geometry: AudioGeometry) -> None:
-    """Decodes and scores one short clip, so that the first request does not pay for what happens once."""
+    """Decodes and scores one short clip, so that the first request does not bear one-time costs."""
     shape = (1, 1, geometry.latent_channels, geometry.latent_frames(1.0), geometry.latent_width)
     text_dim = scorer.clap.config.projection_dim
     decode(

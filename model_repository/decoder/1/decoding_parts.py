@@ -1,8 +1,8 @@
-"""The stage in parts: latents to the windows of a mel spectrogram, a window to its audio, the whole audio to scores.
+"""Decodes in parts: latents to the windows of a mel spectrogram, a window to its audio, the whole audio to scores.
 
-`audioldm2_stream` asks for these one after the other, so that the first seconds of a clip can be sent while the rest
-is still to be made. They are marked by the request parameter `ctl`, are not for clients, and compute exactly what an
-ordinary request computes.
+`audioldm2_stream` requests these one after the other, so that the first seconds of a clip can be sent while the rest is
+still being made. These requests have the parameter `ctl`, are not for clients, and compute exactly what an ordinary
+request computes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,12 +23,12 @@ Tensors: TypeAlias = Mapping[str, np.ndarray]
 
 
 def check_decodable(control: str, inputs: Tensors) -> None:
-    """Other people may call this stage with latents of their own. Raises `InvalidArgumentError`."""
+    """Checks a request, since this stage can be called directly. Raises `InvalidArgumentError`."""
     if control not in DECODED:
         raise invalid(CONTROL, control, "mel, vocode, score or none")
     for name in DECODED[control]:
         if name not in inputs:
-            raise invalid(name, None, "a tensor: only requests between the models of one server can do without")
+            raise invalid(name, None, "a tensor; it is optional only for the server's internal requests")
     if "num_samples" in inputs:
         samples = inputs["num_samples"][:, 0]
         if len(set(samples.tolist())) > 1:
@@ -41,9 +41,9 @@ def check_decodable(control: str, inputs: Tensors) -> None:
 def decode_parts(
     decoder: WaveformDecoder, scorer: ClapScorer, requests: Sequence[tuple[str, Tensors]]
 ) -> list[dict[str, np.ndarray]]:
-    """The output tensors of each request, by name; a request is its kind, one of `DECODED`, and its inputs.
+    """Returns the output tensors of each request, by name; a request is its kind, one of `DECODED`, and its inputs.
 
-    Those of one kind are computed together. Raises `InvalidArgumentError`, and `InternalError` for non-finite values.
+    Requests of a kind are computed together. Raises `InvalidArgumentError`, and `InternalError` for non-finite values.
     """
     compute = {
         WHOLE: partial(decode, decoder, scorer),
@@ -61,7 +61,7 @@ def decode_parts(
 
 
 def _cut_mels(decoder: WaveformDecoder, requests: Sequence[Tensors]) -> list[dict[str, np.ndarray]]:
-    """`mel_windows` [1, K, N, L, M] and `kept_samples` [1, K, 2]: which samples of a window's waveform count."""
+    """Returns `mel_windows` [1, K, N, L, M] and `kept_samples` [1, K, 2], the part of a window's waveform to keep."""
     mels = iter(
         decode_mels(decoder, [torch.from_numpy(latent) for request in requests for latent in request["latents"][0]])
     )
@@ -76,14 +76,14 @@ def _cut_mels(decoder: WaveformDecoder, requests: Sequence[Tensors]) -> list[dic
 
 
 def _kept_samples(chunks: Sequence[VocoderChunk], num_samples: int) -> np.ndarray:
-    """INT32 [K, 2]. The last chunk makes up the promised length, which may be a little beyond its waveform."""
+    """Returns INT32 [K, 2]. The last chunk fills up the promised length, which may be a little beyond its waveform."""
     kept = np.array([(chunk.first_sample, chunk.end_sample) for chunk in chunks], np.int32)
     kept[-1, 1] += num_samples - sum(chunk.num_samples for chunk in chunks)
     return kept
 
 
 def _vocode_windows(decoder: WaveformDecoder, requests: Sequence[Tensors]) -> list[dict[str, np.ndarray]]:
-    """`audio` [1, N, S], the part of the clip that is this window's, in generation order."""
+    """Returns `audio` [1, N, S], this window's part of the clip, in generation order."""
     windows = [torch.from_numpy(window) for request in requests for window in request["mel_window"][0]]
     waveforms = iter(vocode(decoder, windows))
     results = []
@@ -95,6 +95,6 @@ def _vocode_windows(decoder: WaveformDecoder, requests: Sequence[Tensors]) -> li
 
 
 def _score(decoder: WaveformDecoder, scorer: ClapScorer, requests: Sequence[Tensors]) -> list[dict[str, np.ndarray]]:
-    """`score` and `order` [1, N], best first, of audio in generation order."""
+    """Returns `score` and `order` [1, N], best first, for audio in generation order."""
     scores = score_all(scorer, requests, [request["audio"] for request in requests], decoder.sampling_rate)
     return rank_all(scores, decoder.sampling_rate)

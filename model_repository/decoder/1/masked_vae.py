@@ -1,4 +1,4 @@
-"""Latents of different lengths in one forward of the VAE's decoder, each as if it were alone.
+"""Decodes latents of different lengths in one forward of the VAE's decoder, each as if it were alone.
 
 Row `i` of `[rows, channels, frames, width]` is valid for its first `valid_frames[i]` frames and padded after them.
 Padding shows in three places: a convolution reads zeros beyond the end of a row run alone, so padded frames are zeroed
@@ -6,8 +6,8 @@ before every convolution wider than one position; group normalisation averages o
 are taken over the valid frames; self-attention looks at all positions, so padded keys are masked. Upsampling by two
 copies frame `d // 2` to frame `d`, so the valid frames double with it.
 
-A function over the modules of an `AutoencoderKL`, which stays as it was: the masks follow from `valid_frames` inside,
-so that a compiled graph of one shape serves all lengths up to it.
+The modules of the `AutoencoderKL` stay unchanged. The masks are derived from `valid_frames` inside the function, so
+that a compiled graph of one shape serves all lengths up to it.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Rows:
 
 
 def decode_masked(vae: Any, latents: Tensor, valid_frames: Tensor) -> Tensor:
-    """What `vae.decode` gives for each row's valid frames alone.
+    """Computes what `vae.decode` gives for each row's valid frames alone.
 
     Args:
         vae: an `AutoencoderKL` that `check_followed` accepts.
@@ -102,7 +102,7 @@ def _normalise(norm: nn.GroupNorm, hidden: Tensor, valid: ValidFrames) -> Tensor
 
 
 def _resnet(resnet: Any, hidden: Tensor, valid: ValidFrames) -> Tensor:
-    """A `ResnetBlock2D`. The zeros of a norm stay zeros in the activation: the convolution finds its padding zeroed."""
+    """A `ResnetBlock2D`. The activation keeps the norm's zeros, so the convolution finds its padding zeroed."""
     inner = resnet.conv1(resnet.nonlinearity(_normalise(resnet.norm1, hidden, valid)))
     inner = resnet.conv2(resnet.nonlinearity(_normalise(resnet.norm2, inner, valid)))
     shortcut = hidden if resnet.conv_shortcut is None else resnet.conv_shortcut(hidden)

@@ -1,8 +1,8 @@
-"""Mel spectrograms of different lengths in one forward of the vocoder, each as if it were alone.
+"""Vocodes mel spectrograms of different lengths in one forward, each as if it were alone.
 
-The vocoder is a stack of convolutions, so padding shows in one way only: a convolution near the end of a row run alone
-reads zeros beyond it. Positions after the end are zeroed before every convolution; where a row ends is followed
-through the transposed ones, of which each makes `(n - 1) * stride - 2 * padding + kernel` positions of `n`.
+The vocoder is a stack of convolutions, so padding matters in one way only: a convolution near the end of a row run
+alone reads zeros beyond it. So positions after the end are zeroed before every convolution. The end of a row is tracked
+through the transposed convolutions, each of which turns `n` positions into `(n - 1) * stride - 2 * padding + kernel`.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 
 def vocode_masked(vocoder: Any, spectrograms: Tensor, valid_frames: Tensor) -> Tensor:
-    """What a `SpeechT5HifiGan` gives for each row's valid frames alone.
+    """Computes what a `SpeechT5HifiGan` gives for each row's valid frames alone.
 
     Args:
         spectrograms: `[rows, frames, mel bins]`; finite on the padded frames.
@@ -35,7 +35,7 @@ def vocode_masked(vocoder: Any, spectrograms: Tensor, valid_frames: Tensor) -> T
         hidden = hidden.masked_fill(padding, 0)
         branches = [_resblock(next(resblocks), hidden, padding) for _ in range(vocoder.num_kernels)]
         hidden = torch.stack(branches).sum(0) / vocoder.num_kernels
-    # The slope here is the function's own, as in the original.
+    # With the function's default slope, as in the original.
     waveforms: Tensor = torch.tanh(vocoder.conv_post(functional.leaky_relu(hidden))).squeeze(1)
     return waveforms
 

@@ -1,4 +1,4 @@
-"""The layers of an `AutoencoderKL`'s decoder in their order, for whoever executes them in a way of their own."""
+"""Walks through the layers of an `AutoencoderKL`'s decoder in order, for several ways to execute them."""
 
 from typing import Any, Final, Protocol, TypeVar
 
@@ -9,7 +9,10 @@ A = TypeVar("A")
 
 
 class Layers(Protocol[A]):
-    """How the layers are executed, on activations of a type of one's own; each is given a module of diffusers."""
+    """Executes one kind of VAE layer per method.
+
+    `A` is the implementation's activation type; each method receives the diffusers module.
+    """
 
     def convolve(self, convolution: Any, hidden: A) -> A:
         """A convolution, of one position or wider."""
@@ -37,7 +40,7 @@ def check_followed(vae: Any) -> None:
 
 
 def walk(layers: Layers[A], vae: Any, latents: A) -> A:
-    """What `vae.decode` computes of latents that are divided by the scaling factor.
+    """Computes `vae.decode` for latents that are divided by the scaling factor.
 
     Args:
         vae: an `AutoencoderKL` that `check_followed` accepts.

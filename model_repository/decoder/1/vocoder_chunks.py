@@ -1,9 +1,9 @@
-"""The vocoder in chunks: which part of a mel spectrogram to give it for which part of its waveform.
+"""Plans the vocoder's chunks: which part of a mel spectrogram to give it for which part of its waveform.
 
-The vocoder is a stack of convolutions, so that a sample depends only on the frames near it. A mel spectrogram is cut
-into windows of equal length that overlap by what a sample can depend on; each window's waveform is then exact except
-near its ends, which are dropped. At the ends of the clip nothing is added: there the vocoder pads by itself, as it
-does for the whole.
+The vocoder is a stack of convolutions, so a sample depends only on the frames near it. A mel spectrogram is cut into
+windows of equal length that overlap by as much as a sample can depend on. Each window's waveform is then exact except
+near its ends, which are dropped. At the ends of the clip nothing is added, because there the vocoder pads by itself, as
+it does for the whole.
 """
 
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from math import ceil, prod
 from typing import Any, Final
 
 CHUNK_FRAMES: Final = 256
-"""How many frames a window can have besides its overlap; 2.56 s at 10 ms a frame."""
+"""The most frames of a window besides its overlap; 2.56 s at 10 ms per frame."""
 
 
 @dataclass(frozen=True)
 class VocoderReach:
-    """What a vocoder makes of one mel frame, and how far it looks."""
+    """How many samples a vocoder makes of one mel frame, and how far it looks."""
 
     samples_per_frame: int
     extra_samples: int  # what F frames give beyond F * samples_per_frame
@@ -28,7 +28,7 @@ class VocoderReach:
 
 @dataclass(frozen=True)
 class VocoderChunk:
-    """One window of a mel spectrogram, and which samples of the window's waveform belong to the clip's."""
+    """One window of a mel spectrogram, and which samples of its waveform belong to the clip."""
 
     first_frame: int
     end_frame: int
@@ -41,7 +41,7 @@ class VocoderChunk:
 
 
 def vocoder_reach(vocoder: Any) -> VocoderReach:
-    """Read off the layers of a `SpeechT5HifiGan`: from the samples of one frame back to the frames that count."""
+    """Derives the reach from the layers of a `SpeechT5HifiGan`, from the samples of one frame back to its inputs."""
     resblocks = max(_resblock_radius(block) for block in vocoder.resblocks)
     samples_per_frame = prod(layer.stride[0] for layer in vocoder.upsampler)
     first, last = _widened(0, samples_per_frame - 1, vocoder.conv_post)
@@ -60,14 +60,14 @@ def vocoder_reach(vocoder: Any) -> VocoderReach:
 def plan_chunks(
     reach: VocoderReach, num_frames: int, chunk_frames: int = CHUNK_FRAMES, full_windows: bool = False
 ) -> tuple[VocoderChunk, ...]:
-    """The chunks of a clip, in order; together they have `reach.num_samples(num_frames)` samples.
+    """Plans the chunks of a clip, in order; together they have `reach.num_samples(num_frames)` samples.
 
-    All windows of a clip have the same length, at most `chunk_frames` and the overlap on both sides, so that they can
-    share a call. A clip that is no longer than that is one chunk.
+    All windows of a clip have the same length, at most `chunk_frames` plus the overlap on both sides, so that they can
+    share a call. A clip no longer than that is one chunk.
 
     Args:
-        full_windows: whether the windows of several chunks have all of that length, so that a vocoder which is
-            compiled for it serves every clip; else they are as short as their number allows.
+        full_windows: whether several windows all have the full length, so that a vocoder compiled for it serves every
+            clip; otherwise they are as short as their number allows.
     """
     overlap, per_frame = reach.overlap_frames, reach.samples_per_frame
     count = max(1, ceil((num_frames - 2 * overlap) / chunk_frames))
@@ -95,5 +95,5 @@ def _widened(first: int, last: int, layer: Any) -> tuple[int, int]:
 
 
 def _radius(layer: Any) -> int:
-    """How far a convolution that keeps the length looks to either side."""
+    """Returns how far a convolution that keeps the length looks to either side."""
     return int(layer.dilation[0] * (layer.kernel_size[0] - 1) // 2)

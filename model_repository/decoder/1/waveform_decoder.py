@@ -1,4 +1,4 @@
-"""Latents to waveforms: the VAE's decoder, and the vocoder chunk by chunk."""
+"""Decodes latents to waveforms: the VAE's decoder, then the vocoder chunk by chunk."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ MAX_MEL_FRAMES_PER_CALL: Final = 8192
 class CompiledPart:
     """A compiled forward that has run once in each of its shapes."""
 
-    function: Callable[[Tensor, Tensor], Tensor]  # of a padded batch and its rows' valid frames
+    function: Callable[[Tensor, Tensor], Tensor]  # takes a padded batch and its rows' valid frames
     buckets: Buckets
 
     def __call__(self, batch: Tensor, valid_frames: Tensor) -> Tensor:
@@ -57,15 +57,15 @@ class WaveformDecoder:
     reach: VocoderReach
     device: torch.device
     dtype: torch.dtype
-    compiled: CompiledParts | None = None  # what runs instead, where something fits its buckets
-    residency: Residency = field(default_factory=Residency)  # of all the stage's weights, CLAP's too
+    compiled: CompiledParts | None = None  # runs instead for whatever fits its buckets
+    residency: Residency = field(default_factory=Residency)  # of all the stage's weights, including CLAP's
 
     @property
     def sampling_rate(self) -> int:
         return self.vocoder.config.sampling_rate
 
     def plan_chunks(self, num_frames: int) -> tuple[VocoderChunk, ...]:
-        """How the vocoder makes a clip of so many mel frames."""
+        """Plans the vocoder's chunks for a clip of so many mel frames."""
         return plan_chunks(self.reach, num_frames, full_windows=self.compiled is not None)
 
 
@@ -82,8 +82,8 @@ def load_waveform_decoder(checkpoint: Path, device: torch.device, dtype: torch.d
 def decode_waveforms(decoder: WaveformDecoder, latents: Sequence[Tensor]) -> list[Tensor]:
     """Decodes M latents [C, H, W] of any lengths.
 
-    Returns M waveforms, float32 on the host, each as long as the vocoder makes it. Raises `InternalError` where a
-    stage gives non-finite values.
+    Returns M waveforms, float32 on the host, each as long as the vocoder makes it. Raises `InternalError` for
+    non-finite values.
     """
     mels = decode_mels(decoder, latents)
     plans = [decoder.plan_chunks(len(mel)) for mel in mels]
@@ -96,9 +96,9 @@ def decode_waveforms(decoder: WaveformDecoder, latents: Sequence[Tensor]) -> lis
 
 @torch.inference_mode()
 def decode_mels(decoder: WaveformDecoder, latents: Sequence[Tensor]) -> list[Tensor]:
-    """The mel spectrograms [T, M] of as many latents [C, H, W], in the decoder's dtype and on its device.
+    """Decodes latents [C, H, W] to as many mel spectrograms [T, M], in the decoder's dtype and on its device.
 
-    Equal lengths share a call; where the VAE is compiled, all lengths of a bucket. Beyond `MAX_WHOLE_FRAMES`, each is
+    Equal lengths share a call; with a compiled VAE, all lengths of a bucket do. Beyond `MAX_WHOLE_FRAMES`, each is
     decoded alone, in chunks. Raises `InternalError` for non-finite values.
     """
 
@@ -135,7 +135,7 @@ def decode_mels(decoder: WaveformDecoder, latents: Sequence[Tensor]) -> list[Ten
 
 @torch.inference_mode()
 def vocode(decoder: WaveformDecoder, windows: Sequence[Tensor]) -> list[Tensor]:
-    """The waveforms, float32 on the host, of as many windows [L, M] of mel spectrograms.
+    """Turns windows [L, M] of mel spectrograms into as many waveforms, float32 on the host.
 
     Raises `InternalError` for non-finite values.
     """
@@ -145,8 +145,8 @@ def vocode(decoder: WaveformDecoder, windows: Sequence[Tensor]) -> list[Tensor]:
         _check_finite(waveforms, "vocoder")
         return waveforms
 
-    # On a CPU the last bits depend on the shape of the batch: one window a call, which costs nothing at the size of
-    # the official weights, makes a window's waveform the same in whatever company it comes.
+    # On a CPU the last bits depend on the batch size. Decode one window per call (no slower at the official size), so
+    # that its output does not depend on the batch.
     on_cpu = decoder.device.type == "cpu"
 
     def decode_eagerly(items: Sequence[Tensor]) -> list[Tensor]:
@@ -175,7 +175,7 @@ def _map_either(
     choices: Sequence[bool],
     items: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Each item's result, of all those of `first` where the choice is true, and of all those of `second` elsewhere."""
+    """Maps the chosen items with `first` and all others with `second`; returns the results in order."""
     firsts = iter(first([item for item, chosen in zip(items, choices, strict=True) if chosen]))
     seconds = iter(second([item for item, chosen in zip(items, choices, strict=True) if not chosen]))
     return [next(firsts if chosen else seconds) for chosen in choices]
@@ -184,7 +184,7 @@ def _map_either(
 def _map_equal_shapes(
     function: Callable[[Tensor], Tensor], items: Sequence[Tensor], per_call: Callable[[Tensor], int]
 ) -> list[Tensor]:
-    """`function` of each item, called with batches of items of one shape, `per_call(item)` of them but at least one."""
+    """Maps items with `function`, in batches of one shape: `per_call(item)` at a time, and at least one."""
     results: list[Tensor | None] = [None] * len(items)
     by_shape: dict[torch.Size, list[int]] = {}
     for index, item in enumerate(items):

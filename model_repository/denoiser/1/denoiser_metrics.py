@@ -1,4 +1,4 @@
-"""The engine's metrics on Triton's `/metrics` endpoint; Triton's own count only `execute()`, which returns at once."""
+"""The engine's metrics on Triton's `/metrics` endpoint. Triton's own cover only `execute()`, which returns at once."""
 
 import threading
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from stepping.request import DenoisingRequest
 
 ROWS_BUCKETS = [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64]
 STEP_BUCKETS_MS = [1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000]
-# The most particular first.
+# Subclasses before their base classes.
 OUTCOMES: Mapping[type[Exception], str] = {
     DeadlineExceededError: "deadline_exceeded",
     RequestCancelledError: "cancelled",
@@ -104,7 +104,7 @@ class EngineMetrics:
         self._audio_duration.increment(frames * self._seconds_per_frame)
 
     def changed(self, load: EngineLoad) -> None:
-        # From several threads, and two operations of one metric at once bring down the server (2.51.0).
+        # Called from several threads, and concurrent operations on one metric bring down the server (2.51.0).
         with self._lock:
             self._rows_in_flight.set(load.active_rows)
             self._rows_waiting.set(load.pending_rows)

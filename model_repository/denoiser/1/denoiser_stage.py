@@ -1,4 +1,4 @@
-"""The stage without Triton: a checkpoint's engines."""
+"""Loads a checkpoint's engines, without Triton."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -34,10 +34,10 @@ GPU_BYTES_PER_ROW: Final = 256 * 2**20  # an estimate of the activations of one 
 
 
 def load_schedule_tables(checkpoint: Path, timestep_spacing: str = "") -> ScheduleTables:
-    """The schedules of a checkpoint.
+    """Makes the schedules of a checkpoint.
 
     Args:
-        timestep_spacing: replaces the checkpoint's; a scheduler that does not know it keeps its own.
+        timestep_spacing: replaces the checkpoint's; a scheduler that does not support it keeps its own.
     """
     config = json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text())
     return ScheduleTables(config | _SPACINGS[timestep_spacing])
@@ -46,7 +46,7 @@ def load_schedule_tables(checkpoint: Path, timestep_spacing: str = "") -> Schedu
 def load_engines(
     settings: Settings, geometry: AudioGeometry, observe: Callable[[torch.device], Observer]
 ) -> EnginePool:
-    """One engine per visible GPU, or one on the CPU; compiled, measured, and so warmed up.
+    """Makes one engine per visible GPU, or one on the CPU; compiled, measured, and so warmed up.
 
     Args:
         observe: makes the observer of the engine on a device.
@@ -69,14 +69,14 @@ def load_engines(
             observer, interval = observe(device), settings.guided_steps
             engine = Engine(unet, tables, limit, unet.warm_up, device, dtype, observer, interval, residency)
             engines.append(engine)
-            # One after the other: what is timed should not compete with another engine's compiler.
+            # One after the other, so that no engine is timed while another one compiles.
             engine.wait_until_warm()
     except BaseException:
         for engine in engines:
             engine.close()
         raise
     if buckets[0]:
-        # From here on nothing is compiled in this process: what a request would make PyTorch recompile runs eager.
+        # From now on nothing is compiled in this process: what PyTorch would recompile for a request runs eagerly.
         torch.compiler.set_stance("eager_on_recompile")
     return EnginePool(engines, tables)
 
@@ -84,10 +84,10 @@ def load_engines(
 def compile_buckets(
     settings: Settings, geometry: AudioGeometry, device: torch.device, limits: EngineLimits
 ) -> tuple[Bucket, ...]:
-    """The shapes to compile for, the smallest first; none where nothing is compiled.
+    """Returns the shapes to compile for, the smallest first; none if nothing is compiled.
 
-    On a GPU a length runs, masked, in the next longer bucket. On a CPU every frame costs, and a shape takes minutes to
-    compile: there only what has exactly the length, and one waveform, is compiled for, unless more rows are asked for.
+    On a GPU a shorter length runs, masked, in the next longer bucket. On a CPU every frame costs, and each shape takes
+    minutes to compile: there the buckets are for the exact lengths and one waveform, unless more rows are configured.
     """
     if not resolve_compile(settings, device):
         return ()
@@ -104,7 +104,7 @@ def compile_buckets(
 
 
 def denoising_devices(settings: Settings) -> list[torch.device]:
-    """Every visible GPU, unless a device is set."""
+    """Returns every visible GPU, unless a device is configured."""
     device = resolve_device(settings)
     if device.type == "cuda" and settings.device in ("auto", "cuda"):
         return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
@@ -112,15 +112,15 @@ def denoising_devices(settings: Settings) -> list[torch.device]:
 
 
 def engine_limits(settings: Settings, geometry: AudioGeometry, device: torch.device) -> EngineLimits:
-    """Of one engine: what is set, else what the device suggests.
+    """Limits for one engine: the configured values, or defaults derived from the device.
 
-    On a GPU, rows of the native length in half of the free memory.
+    On a GPU the default is as many items of the native length as fit in half of the free memory.
     """
     rows, waiting = CPU_MAX_ACTIVE_ROWS, CPU_MAX_WAITING
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         fitting = min(GPU_MAX_ACTIVE_ROWS, free // 2 // GPU_BYTES_PER_ROW)
-        # One of a few numbers, so that the shapes to compile do not change with what else is loading at the moment.
+        # Only a few numbers, so that the shapes to compile do not depend on what else is loading at the moment.
         rows = max(size for size in COMPILED_ITEMS if size <= max(fitting, COMPILED_ITEMS[0]))
         waiting = 8 * rows
     return EngineLimits(

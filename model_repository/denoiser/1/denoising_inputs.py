@@ -1,4 +1,4 @@
-"""A request's tensors, from the text stage or from whoever calls this stage alone, as the engines take them."""
+"""Parses a request's tensors, from the text stage or from a direct caller, into what the engines take."""
 
 import json
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from stepping.windows import Windowing
 
 @dataclass(frozen=True)
 class TensorShapes:
-    """What the tensors' shapes must be for one checkpoint."""
+    """The dimensions that the tensors must have for one checkpoint."""
 
     geometry: AudioGeometry
     prompt_dim: int  # D1
@@ -28,7 +28,7 @@ class TensorShapes:
 
 
 def read_tensor_shapes(checkpoint: Path) -> TensorShapes:
-    """Reads the components' `config.json`. Raises `OSError` and `KeyError` for a checkpoint that is not whole."""
+    """Reads the components' `config.json`. Raises `OSError` and `KeyError` for an incomplete checkpoint."""
     unet, language_model = (
         json.loads((checkpoint / part / "config.json").read_text()) for part in ("unet", "language_model")
     )
@@ -39,15 +39,15 @@ def read_tensor_shapes(checkpoint: Path) -> TensorShapes:
 
 
 def draw_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
-    """Float32 noise of unit variance from a CPU generator, whatever the device: the same seed, the same sound."""
+    """Draws float32 noise of unit variance from a CPU generator, so that a seed gives the same sound on any device."""
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
 
 
 def parse_denoising_request(inputs: Mapping[str, np.ndarray], shapes: TensorShapes) -> DenoisingRequest:
-    """A request from the stage's tensors, by name; see the table in `model_repository/README.md`.
+    """Parses the stage's tensors, by name; see the table in `model_repository/README.md`.
 
-    The text stage's can be trusted, but other people may call this stage, and one tensor of a wrong shape would fail
-    all waveforms that share its forward. Raises `InvalidArgumentError`, which names the tensor.
+    The text stage's tensors can be trusted, but this stage can be called directly, and one tensor of a wrong shape
+    would fail all waveforms that share its forward. Raises `InvalidArgumentError`, which names the tensor.
     """
     _check(inputs, shapes)
     rows = tuple(_parse_row(inputs, row, shapes.geometry) for row in range(len(inputs["latent_frames"])))
@@ -61,9 +61,9 @@ def _check(inputs: Mapping[str, np.ndarray], shapes: TensorShapes) -> None:
     source = "noise" if "noise" in inputs else "seed"
     for name in (*TEXT, *(NEGATIVE_TEXT if guided else ()), *COLUMNS, source):
         if name not in inputs:
-            raise invalid(name, None, "a tensor: requests to this stage alone have it too")
+            raise invalid(name, None, "a tensor; direct calls to this stage must provide it")
     rows = len(inputs["latent_frames"])
-    # The states before the masks, which are as long.
+    # The states before the masks, whose length follows from them.
     for name in sorted((*TEXT, *NEGATIVE_TEXT, *COLUMNS, *OPTIONAL), key=lambda name: name.endswith("mask")):
         if name not in inputs:
             continue
@@ -76,7 +76,7 @@ def _check(inputs: Mapping[str, np.ndarray], shapes: TensorShapes) -> None:
 def _expected_shape(
     name: str, inputs: Mapping[str, np.ndarray], rows: int, shapes: TensorShapes
 ) -> tuple[int | None, ...]:
-    """None where any number will do, but 0."""
+    """Returns the shape; None where any number except 0 will do."""
     if name.endswith("generated_prompt_embeds"):
         return rows, shapes.generated_tokens, shapes.generated_dim
     if name.endswith("prompt_embeds"):
@@ -129,7 +129,7 @@ def _positive(inputs: Mapping[str, np.ndarray], name: str, row: int) -> int:
 
 
 def _noise(inputs: Mapping[str, np.ndarray], row: int, geometry: AudioGeometry) -> Tensor:
-    """The caller's own, or drawn by the seed."""
+    """Returns the caller's own noise, or draws it from the seed."""
     waveforms, frames = (_positive(inputs, name, row) for name in ("num_waveforms_per_prompt", "latent_frames"))
     if "noise" in inputs:
         return torch.tensor(inputs["noise"][row])
@@ -151,8 +151,8 @@ def _windowing(inputs: Mapping[str, np.ndarray], row: int) -> Windowing | None:
 
 
 def _text_states(inputs: Mapping[str, np.ndarray], row: int, names: tuple[str, ...]) -> TextStates:
-    # Copies: Triton's buffers are gone once execute() has returned.
+    # Copies, because Triton's buffers are gone once execute() has returned.
     prompt_embeds, mask, generated = (torch.tensor(inputs[name][row]) for name in names)
-    # A shorter row of a request was padded to its longest.
+    # The prompts of a request are padded to the longest of them.
     length = max(1, int(mask.nonzero().max()) + 1) if bool(mask.any()) else 1
     return TextStates(prompt_embeds[:length], mask[:length], generated)

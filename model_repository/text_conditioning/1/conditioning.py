@@ -1,4 +1,4 @@
-"""The stage: checked rows of several requests in, each request's resolved tensors out."""
+"""Turns the checked rows of several requests into each request's resolved tensors."""
 
 import logging
 from collections.abc import Sequence
@@ -26,11 +26,10 @@ def condition(
     requests: Sequence[Sequence[GenerationRow]],
     full_negative_prompt: bool = False,
 ) -> list[dict[str, np.ndarray]]:
-    """The stage's output tensors of each request, by name; see the table in `model_repository/README.md`.
+    """Returns the output tensors of each request, by name; see the table in `model_repository/README.md`.
 
-    All texts of all requests that are not in `cache` are encoded together, equal ones once. What is cut of a request's
-    texts goes to the log; `full_negative_prompt` is explained at `row_texts`. Raises `InternalError` where an encoder
-    gives non-finite values.
+    All texts of all requests that are not in `cache` are encoded together, equal ones once. Texts that are cut are
+    logged. For `full_negative_prompt` see `row_texts`. Raises `InternalError` if an encoder returns non-finite values.
     """
     texts = [[row_texts(encoders, row, full_negative_prompt) for row in request] for request in requests]
     for request_texts in texts:
@@ -50,7 +49,7 @@ def condition(
 def _encode_rows(
     encoders: TextEncoders, cache: EmbeddingCache[EncodedTexts], rows: Sequence[RowTexts]
 ) -> list[tuple[EncodedTexts, EncodedTexts | None]]:
-    """Prompt and, where there is guidance, negative prompt of each row; each of M = 1, as long as its tokens are."""
+    """Encodes the prompt of each row and, with guidance, its negative prompt; each has M = 1 and its own length."""
     keys = [key for row in rows for key in (row.prompt, row.negative) if key is not None]
     taken = iter(cache.values(keys, partial(_encode_keys, encoders)))
     return [(next(taken), None if row.negative is None else next(taken)) for row in rows]
@@ -71,10 +70,10 @@ def _split(encoded: EncodedTexts, lengths: Sequence[int]) -> list[EncodedTexts]:
     text_embeds = faults.at("text_conditioning.encode", encoded.text_embeds)
     on_host = [_to_host(tensor) for tensor in (text_embeds, encoded.prompt_embeds, encoded.generated_prompt_embeds)]
     if not all(bool(torch.isfinite(tensor).all()) for tensor in on_host):
-        raise InternalError("text_conditioning: an encoder gave non-finite values")
+        raise InternalError("text_conditioning: an encoder returned non-finite values")
     text_embeds, prompt_embeds, generated = on_host
     mask = encoded.attention_mask.cpu()
-    # Copies: a text that is kept in the cache must not keep its whole batch.
+    # Copies, so that a text in the cache does not keep its whole batch alive.
     return [
         EncodedTexts(
             text_embeds[row : row + 1].clone(),

@@ -1,4 +1,4 @@
-"""The encodings of the texts that were asked for last.
+"""Caches the encodings of the most recently used texts.
 
 Most requests have the same negative prompt, and many repeat a prompt with another seed.
 """
@@ -14,15 +14,15 @@ V = TypeVar("V")
 
 @dataclass(frozen=True)
 class TextKey:
-    """All that the encoding of one text depends on, given the checkpoint; compared by value, not by a digest."""
+    """Everything that the encoding of one text depends on, given the checkpoint; compared by value, not by a digest."""
 
     text: str  # what CLAP reads
-    tokens: tuple[int, ...]  # what the second encoder reads; of T5 or, of what is to be said, of VITS
-    length: int  # how long the second encoder's sequence counts as being in GPT-2, padding included
+    tokens: tuple[int, ...]  # what the second encoder reads: T5's tokens, or VITS's of the transcription
+    length: int  # the length that the second encoder's sequence counts as in GPT-2, padding included
 
 
 class EmbeddingCache(Generic[V]):
-    """At most `capacity` values, of which the least recently used goes first; several threads may share it."""
+    """Keeps at most `capacity` values and drops the least recently used; several threads may share it."""
 
     def __init__(self, capacity: int) -> None:
         if capacity < 0:
@@ -35,10 +35,10 @@ class EmbeddingCache(Generic[V]):
         return len(self._values)
 
     def values(self, keys: Sequence[TextKey], encode: Callable[[list[TextKey]], Sequence[V]]) -> list[V]:
-        """The value of each key, in order.
+        """Returns the value of each key, in order.
 
-        `encode` is called at most once, with the missing keys, each of them once, and gives their values in order.
-        What it raises is raised, and nothing is kept. Two threads that miss the same key both encode it.
+        `encode` is called at most once, with each missing key once, and returns their values in order. If it raises,
+        that is raised and nothing is kept. Two threads that miss the same key both encode it.
         """
         found: dict[TextKey, V] = {}
         with self._lock:

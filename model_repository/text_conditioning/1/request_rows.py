@@ -1,4 +1,4 @@
-"""The only place where a request is parsed, defaulted and validated; the later stages trust what comes out."""
+"""Parses and validates requests and fills in defaults. Nothing else does: the later stages trust the result."""
 
 import math
 import secrets
@@ -15,13 +15,13 @@ from audioldm2_triton.server.generation_row import GenerationRow, shortest_decim
 def parse_rows(
     inputs: Mapping[str, np.ndarray], limits: Limits, native_audio_length_in_s: float, speaks: bool
 ) -> tuple[GenerationRow, ...]:
-    """The checked rows of one request.
+    """Parses and checks the rows of one request.
 
     Args:
         inputs: the tensors of the contract by name, each [B, 1]; BYTES as object arrays of `bytes`.
         limits: what this server accepts.
         native_audio_length_in_s: the default length.
-        speaks: whether the checkpoint reads a transcription.
+        speaks: whether the checkpoint takes a transcription.
 
     Raises `InvalidArgumentError`, which names the argument, what was given and what is accepted.
     """
@@ -44,7 +44,7 @@ def _parse_row(
 ) -> GenerationRow:
     prompt = _text(inputs, "prompt", row, "")
     if not prompt.strip():
-        raise invalid("prompt", prompt, "a text that is not blank")
+        raise invalid("prompt", prompt, "text that is not blank")
     num_waveforms = _whole_number(
         inputs,
         "num_waveforms_per_prompt",
@@ -90,7 +90,7 @@ def _transcription(inputs: Mapping[str, np.ndarray], row: int, speaks: bool) -> 
         raise invalid(name, None, "the words to say, one text per row, because the server's checkpoint speaks")
     text = _text(inputs, name, row, "")
     if not text.strip():
-        raise invalid(name, text, "a text that is not blank")
+        raise invalid(name, text, "text that is not blank")
     return text
 
 

@@ -1,4 +1,4 @@
-"""What the encoders read of a row: the prompt, the words to say, and the negative prompt as long as it may be."""
+"""Decides what the encoders read of a row: the prompt, the words to say, and how much of the negative prompt."""
 
 from dataclasses import dataclass
 
@@ -13,17 +13,17 @@ from transcriptions import tokenize_transcription, untruncated_length
 class RowTexts:
     prompt: TextKey
     negative: TextKey | None  # None: no guidance
-    cuts: tuple[str, ...] = ()  # what is not read because it is too long, for the log
+    cuts: tuple[str, ...] = ()  # descriptions of text that is cut because it is too long, for the log
 
 
 def row_texts(encoders: TextEncoders, row: GenerationRow, full_negative_prompt: bool) -> RowTexts:
-    """The texts of one row.
+    """Returns the texts of one row.
 
     Args:
-        full_negative_prompt: whether a negative prompt of more T5 tokens than the prompt is read whole. The reference
+        full_negative_prompt: whether a negative prompt with more T5 tokens than the prompt is read whole. The reference
             cuts it to the prompt's number.
 
-    Raises `InvalidArgumentError` for a transcription without anything to say: the reference fails there.
+    Raises `InvalidArgumentError` for a transcription with nothing to say, for which the reference fails.
     """
     if encoders.speaks:
         return _spoken(encoders, row)
@@ -46,7 +46,7 @@ def _spoken(encoders: TextEncoders, row: GenerationRow) -> RowTexts:
     length = tokenizer.model_max_length
     tokens = tokenize_transcription(tokenizer, row.transcription)
     if not tokens:
-        raise invalid("transcription", row.transcription, "a text with characters that the checkpoint can say")
+        raise invalid("transcription", row.transcription, "text with characters that the checkpoint can say")
     prompt = TextKey(row.prompt, tuple(tokens), length)
     negative = TextKey(row.negative_prompt, (), length) if row.do_classifier_free_guidance else None
     cuts: tuple[str, ...] = ()

@@ -1,8 +1,8 @@
-"""Eight hidden states of GPT-2 from a prompt's: one forward of the prompt, then seven of one position each.
+"""Generates eight hidden states of GPT-2: one forward of the prompt, then seven of one position each.
 
-Written on `GPT2Model` itself: the reference goes through private helpers of transformers, and computes the logits of
-50,257 words only to drop them. Keys and values lie in tensors of fixed size, so that every one of the seven has the
-same shapes and can be compiled once.
+Uses `GPT2Model` itself: the reference goes through private helpers of transformers, and computes the logits of 50,257
+words only to drop them. Keys and values are in tensors of fixed size, so that all seven forwards have the same shapes
+and can be compiled once.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def generate_states(
     """The next `num_states` hidden states after each prompt, each fed back as the next input.
 
     Args:
-        cache: of `state_cache` for P; what it holds is overwritten.
+        cache: from `state_cache` for P; its contents are overwritten.
         inputs: [M, P, hidden size], padded on the left: so every prompt ends in the last column, where the next
             state is read.
         mask: [M, P], 0 for the padding.
@@ -51,7 +51,7 @@ def generate_states(
     """
     cache.reset()
     rows, prompt_length = mask.shape
-    # Causality hides the slots that are not filled yet.
+    # Causality hides the slots that are still empty.
     mask = torch.cat([mask, mask.new_ones(rows, cache.get_max_length() - prompt_length)], dim=1)
     state = language_model(inputs, mask, positions, cache)
     states = [state]

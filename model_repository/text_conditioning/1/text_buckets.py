@@ -20,6 +20,6 @@ class TextBuckets:
         return [(rows, length) for rows in self.rows for length in self.lengths]
 
     def bucket(self, rows: int, length: int) -> tuple[int, int] | None:
-        """The smallest shape that holds `rows` texts of `length` tokens; none where they exceed the largest."""
+        """Returns the smallest shape that holds `rows` texts of `length` tokens; none if they exceed the largest."""
         fitting = [shape for shape in self.shapes if shape[0] >= rows and shape[1] >= length]
         return fitting[0] if fitting else None

@@ -1,4 +1,4 @@
-"""The text stage's forwards, compiled for a few shapes ahead of the first request."""
+"""Compiles the text stage's forwards for a few shapes, before the first request."""
 
 import logging
 import time
@@ -26,10 +26,10 @@ def compile_text_encoders(
     backend: str | Callable[..., Any] = "inductor",
     use_compiler: bool = True,
 ) -> TextEncoders:
-    """The encoders with CLAP, T5 and GPT-2 compiled for every bucket; a line of progress in the log for each.
+    """Compiles CLAP, T5 and GPT-2 for every bucket, and logs a line for each.
 
-    Inputs that fit a bucket are padded to it; all others run uncompiled. Where the compiler fails, that is a warning in
-    the log, and the encoders are returned as they were.
+    Inputs that fit a bucket are padded to it; all others run uncompiled. If the compiler fails, that is logged, and the
+    encoders are returned as they were.
     """
     shapes = buckets.shapes
     ready = partial(
@@ -42,7 +42,7 @@ def compile_text_encoders(
     own, language_model = encoders.networks, encoders.networks.language_model
     if use_compiler:
         language_model = compiled(language_model, 2 * len(shapes), backend)
-    # All states in one graph: its cache counts calls, so it must not be run more often than it is read.
+    # All states in one graph, because its cache counts calls and so must not run more often than it is read.
     generate = graphed(partial(generate_states, language_model), encoders.device)
     networks = TextNetworks(ready(own.clap), ready(own.second), language_model, generate)
     config = encoders.language_model.config

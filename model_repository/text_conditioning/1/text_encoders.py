@@ -1,9 +1,9 @@
-"""Text to the UNet's conditioning: CLAP and Flan-T5 or VITS, the projection, and eight hidden states of GPT-2.
+"""Encodes text to the UNet's conditioning: CLAP, Flan-T5 or VITS, the projection, and eight hidden states of GPT-2.
 
-The reference is `diffusers.AudioLDM2Pipeline.encode_prompt`. Unlike there, texts of different lengths can share a
-call without changing each other's results: GPT-2's sequences are padded on the left, and positions count from each
-sequence's own start. What the reference pads in their middle is left out; nothing attends to it, but the positions
-behind it count it.
+The reference is `diffusers.AudioLDM2Pipeline.encode_prompt`. Unlike there, texts of different lengths can share a call
+without changing each other's results: GPT-2's sequences are padded on the left, and positions count from each
+sequence's own start. The padding that the reference has in the middle is left out: nothing attends to it, but the
+positions after it count it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ NUM_ADDED_POSITIONS = 5
 
 @dataclass(frozen=True)
 class CompiledNetworks:
-    """Compiled forwards, and what they are compiled for."""
+    """The compiled forwards and their buckets."""
 
     networks: TextNetworks
     buckets: TextBuckets
@@ -64,7 +64,7 @@ class TextEncoders:
 
     @property
     def max_texts_per_call(self) -> int:
-        """As many as the largest bucket holds, since more would run uncompiled."""
+        """As many texts as the largest bucket holds, because more would run uncompiled."""
         return MAX_TEXTS_PER_CALL if self.compiled is None else self.compiled.buckets.rows[-1]
 
 
@@ -73,16 +73,16 @@ class EncodedTexts:
     """The conditioning of M texts; `L` is the longest of their numbers of tokens of the second encoder."""
 
     text_embeds: Tensor  # [M, D] CLAP's, of length 1
-    prompt_embeds: Tensor  # [M, L, D1] Flan-T5's or VITS's, zeros behind a text's own tokens
+    prompt_embeds: Tensor  # [M, L, D1] Flan-T5's or VITS's, zeros after a text's own tokens
     attention_mask: Tensor  # [M, L] int64, 1 where `prompt_embeds` counts
     generated_prompt_embeds: Tensor  # [M, T, D0] GPT-2's
 
 
 def load_text_encoders(checkpoint: Path, device: torch.device, dtype: torch.dtype) -> TextEncoders:
-    """Loads with the dtype rather than casting after, since T5 keeps some layers in float32 when loaded so."""
+    """Loads with the dtype rather than casting later, because only then does T5 keep some layers in float32."""
 
     def load(model_class: Any, component: str, **options: Any) -> Any:
-        # Local only: a server never downloads what it was not given.
+        # Local only: a stage never downloads anything.
         path = str(checkpoint / component)
         return model_class.from_pretrained(path, local_files_only=True, **options).to(device).eval()
 
@@ -113,7 +113,7 @@ def load_text_encoders(checkpoint: Path, device: torch.device, dtype: torch.dtyp
 
 
 def tokenize_t5(encoders: TextEncoders, text: str, length: int | None = None) -> list[int]:
-    """T5's tokens of one text, truncated at the tokenizer's limit or at `length`; the last is the end token."""
+    """Returns T5's tokens of one text, truncated at the tokenizer's limit or at `length`; the last is the end token."""
     limit = encoders.second_tokenizer.model_max_length if length is None else length
     ids: list[int] = encoders.second_tokenizer(text, truncation=True, max_length=limit).input_ids
     return ids
@@ -130,17 +130,17 @@ def encode_texts(
     Args:
         texts: what CLAP reads.
         tokens: what the second encoder reads of each text; VITS may read nothing.
-        lengths: how long each text's sequence of them counts as being in GPT-2, at least their number. The reference
+        lengths: the length that each text's sequence of tokens counts as in GPT-2, at least their number. The reference
             pads a negative prompt to its prompt's length, which moves the end's position.
     """
     if encoders.compiled is None:
         return _encode(encoders, texts, tokens, lengths)
     bucket = encoders.compiled.buckets.bucket(len(texts), max(map(len, tokens)))
-    # Whatever was not foreseen at start runs uncompiled: no request waits for a compiler.
+    # Shapes without a bucket run uncompiled: no request waits for a compiler.
     with torch.compiler.set_stance(STANCE_OF_REQUESTS):
         if bucket is None:
             return _encode(encoders, texts, tokens, lengths)
-        # Repeats of the first text: never read, and as valid as any.
+        # Padded with the first text, which is valid; these results are never read.
         repeats = [0] * (bucket[0] - len(texts))
         rows = [*range(len(texts)), *repeats]
         encoded = _encode(
@@ -170,7 +170,7 @@ def _encode(
 
 
 def _networks(encoders: TextEncoders, rows: int, length: int) -> tuple[TextNetworks, int]:
-    """The forwards for `rows` texts of `length` tokens, and the length to pad them to."""
+    """Returns the forwards for `rows` texts of `length` tokens, and the length to pad them to."""
     if encoders.compiled is not None:
         bucket = encoders.compiled.buckets.bucket(rows, length)
         if bucket is not None and bucket[0] == rows:
@@ -202,7 +202,7 @@ def _encode_clap(encoders: TextEncoders, texts: Sequence[str]) -> Tensor:
 
 
 def _second_inputs(encoders: TextEncoders, tokens: Sequence[Sequence[int]], length: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask, int64 [M, length]."""
+    """Returns ids and mask, int64 [M, length]."""
     ids = torch.full((len(tokens), length), encoders.second_tokenizer.pad_token_id)
     mask = torch.zeros(ids.shape, dtype=torch.int64)
     for row, row_tokens in enumerate(tokens):
@@ -214,7 +214,7 @@ def _second_inputs(encoders: TextEncoders, tokens: Sequence[Sequence[int]], leng
 def _project(
     encoders: TextEncoders, text_embeds: Tensor, states: Tensor, mask: Tensor, lengths: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """GPT-2's inputs [sos, clap, eos, sos1, second states ..., eos1], padded on the left, with mask and positions.
+    """Makes GPT-2's inputs [sos, clap, eos, sos1, second states ..., eos1], left-padded, with mask and positions.
 
     The projection has the padding in the middle instead, between a text's states and its end.
     """

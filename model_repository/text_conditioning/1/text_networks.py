@@ -1,4 +1,4 @@
-"""The forwards of the text stage as functions of tensors alone, which can be compiled."""
+"""The forwards of the text stage as functions of tensors only, which can be compiled."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ def text_networks(clap: Any, second: Any, language_model: GPT2Model) -> TextNetw
     """The forwards, uncompiled; `second` is a `T5EncoderModel` or a `VitsTextEncoder`."""
 
     def encode_clap(ids: Tensor, mask: Tensor) -> Tensor:
-        # In its final form: transformers would make it from a number of the host's, which no CUDA graph can copy.
+        # In its final form, because transformers would make it from a number on the host, which no CUDA graph can copy.
         lowest = torch.finfo(clap.dtype).min
         added = torch.zeros(mask.shape, dtype=clap.dtype, device=mask.device).masked_fill(mask == 0, lowest)
         features: Tensor = clap.get_text_features(ids, attention_mask=added[:, None, None]).pooler_output
@@ -38,7 +38,7 @@ def text_networks(clap: Any, second: Any, language_model: GPT2Model) -> TextNetw
         return states
 
     def encode_vits(ids: Tensor, mask: Tensor) -> Tensor:
-        # A row without any token attends to one all the same, lest its scores overflow; its states are zeros anyway.
+        # A row without any token still attends to one, or its scores would overflow; its states are zeros anyway.
         attended = mask.clone()
         attended[:, 0] = 1
         states: Tensor = second(ids, attention_mask=attended, padding_mask=mask[..., None]).last_hidden_state

@@ -1,4 +1,4 @@
-"""The stage as a server starts it: loaded, given its threads, compiled, and warm."""
+"""Loads the stage as a server starts it: with its number of threads chosen, compiled, and warm."""
 
 import logging
 from dataclasses import replace
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_text_stage(settings: Settings, device: torch.device) -> TextEncoders:
-    """The encoders of the settings' checkpoint, ready for requests."""
+    """Loads the encoders of the settings' checkpoint, ready for requests."""
     residency = stage_residency(settings, device)
     with residency:
         encoders = load_text_encoders(Path(settings.checkpoint), device, resolve_dtype(settings, device))
@@ -46,13 +46,13 @@ def load_text_stage(settings: Settings, device: torch.device) -> TextEncoders:
             logger.info("not compiled: the checkpoint speaks")
         elif resolve_compile(settings, device):
             encoders = compile_text_encoders(encoders, TextBuckets(), use_compiler=uses_compiler(settings))
-        # The first request should not pay for what happens once.
+        # The first request should not bear one-time costs.
         _encode_typical(encoders)
     return replace(encoders, residency=residency)
 
 
 def _encode_typical(encoders: TextEncoders) -> None:
-    """A prompt and its negative prompt."""
+    """Encodes a prompt and its negative prompt."""
     texts = row_texts(encoders, _TYPICAL, full_negative_prompt=False)
     keys = [key for key in (texts.prompt, texts.negative) if key is not None]
     encode_texts(encoders, [key.text for key in keys], [key.tokens for key in keys], [key.length for key in keys])

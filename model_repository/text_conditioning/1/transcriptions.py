@@ -18,14 +18,14 @@ _MAX_LENGTH: Final = 100_000  # a tokenizer that was saved without a length has 
 def load_transcription_encoder(
     checkpoint: Path, device: torch.device, dtype: torch.dtype
 ) -> tuple[VitsTextEncoder, VitsTokenizer]:
-    """The encoder in evaluation mode, and its tokenizer, whose `model_max_length` every transcription is padded to.
+    """Loads the encoder in evaluation mode, and its tokenizer, which pads transcriptions to its `model_max_length`.
 
-    Raises `SettingsError` where the checkpoint's transcriptions cannot be read: the message says what is missing.
+    Raises `SettingsError`, which says what is missing, if the checkpoint's transcriptions cannot be tokenized.
     """
     tokenizer = VitsTokenizer.from_pretrained(checkpoint / "tokenizer_2", local_files_only=True)
     if tokenizer.phonemize and not is_phonemizer_available():
         raise SettingsError(
-            f"checkpoint: {checkpoint} reads phonemes, but there is no phonemizer here: "
+            f"checkpoint: {checkpoint} reads phonemes, but phonemizer is not installed: "
             "install the Python package phonemizer, and espeak-ng"
         )
     if not 0 < tokenizer.model_max_length <= _MAX_LENGTH:
@@ -51,10 +51,10 @@ def load_transcription_encoder(
 
 
 def tokenize_transcription(tokenizer: VitsTokenizer, text: str) -> list[int]:
-    """The tokens of one transcription as the reference has them, without the padding.
+    """Returns the tokens of one transcription as in the reference, without the padding.
 
-    Truncated at the tokenizer's limit, and then without an end: it goes where the first token 0 is, which is the first
-    of the padding, unless the vocabulary has blanks between the letters.
+    They are truncated at the tokenizer's limit, and then lack an end token: that replaces the first token 0, which is
+    the first of the padding, unless the vocabulary has blanks between the letters.
     """
     limit = tokenizer.model_max_length
     padded = tokenizer(text, padding="max_length", max_length=limit, truncation=True)
@@ -68,5 +68,5 @@ def tokenize_transcription(tokenizer: VitsTokenizer, text: str) -> list[int]:
 
 
 def untruncated_length(tokenizer: VitsTokenizer, text: str) -> int:
-    """How many tokens a transcription has, without an end."""
+    """Returns how many tokens a transcription has, without an end token."""
     return len(tokenizer(text).input_ids)

@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 CPU_PROBES: Final = ((1, 16), (2, 64))
 """(items, latent frames) of the two forwards that a cost is fitted through: one of 0.64 s, two of 2.56 s of audio."""
 GPU_PROBES: Final = ((2, 64), (48, 256))
-"""As those, of `LaunchBoundCost`: on an H200 launching a forward takes as long as computing 26 items of 10.24 s."""
+"""The same for `LaunchBoundCost`: on an H200 launching a forward takes as long as computing 26 items of 10.24 s."""
 PROBE_REPEATS: Final = 3
 THREADS_PROBE: Final = (2, 64)
-"""(items, latent frames) of the step that the number of threads is chosen by: 2.56 s of audio with guidance."""
+"""(items, latent frames) of the step whose time decides the number of threads: 2.56 s of audio with guidance."""
 KEPT_SCHEDULES: Final = 64
 """Schedules whose time biases stay on the device: 13 MB each at 400 evaluations of the base shape in float32."""
 
@@ -52,7 +52,7 @@ class DenoisingUNet:
         self._width = width
         self._eager = partial(denoise, unet)
         self.forwards: Counter[Bucket | None] = Counter()
-        """How often each bucket has run since the start, and under None what ran eager."""
+        """How often each bucket has run since the start; None counts the eager forwards."""
         self._compiled: Callable[[StepInputs], Tensor] = self._eager
         if buckets:
             self._compiled = for_fixed_shapes(self._eager, self.device, len(buckets), use_compiler)
@@ -60,7 +60,7 @@ class DenoisingUNet:
 
     @property
     def module(self) -> LeanUNet:
-        """What has the weights."""
+        """The module that holds the weights."""
         return self._unet
 
     def masks(self, valid_frames: Sequence[int], frames: int) -> LengthMasks:
@@ -86,7 +86,7 @@ class DenoisingUNet:
 
     @torch.inference_mode()
     def warm_up(self) -> ForwardCosts:
-        """Compiles the buckets, and times a few steps; on a CPU with as many threads as they can use."""
+        """Compiles the buckets and times a few steps; on a CPU it first chooses the number of threads."""
         if self.device.type == "cpu":
             step = self.random_inputs(*THREADS_PROBE, masked=False, t5_length=T5_BUCKET)
             set_measured_threads(partial(self.denoise, step, None))
@@ -99,7 +99,7 @@ class DenoisingUNet:
                 seconds = time.perf_counter() - start
                 compiled[bucket] = self._time(partial(self.denoise, inputs, bucket))
             except Exception as error:
-                # What is not among the costs is never chosen.
+                # A bucket without a cost is never chosen.
                 logger.error("%s: going on without %s, which failed to compile: %r", self.device, bucket, error)
                 continue
             logger.info(
@@ -125,11 +125,11 @@ class DenoisingUNet:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             seconds.append(time.perf_counter() - start)
-        # The first is the warm-up; what else runs on the machine only ever adds.
+        # The first is the warm-up. The minimum, because other load on the machine can only add time.
         return min(seconds[1:])
 
     def random_inputs(self, items: int, frames: int, masked: bool, t5_length: int = COMPILED_T5_LENGTH) -> StepInputs:
-        """One step of so many waveforms without guidance, as `step` makes it."""
+        """Makes random inputs of a step of so many waveforms without guidance."""
         generated_dim, prompt_dim = [dim for dim in self.config.cross_attention_dim[0] if dim is not None]
 
         def random(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
@@ -163,7 +163,7 @@ def load_unet(
     buckets: Sequence[Bucket] = (),
     use_compiler: bool = True,
 ) -> DenoisingUNet:
-    """The UNet in evaluation mode; its attention is PyTorch's SDPA.
+    """Loads the UNet in evaluation mode; its attention is PyTorch's SDPA.
 
     Args:
         width: of the latents, W.

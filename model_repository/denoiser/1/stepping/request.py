@@ -1,4 +1,4 @@
-"""What the engine is asked to do, and what it answers."""
+"""The requests that the engine takes, and the callback for its answer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class DenoisingRow:
 
     @property
     def num_windows(self) -> int:
-        """Of each of its waveforms; 1 for one that is denoised as a whole."""
+        """The windows of each of its waveforms; 1 for a waveform that is denoised as a whole."""
         return 1 if self.windowing is None else len(self.windowing.starts(self.latent_frames))
 
     @property
@@ -65,5 +65,5 @@ class DenoisingRequest:
 
 
 OnDone = Callable[[Tensor | Exception], object]
-"""Called once per request from the engine's thread, with the latents [B, N, C, H, W], float32 on the host, or with why
-there are none."""
+"""Called once per request from the engine's thread, with the latents [B, N, C, H, W], float32 on the host, or with the
+error."""

@@ -1,4 +1,4 @@
-"""Any linear diffusers scheduler as a table of coefficients, so that one fused update serves a mixed batch.
+"""Turns any linear diffusers scheduler into a table of coefficients, so that one fused update serves a mixed batch.
 
 For a fixed schedule, a deterministic scheduler's next sample is a linear combination of the last few pairs of sample
 and model output. No solver is written here: the diffusers scheduler itself runs once on unit vectors, and the
@@ -36,7 +36,7 @@ class ScheduleTable:
     """One scheduler at one number of steps; `E` is its number of UNet evaluations."""
 
     init_noise_sigma: float
-    timesteps: Tensor  # [E] float32, what the UNet is told
+    timesteps: Tensor  # [E] float32, as the UNet gets them
     input_scales: Tensor  # [E] float32, the sample is multiplied by this before the UNet
     coefficients: Tensor  # [E, HISTORY, 2] float64, for (sample, model output) of this evaluation, the last, ...
 
@@ -54,7 +54,7 @@ class ScheduleTables:
         self._make_solver = lru_cache(self._new_solver)
 
     def has(self, scheduler: str, num_inference_steps: int) -> bool:
-        """Whether `get` answers at once."""
+        """Whether `get` returns without building."""
         return (scheduler, num_inference_steps) in self._tables
 
     def get(self, scheduler: str, num_inference_steps: int) -> ScheduleTable:
@@ -71,10 +71,10 @@ class ScheduleTables:
 
 
 def build_schedule_table(solver: Any, num_inference_steps: int) -> ScheduleTable:
-    """Reads the table off a diffusers scheduler, which it leaves somewhere in its schedule.
+    """Builds the table by running a diffusers scheduler once; the scheduler's state is not reset.
 
-    Raises `ScheduleError`, which names the scheduler, where diffusers refuses the number of steps, and where the
-    scheduler is not linear within `HISTORY` pairs (clipping and thresholding are not).
+    Raises `ScheduleError`, which names the scheduler, if diffusers refuses the number of steps, or if the scheduler is
+    not linear within `HISTORY` pairs (clipping and thresholding are not).
     """
     scheduler = type(solver).__name__
     try:

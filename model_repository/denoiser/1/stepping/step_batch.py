@@ -64,7 +64,7 @@ class StepInputs:
 class StepBatch:
     """R waveforms stacked for stepping together, all on one device; `E` evaluations at most.
 
-    In a bucket, rows and items are as many as the bucket has items; the last ones stand for no waveform.
+    With a bucket, rows and items are padded to the bucket's size; the padding entries belong to no waveform.
     """
 
     items: int  # UNet batch items that stand for a waveform

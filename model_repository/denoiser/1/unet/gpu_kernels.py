@@ -1,4 +1,4 @@
-"""Kernels of our own for GPUs, in Triton's language: what PyTorch does in several passes, and in another layout.
+"""GPU kernels in the Triton language, for what PyTorch does in several passes and in another memory layout.
 
 `group_norm` reads and writes channels-last tensors, as the convolutions around it do. PyTorch's own wants contiguous
 ones: two copies, three kernels of its own and the activation, 93 times a step. `gated_gelu` saves two passes over the

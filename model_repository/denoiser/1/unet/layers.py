@@ -19,7 +19,7 @@ from unet.length_masks import LengthMasks, LevelMasks, masked_group_norm
 gpu_kernels: Any
 try:
     from unet import gpu_kernels
-except ImportError:  # PyTorch without CUDA comes without Triton's language too
+except ImportError:  # PyTorch without CUDA comes without the Triton language
     gpu_kernels = None
 
 
@@ -71,7 +71,7 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 
 
 def _has_kernels(hidden: Tensor) -> bool:
-    """Whether kernels of our own take this tensor."""
+    """Whether our own kernels accept this tensor."""
     return gpu_kernels is not None and hidden.is_cuda and hidden.dtype != torch.float64
 
 

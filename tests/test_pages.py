@@ -1,0 +1,56 @@
+"""The pages: every link leads somewhere, and the tables of settings and metrics have what the code has."""
+
+import re
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from audioldm2_triton.server import metric_names
+from audioldm2_triton.server.settings import Settings
+from conftest import ROOT
+
+OPERATIONS: Final = ROOT / "model_repository" / "OPERATIONS.md"
+PAGES: Final = (
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "docker/README.md")),
+    *sorted((ROOT / "model_repository").glob("*.md")),
+)
+LINKS: Final = [(page, link) for page in PAGES for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text())]
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS, ids=lambda value: str(getattr(value, "name", value)))
+def test_links_lead_somewhere(page: Path, link: str) -> None:
+    path, _, anchor = link.partition("#")
+    target = (page.parent / path).resolve() if path else page
+    assert target.exists()
+    assert not anchor or anchor in anchors(target)
+
+
+def first_cells(heading: str) -> list[tuple[str, str]]:
+    """The first two cells of each row of the table below a heading."""
+    section = OPERATIONS.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"^\| `(\w+)` \| ([^|]*) \|", section, re.MULTILINE)
+
+
+def test_all_settings_are_listed_with_their_defaults() -> None:
+    listed = dict(first_cells("Settings"))
+    assert list(listed) == [field.name for field in fields(Settings)]
+    for field in fields(Settings):
+        # Where there is none, or an empty one, the page says in words what follows.
+        if isinstance(field.default, str | int | float) and field.default:
+            default = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+            assert listed[field.name].strip("`") == default, field.name
+
+
+def test_all_metrics_are_listed() -> None:
+    names = {value for name, value in vars(metric_names).items() if name.isupper() and name != "PREFIX"}
+    assert {name for name, _ in first_cells("Metrics")} == names
