@@ -11,11 +11,10 @@ import text_encoders
 from audioldm2_pipeline import Reference
 from audioldm2_triton.server.generation_row import GenerationRow
 from audioldm2_triton.server.geometry import read_audio_geometry
-from audioldm2_triton.server.settings import Settings
 from conditioning import condition
 from embedding_cache import EmbeddingCache
 from text_buckets import TextBuckets
-from text_compilation import compile_text_encoders, compile_with_cache
+from text_compilation import compile_text_encoders
 from text_encoders import EncodedTexts, TextEncoders, encode_texts, load_text_encoders, tokenize_t5
 
 SHORT, MIDDLE = "rain", "A hammer hits a wooden surface"
@@ -153,21 +152,9 @@ def test_compiled_equals_eager_and_no_request_compiles(
 
 
 @pytest.mark.slow
-def test_compiled_code_equals_eager_and_is_kept(
-    encoders: TextEncoders,
-    tiny_checkpoint: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    settings = Settings(str(tiny_checkpoint), compile_cache=str(tmp_path))
-    for _ in range(2):
-        caplog.clear()
-        with caplog.at_level(logging.INFO):
-            compiled = compile_with_cache(encoders, TextBuckets((4,), (32,)), settings, "text_conditioning")
-        assert_compiled_equals_eager(encoders, compiled, monkeypatch)
-        assert len(list(tmp_path.iterdir())) == 1
-    assert "compile cache: restored" in caplog.text
+def test_compiled_code_equals_eager(encoders: TextEncoders, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = compile_text_encoders(encoders, TextBuckets((4,), (32,)))
+    assert_compiled_equals_eager(encoders, compiled, monkeypatch)
 
 
 def test_a_compiler_that_fails_leaves_the_encoders_as_they_were(

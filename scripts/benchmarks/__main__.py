@@ -7,7 +7,7 @@ from typing import Final
 
 # A command's module is imported when it is asked for: not every machine has what all of them need.
 COMMANDS: Final = {
-    "coldstart": "from the start to ready, with and without a compile cache",
+    "coldstart": "from the start to ready, with and without compiled code that was kept",
     "gpu": "everything that needs no server, in calls of minutes that continue each other",
     "joining": "a short request that joins a long one in flight",
     "latency": "one request alone: the pipeline, the guide's recipe, the stages, the server",

@@ -71,7 +71,6 @@ def add_common_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: float16 on a GPU, else float32")
     parser.add_argument("--csv", type=Path, default=default_csv, help="rows are added to it (default: %(default)s)")
     parser.add_argument("--compile", choices=COMPILE, default="auto", help="torch.compile (default: auto: on a GPU)")
-    parser.add_argument("--compile-cache", default="", help="a directory with compiled code (default: none)")
     parser.add_argument("--threads", type=int, help="of PyTorch on a CPU (default: PyTorch's)")
 
 
@@ -87,7 +86,6 @@ def read_run(arguments: argparse.Namespace, command: str, script: str = "scripts
         device=arguments.device,
         dtype=arguments.dtype,
         compile=arguments.compile,
-        compile_cache=arguments.compile_cache,
     )
     device = resolve_device(settings)
     dtype = resolve_dtype(settings, device)

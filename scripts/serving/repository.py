@@ -25,9 +25,10 @@ def write_repository(source: Path, target: Path, settings: Settings, prefix: str
     """Makes `target` a model repository that runs the models of `source` with `settings`.
 
     With a prefix, all models and the references between them are renamed, so that several checkpoints can be in one
-    repository. Links that the models need are made beside `target`.
+    repository. A link that the models may need is made beside `target`.
     """
-    parameters = {name: _text(value) for name, value in asdict(_with_plain_paths(settings, target.parent)).items()}
+    plain = replace(settings, checkpoint=str(plain_path(Path(settings.checkpoint), target.parent)))
+    parameters = {name: _text(value) for name, value in asdict(plain).items()}
     public = {**parameters, **_public_parameters(settings), "stage_prefix": prefix}
     for config_path in sorted(source.glob("*/config.pbtxt")):
         model = config_path.parent
@@ -46,17 +47,6 @@ def write_repository(source: Path, target: Path, settings: Settings, prefix: str
         for version in model.iterdir():
             if version.name.isdigit():
                 (copy / version.name).symlink_to(version.resolve(), target_is_directory=True)
-
-
-def _with_plain_paths(settings: Settings, directory: Path) -> Settings:
-    checkpoint = plain_path(Path(settings.checkpoint), directory)
-    cache = settings.compile_cache
-    if cache:
-        folder = Path(cache).expanduser().absolute()
-        cache = str(plain_path(folder, directory))
-        if cache != str(folder):
-            folder.mkdir(parents=True, exist_ok=True)  # a model cannot do this through a link
-    return replace(settings, checkpoint=str(checkpoint), compile_cache=cache)
 
 
 def _public_parameters(settings: Settings) -> dict[str, str]:

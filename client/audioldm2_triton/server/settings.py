@@ -70,7 +70,6 @@ class Settings:
         "(default: auto: graphs on a GPU, off on a CPU)",
         COMPILE,
     )
-    compile_cache: str = _setting("", "a directory that keeps compiled code across restarts (default: none)")
     compile_lengths_in_s: str = _setting(
         "", "audio lengths to compile for, such as 2.56,10.24 (default: the checkpoint's native length)"
     )

@@ -3,14 +3,13 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from audioldm2_triton.server.compilation import compile_cache, for_fixed_shapes
+from audioldm2_triton.server.compilation import for_fixed_shapes
 from audioldm2_triton.server.geometry import AudioGeometry
 from audioldm2_triton.server.settings import Settings, uses_compiler
 from decoder_buckets import Buckets
@@ -32,21 +31,14 @@ ROWS_ON_GPU: Final = (1, 2, 4, 8)
 ROWS_ON_CPU: Final = (1,)
 
 
-def compile_with_cache(decoder: WaveformDecoder, settings: Settings, geometry: AudioGeometry) -> WaveformDecoder:
-    """Compiles the decoder for the settings' lengths, with their compile cache, if any."""
+def compile_for_settings(decoder: WaveformDecoder, settings: Settings, geometry: AudioGeometry) -> WaveformDecoder:
+    """Compiles the decoder for the settings' lengths."""
     lengths = settings.lengths_to_compile(geometry.native_audio_length_in_s)
     frames = tuple(sorted({geometry.latent_frames(length) for length in lengths}))
     rows = ROWS_ON_CPU if decoder.device.type == "cpu" else ROWS_ON_GPU
     latents = Buckets(rows, frames, MAX_LATENT_FRAMES_PER_CALL)
     windows = Buckets(rows, (CHUNK_FRAMES + 2 * decoder.reach.overlap_frames,), MAX_MEL_FRAMES_PER_CALL)
-    # The files themselves, because a loaded VAE's config lists its defaults in an order that varies between starts.
-    configs = [(Path(settings.checkpoint) / part / "config.json").read_text() for part in ("vae", "vocoder")]
-    shapes = [asdict(latents), asdict(windows), *configs]
-    cache = compile_cache(settings, "decoder", decoder.device, decoder.dtype, shapes)
-    cache.restore()
-    compiled = compile_decoder(decoder, geometry, latents, windows, use_compiler=uses_compiler(settings))
-    cache.save()
-    return compiled
+    return compile_decoder(decoder, geometry, latents, windows, use_compiler=uses_compiler(settings))
 
 
 def compile_decoder(

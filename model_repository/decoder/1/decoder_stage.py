@@ -11,7 +11,7 @@ from audioldm2_triton.server.residency import stage_residency
 from audioldm2_triton.server.settings import Settings, resolve_compile, resolve_dtype
 from audioldm2_triton.server.threads import set_measured_threads
 from clap_scores import ClapScorer, load_clap_scorer
-from decoder_compilation import compile_with_cache
+from decoder_compilation import compile_for_settings
 from decoding import warm_up
 from waveform_decoder import WaveformDecoder, load_waveform_decoder
 
@@ -29,6 +29,6 @@ def load_decoder_stage(
         if device.type == "cpu":
             set_measured_threads(partial(warm_up, decoder, scorer, geometry))
         if resolve_compile(settings, device):
-            decoder = compile_with_cache(decoder, settings, geometry)
+            decoder = compile_for_settings(decoder, settings, geometry)
         warm_up(decoder, scorer, geometry)
     return replace(decoder, residency=residency), scorer

@@ -7,7 +7,6 @@ from typing import Final
 
 import torch
 
-from audioldm2_triton.server.compilation import compile_cache
 from audioldm2_triton.server.geometry import AudioGeometry
 from audioldm2_triton.server.residency import stage_residency
 from audioldm2_triton.server.settings import Settings, resolve_compile, resolve_device, resolve_dtype, uses_compiler
@@ -60,10 +59,6 @@ def load_engines(
     buckets = [
         compile_buckets(settings, geometry, device, limit) for device, limit in zip(devices, limits, strict=True)
     ]
-    config = (checkpoint / "unet" / "config.json").read_text()
-    cache = compile_cache(settings, "denoiser", devices[0], dtype, (config, buckets[0]))
-    if buckets[0]:
-        cache.restore()
     engines: list[Engine] = []
     try:
         for device, limit, shapes in zip(devices, limits, buckets, strict=True):
@@ -81,7 +76,6 @@ def load_engines(
             engine.close()
         raise
     if buckets[0]:
-        cache.save()
         # From now on nothing is compiled in this process: what PyTorch would recompile for a request runs eagerly.
         torch.compiler.set_stance("eager_on_recompile")
     return EnginePool(engines, tables)

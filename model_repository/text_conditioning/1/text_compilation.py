@@ -3,31 +3,20 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from transformers import StaticCache
 
-from audioldm2_triton.server.compilation import compile_cache, compiled, for_fixed_shapes, graphed
-from audioldm2_triton.server.settings import Settings, uses_compiler
+from audioldm2_triton.server.compilation import compiled, for_fixed_shapes, graphed
 from state_generation import allocate, generate_states, state_cache
 from text_buckets import TextBuckets
 from text_encoders import NUM_ADDED_POSITIONS, CompiledNetworks, TextEncoders
 from text_networks import TextNetworks
 
 logger = logging.getLogger(__name__)
-
-
-def compile_with_cache(encoders: TextEncoders, buckets: TextBuckets, settings: Settings, stage: str) -> TextEncoders:
-    """Calls `compile_text_encoders` with the settings' compile cache, if there is one."""
-    configs = [network.config.to_json_string() for network in (encoders.clap, encoders.second, encoders.language_model)]
-    cache = compile_cache(settings, stage, encoders.device, encoders.language_model.dtype, [asdict(buckets), *configs])
-    cache.restore()
-    prepared = compile_text_encoders(encoders, buckets, use_compiler=uses_compiler(settings))
-    cache.save()
-    return prepared
 
 
 @torch.inference_mode()

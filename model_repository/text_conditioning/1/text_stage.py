@@ -11,14 +11,13 @@ import torch
 from audioldm2_triton import contract
 from audioldm2_triton.server.generation_row import GenerationRow
 from audioldm2_triton.server.residency import stage_residency
-from audioldm2_triton.server.settings import Settings, resolve_compile, resolve_dtype
+from audioldm2_triton.server.settings import Settings, resolve_compile, resolve_dtype, uses_compiler
 from audioldm2_triton.server.threads import set_measured_threads
 from row_texts import row_texts
 from text_buckets import TextBuckets
-from text_compilation import compile_with_cache
+from text_compilation import compile_text_encoders
 from text_encoders import TextEncoders, encode_texts, load_text_encoders
 
-STAGE: Final = "text_conditioning"
 _TYPICAL: Final = GenerationRow(
     prompt="A dog barks twice in the distance while leaves rustle in the wind",
     negative_prompt=contract.DEFAULT_NEGATIVE_PROMPT,
@@ -46,7 +45,7 @@ def load_text_stage(settings: Settings, device: torch.device) -> TextEncoders:
         if encoders.speaks:
             logger.info("not compiled: the checkpoint speaks")
         elif resolve_compile(settings, device):
-            encoders = compile_with_cache(encoders, TextBuckets(), settings, STAGE)
+            encoders = compile_text_encoders(encoders, TextBuckets(), use_compiler=uses_compiler(settings))
         # The first request should not bear one-time costs.
         _encode_typical(encoders)
     return replace(encoders, residency=residency)
