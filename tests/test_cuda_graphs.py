@@ -178,7 +178,7 @@ def test_older_compilers_know_no_limit_of_their_own(monkeypatch: pytest.MonkeyPa
 
     config: Any = torch._dynamo.config
     monkeypatch.setattr(torch, "compile", older)
-    monkeypatch.setattr(config, "recompile_limit", 8)
-    assert compilation.compiled(combine, 18) is combine
-    assert given == {"fullgraph": True, "dynamic": False, "backend": "inductor"}
-    assert config.recompile_limit == 18
+    with config.patch(recompile_limit=8, accumulated_recompile_limit=256):
+        assert compilation.compiled(combine, 18) is combine
+        assert given == {"fullgraph": True, "dynamic": False, "backend": "inductor"}
+        assert config.recompile_limit == 18

@@ -18,7 +18,7 @@ from audioldm2_triton import (
     UnavailableError,
 )
 from audioldm2_triton.contract import SCHEDULERS
-from metrics_page import is_idle, read_metrics, wait_for_metrics
+from metrics_page import Metrics, is_idle, read_metrics, wait_for_metrics
 from serving.local_server import LocalServer, local_server
 
 
@@ -170,10 +170,16 @@ def test_the_stateless_stages_batch_requests_too(server: LocalServer) -> None:
         client.server_info()
         with ThreadPoolExecutor(24) as pool:
             list(pool.map(lambda call: generate(client, call), calls))
-    after = wait_for_metrics(server, is_idle, "an idle server")
-    for model in ("text_conditioning", "decoder"):
-        labels = f'{{model="{model}",version="1"}}'
-        names = (f"nv_inference_count{labels}", f"nv_inference_exec_count{labels}")
+    labels = {model: f'{{model="{model}",version="1"}}' for model in ("text_conditioning", "decoder")}
+
+    def is_counted(metrics: Metrics) -> bool:
+        # Triton counts a request some time after its answer.
+        counts = [f"nv_inference_count{own}" for own in labels.values()]
+        return is_idle(metrics) and all(metrics[name] - before[name] >= 24 for name in counts)
+
+    after = wait_for_metrics(server, is_counted, "an idle server that has counted its requests")
+    for model, own in labels.items():
+        names = (f"nv_inference_count{own}", f"nv_inference_exec_count{own}")
         rows, executions = (after[name] - before[name] for name in names)
         assert rows == 24
         assert executions < 24, f"{model} ran {executions} times for 24 requests"
