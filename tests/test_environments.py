@@ -99,7 +99,9 @@ class Clone:
     def ensure(self, **variables: str) -> Path:
         script = '. "$1/scripts/environment"; ensure_environment client; echo "$environment"'
         own = {"PYTHON": str(self.root / "stand-in"), "XDG_CACHE_HOME": str(self.root.parent / "cache")}
-        variables = {**os.environ, **own, **variables}
+        # An environment that is to be used as it is would be changed here.
+        inherited = {name: value for name, value in os.environ.items() if name != "AUDIOLDM2_ENVIRONMENT"}
+        variables = {**inherited, **own, **variables}
         command = ["bash", "-euc", script, "bash", self.root]
         return Path(subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True).stdout[:-1])
 
