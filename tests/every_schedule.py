@@ -16,8 +16,11 @@ import numpy as np
 from audioldm2_triton.contract import MIN_AUDIO_LENGTH_IN_S, SCHEDULERS
 from audioldm2_triton.server.generation_row import GenerationRow
 from audioldm2_triton.server.settings import TIMESTEP_SPACINGS, Settings
-from denoiser_stage import load_schedule_tables
 from in_process.stages import running_stages
+from project import add_stages_to_path
+
+add_stages_to_path()
+from denoiser_stage import load_schedule_tables  # noqa: E402
 
 STEPS: Final = (1, 2, 11, 50)
 

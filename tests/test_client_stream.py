@@ -108,9 +108,9 @@ def test_generate_with_on_progress_is_generate_that_tells(client: Client) -> Non
 
 @pytest.mark.parametrize("prompt", [["rain"], ["rain", "wind"]])
 def test_several_prompts_cannot_stream(client: Client, prompt: list[str]) -> None:
-    with pytest.raises(errors.InvalidArgumentError, match=r"^`prompt`: got '\d prompts' but expected one text"):
+    with pytest.raises(errors.InvalidArgumentError, match=r"^`prompt`: got '\d prompts' but expected one string"):
         client.generate(prompt, on_progress=print)
-    with pytest.raises(errors.InvalidArgumentError, match=r"^`prompt`: got '\d prompts' but expected one text"):
+    with pytest.raises(errors.InvalidArgumentError, match=r"^`prompt`: got '\d prompts' but expected one string"):
         client.stream(prompt)
 
 

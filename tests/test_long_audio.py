@@ -188,6 +188,7 @@ LONG = {
 }
 
 
+@pytest.mark.slow
 def test_a_minute_streams_as_the_ensemble_gives_it(server: LocalServer) -> None:
     expected = whole(server, LONG)
     result = check_responses(streamed(server, LONG, wait_in_s=300), num_steps=4, num_chunks=24)

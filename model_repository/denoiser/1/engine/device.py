@@ -1,4 +1,4 @@
-"""What the host and a device owe each other: a bounded run-ahead, and a sign of life."""
+"""Limits how far the host runs ahead of the GPU, and checks that the device still responds."""
 
 from collections import deque
 

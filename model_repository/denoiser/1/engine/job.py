@@ -65,7 +65,7 @@ class Job:
 
     @property
     def evaluations_done(self) -> int:
-        """Of the waveform with the most left to do."""
+        """The evaluations done by the waveform that has the most left to do."""
         return self.num_evaluations - max(w.table.num_evaluations - w.evaluation for w in self.waveforms)
 
     @property
