@@ -1,5 +1,7 @@
 """What surrounds a CUDA graph, with a stand-in for the graph: its inputs, its shapes, its results. See test_gpu.py."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +96,17 @@ def test_what_stays_is_not_copied_again() -> None:
     assert torch.equal(graphed(inputs, 2), expected)
     other = Inputs(inputs.value, (make(7).value, inputs.parts[1]), None)
     assert torch.equal(graphed(other, 2), combine(other, 2))
+
+
+def test_a_recording_holds_no_second_copy() -> None:
+    graphed = GraphedFunction(combine, StandIn())
+    for seed in range(2):
+        inputs = make(seed)
+        last = weakref.ref(inputs.value)
+        graphed(inputs, 2)
+        del inputs
+        gc.collect()
+        assert last() is None
 
 
 def test_strides_are_kept() -> None:

@@ -6,6 +6,7 @@ well as compiled code, and all of it works the same in PyTorch 2.11 and 2.13.
 """
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -59,10 +60,10 @@ def _replay(graph: Any, device: "torch.device") -> None:
 @dataclass
 class _Recording:
     inputs: list["Tensor"]  # what the graph reads
-    sources: list["Tensor"]  # what they were last copied from
+    sources: "list[weakref.ref[Tensor]]"  # what they were last copied from; weak, so that a graph holds no second copy
     replay: Callable[[], None]
     output: Any  # what the graph writes
-    kept: tuple[Any, ...]  # the arguments of the recording, kept alive because other objects are known by their id()
+    objects: list[Any]  # the arguments that are known by their identity, which nobody else may get
 
 
 class GraphedFunction:
@@ -83,45 +84,48 @@ class GraphedFunction:
         self._recordings: dict[Hashable, _Recording] = {}
 
     def __call__(self, *arguments: Any) -> Any:
-        tensors = list[Any]()
-        key = _signature(arguments, tensors)
+        tensors, objects = list[Any](), list[Any]()
+        key = _signature(arguments, tensors, objects)
         recording = self._recordings.get(key)
         if recording is None:
-            recording = self._recordings[key] = self._make(arguments)
+            recording = self._recordings[key] = self._make(arguments, objects)
         for place, (source, tensor) in enumerate(zip(recording.sources, tensors, strict=True)):
-            if source is not tensor:
+            if source() is not tensor:
                 recording.inputs[place].copy_(tensor, non_blocking=True)
-                recording.sources[place] = tensor
+                recording.sources[place] = weakref.ref(tensor)
         recording.replay()
         return recording.output.clone()
 
-    def _make(self, arguments: tuple[Any, ...]) -> _Recording:
+    def _make(self, arguments: tuple[Any, ...], objects: list[Any]) -> _Recording:
         inputs: list[Tensor] = []
-        sources: list[Tensor] = []
+        sources: list[weakref.ref[Tensor]] = []
 
         def fixed(tensor: "Tensor") -> "Tensor":
-            sources.append(tensor)
+            sources.append(weakref.ref(tensor))
             # With the same strides, which align an attention mask.
             inputs.append(tensor.new_empty_strided(tensor.size(), tensor.stride()).copy_(tensor))
             return inputs[-1]
 
         own = _map_tensors(fixed, arguments)
         replay, output = self._record(lambda: self._function(*own))
-        return _Recording(inputs, sources, replay, output, arguments)
+        return _Recording(inputs, sources, replay, output, objects)
 
 
-def _signature(value: Any, tensors: list[Any]) -> Hashable:
-    """Returns what two calls must have in common to share a recording; appends the value's tensors in order."""
+def _signature(value: Any, tensors: list[Any], objects: list[Any]) -> Hashable:
+    """Returns what two calls must have in common to share a recording; appends its tensors and other objects."""
     import torch
 
     if isinstance(value, torch.Tensor):
         tensors.append(value)
         return value.shape, value.stride(), value.dtype
     if isinstance(value, tuple):
-        return tuple(_signature(part, tensors) for part in value)
+        return tuple(_signature(part, tensors, objects) for part in value)
     if dataclasses.is_dataclass(value):
-        return tuple(_signature(getattr(value, field.name), tensors) for field in dataclasses.fields(value))
-    return value if isinstance(value, str | int | float | None) else id(value)
+        return tuple(_signature(getattr(value, field.name), tensors, objects) for field in dataclasses.fields(value))
+    if isinstance(value, str | int | float | None):
+        return value
+    objects.append(value)
+    return id(value)
 
 
 def _map_tensors(function: "Callable[[Tensor], Tensor]", value: Any) -> Any:
