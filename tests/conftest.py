@@ -23,7 +23,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 for variable in ("no_proxy", "NO_PROXY"):
     os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "localhost,127.0.0.1,::1"]))
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS.parent / "scripts"), str(TESTS / "support")]
 
 from project import ROOT, add_stages_to_path  # noqa: E402
 

@@ -1,6 +1,6 @@
 """The tensors that the models of one server pass to each other, and the parameters of the requests between them.
 
-`tests/test_configurations.py` compares these names with the five `config.pbtxt`.
+`tests/repository/test_configurations.py` compares these names with the five `config.pbtxt`.
 """
 
 from collections.abc import Mapping

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from checkpoints.__main__ import main
 from checkpoints.layout import CLASSES, WEIGHTS, belongs
 from checkpoints.verification import read_shapes, verify
+from project import ROOT
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "checkpoint"
+SCRIPT = ROOT / "scripts" / "checkpoint"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from audioldm2_pipeline import Call, Reference, difference, generate
 from audioldm2_triton import AudioLDM2Client
 from audioldm2_triton.cli import main
-from conftest import ROOT
+from project import ROOT
 from metrics_page import read_metrics, wait_for_metrics
 from serving.local_server import LocalServer, local_server
 

@@ -8,7 +8,7 @@ from typing import Final
 
 import pytest
 
-from conftest import ROOT
+from project import ROOT
 
 PACKAGE: Final = ROOT / "client"
 STAGES: Final = sorted((ROOT / "model_repository").glob("*/1"))

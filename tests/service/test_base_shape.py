@@ -8,7 +8,7 @@ import pytest
 
 from audioldm2_pipeline import Call, Reference, difference, generate
 from audioldm2_triton import AudioLDM2Client
-from conftest import ROOT
+from project import ROOT
 from serving.local_server import LocalServer, local_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]

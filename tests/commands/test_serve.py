@@ -14,7 +14,7 @@ import pytest
 from audioldm2_triton import AudioLDM2Client
 from audioldm2_triton.contract import SCHEDULERS
 from audioldm2_triton.server.settings import Settings, SettingsError, read_settings
-from conftest import ROOT
+from project import ROOT
 from metrics_page import wait_for_metrics
 from serving.local_server import LocalServer, free_ports, local_server
 

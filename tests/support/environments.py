@@ -5,8 +5,8 @@ import sys
 from functools import cache
 from pathlib import Path
 from typing import Final
+from project import ROOT
 
-ROOT: Final = Path(__file__).resolve().parent.parent
 
 
 @cache

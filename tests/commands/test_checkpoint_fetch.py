@@ -22,9 +22,10 @@ from checkpoints.__main__ import main
 from environments import python
 from hub_stand_in import Hub, serve
 from namespaces import in_namespace
+from project import ROOT
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "checkpoint"
-FULL_DISK = Path(__file__).resolve().parent / "full_disk.py"
+SCRIPT = ROOT / "scripts" / "checkpoint"
+FULL_DISK = ROOT / "tests" / "support" / "full_disk.py"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 

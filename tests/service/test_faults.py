@@ -25,7 +25,7 @@ from audioldm2_triton import contract
 from audioldm2_triton.errors import InternalError, InvalidArgumentError, UnavailableError
 from audioldm2_triton.server import faults
 from audioldm2_triton.server.faults import NAN, PANIC, POINTS, RAISE, STALL
-from conftest import ROOT
+from project import ROOT
 from engine import engine as engine_module
 from engine.engine import Engine
 from engine.limits import EngineLimits

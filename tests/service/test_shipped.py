@@ -12,7 +12,7 @@ import pytest
 
 from audioldm2_triton import AudioLDM2Client
 from audioldm2_triton.contract import MIN_AUDIO_LENGTH_IN_S, SCHEDULERS
-from conftest import ROOT
+from project import ROOT
 from environments import environment, python
 from every_schedule import STEPS
 from serving.local_server import LocalServer, local_server
@@ -64,9 +64,9 @@ def test_every_scheduler_is_served(server: LocalServer) -> None:
 @pytest.mark.parametrize("name", ["product", pytest.param("image", marks=pytest.mark.slow)])
 def test_every_schedule_in_a_process_of_its_own(name: str, tiny_checkpoint: Path) -> None:
     """The image has other versions of what nobody pins: numpy 2 above all."""
-    paths = os.pathsep.join([str(ROOT / "scripts"), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(ROOT / "scripts"), str(ROOT / "tests" / "support")])
     run = subprocess.run(
-        [python(name), ROOT / "tests" / "every_schedule.py", tiny_checkpoint],
+        [python(name), ROOT / "tests" / "support" / "every_schedule.py", tiny_checkpoint],
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,

@@ -12,7 +12,7 @@ from tritonclient.utils import InferenceServerException
 
 from audioldm2_pipeline import Reference, difference, tolerance
 from audioldm2_triton.contract import DEFAULT_SCHEDULER
-from conftest import ROOT
+from project import ROOT
 from multi_diffusion import multi_diffusion
 from serving.local_server import LocalServer
 from stepping.request import DenoisingRow, TextStates

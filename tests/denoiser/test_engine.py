@@ -21,7 +21,7 @@ from audioldm2_triton.errors import (
     RequestCancelledError,
     UnavailableError,
 )
-from conftest import ROOT
+from project import ROOT
 from denoiser_stage import load_schedule_tables
 from engine.engine import Engine
 from engine.limits import EngineLimits

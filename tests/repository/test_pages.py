@@ -10,7 +10,7 @@ import pytest
 
 from audioldm2_triton.server import metric_names
 from audioldm2_triton.server.settings import Settings
-from conftest import ROOT
+from project import ROOT
 
 ARCHITECTURE: Final = ROOT / "model_repository" / "ARCHITECTURE.md"
 OPERATIONS: Final = ROOT / "model_repository" / "OPERATIONS.md"

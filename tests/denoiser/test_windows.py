@@ -17,7 +17,7 @@ from torch import Tensor
 
 from audioldm2_triton.errors import InvalidArgumentError, RequestCancelledError
 from audioldm2_triton.server.geometry import read_audio_geometry
-from conftest import ROOT
+from project import ROOT
 from denoiser_stage import load_schedule_tables
 from denoising_inputs import draw_noise
 from engine.engine import Engine

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import ROOT
+from project import ROOT
 from engine.policy import Group, InFlight, Waiting, admit, next_group, plan_groups
 from stepping.forward_plan import ALWAYS_MIX, NEVER_MIX, Bucket, ForwardCosts, LinearCost
 

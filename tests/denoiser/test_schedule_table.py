@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audioldm2_triton.contract import SCHEDULERS
-from conftest import ROOT
+from project import ROOT
 from stepping.schedule_table import HISTORY, ScheduleError, ScheduleTables
 
 REFERENCE_CONFIGS = ROOT / "scripts" / "checkpoints" / "reference_configs" / "audioldm2"

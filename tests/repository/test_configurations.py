@@ -12,7 +12,7 @@ from tritonclient.grpc import model_config_pb2
 from audioldm2_triton import contract
 from audioldm2_triton.server import stage_tensors
 from audioldm2_triton.server.settings import Settings, read_settings
-from conftest import ROOT
+from project import ROOT
 from serving.repository import write_repository
 
 STAGES: Final = ("text_conditioning", "denoiser", "decoder")
