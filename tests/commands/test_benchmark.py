@@ -31,8 +31,8 @@ from benchmarks.perf_analyzer import goodput, read_profile_export, throughput
 from benchmarks.run import Run
 from benchmarks.whole_requests import MODEL, write_whole_request_repository
 from checkpoints.shapes import component_config
-from project import ROOT
 from in_process.batcher import Batcher
+from project import ROOT
 
 RECORD = Record("load", "engine, grpc", "CPU", "float32", "2.0", "tiny", length_s=0.64, steps=4, guidance=3.5)
 

@@ -14,8 +14,8 @@ import pytest
 from audioldm2_triton import AudioLDM2Client
 from audioldm2_triton.contract import SCHEDULERS
 from audioldm2_triton.server.settings import Settings, SettingsError, read_settings
-from project import ROOT
 from metrics_page import wait_for_metrics
+from project import ROOT
 from serving.local_server import LocalServer, free_ports, local_server
 
 SERVE = str(ROOT / "scripts" / "serve")

@@ -21,12 +21,12 @@ from audioldm2_triton.errors import (
     RequestCancelledError,
     UnavailableError,
 )
-from project import ROOT
 from denoiser_stage import load_schedule_tables
 from engine.engine import Engine
 from engine.limits import EngineLimits
 from engine.pool import EnginePool
 from engine_workload import CPU, Outcomes, WatchedUNet, make_engine, make_request, random_request, reference_latents
+from project import ROOT
 from stepping.forward_plan import ALWAYS_MIX, NEVER_MIX, ForwardCosts
 from stepping.schedule_table import ScheduleTables
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from project import ROOT
 from engine.policy import Group, InFlight, Waiting, admit, next_group, plan_groups
+from project import ROOT
 from stepping.forward_plan import ALWAYS_MIX, NEVER_MIX, Bucket, ForwardCosts, LinearCost
 
 SIZES = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple), max_size=6)

@@ -13,24 +13,24 @@ import torch
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
+from test_engine import wait_until
 from torch import Tensor
 
 from audioldm2_triton.errors import InvalidArgumentError, RequestCancelledError
 from audioldm2_triton.server.geometry import read_audio_geometry
-from project import ROOT
 from denoiser_stage import load_schedule_tables
 from denoising_inputs import draw_noise
 from engine.engine import Engine
 from engine.limits import EngineLimits
 from engine_workload import CPU, Outcomes, WatchedUNet, make_engine, make_request, reference_latents
 from multi_diffusion import multi_diffusion
+from project import ROOT
 from stepping.denoising_unet import DenoisingUNet, load_unet
 from stepping.forward_plan import ALWAYS_MIX, NEVER_MIX, Bucket, ForwardCosts, LinearCost
 from stepping.request import DenoisingRequest, DenoisingRow, TextStates
 from stepping.schedule_table import ScheduleTables
 from stepping.step_batch import StepInputs
 from stepping.windows import Windowing, blend_windows, cut_windows, plan_windows
-from test_engine import wait_until
 
 SCHEDULER_CONFIG: dict[str, Any] = json.loads(
     (ROOT / "scripts/checkpoints/reference_configs/audioldm2/scheduler/scheduler_config.json").read_text()

@@ -19,7 +19,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 NOBODY = "http://127.0.0.1:9"  # the port `discard`, which is closed
 # Signals, terminals, and whoever asks an address of this machine: what the starter's circumstances can break.
 SENSITIVE = ("-k", "ctrl_c or interrupt or sigterm or light or proxy or example or curl or port_in_use")
-FILES = ("tests/client/test_client_cli.py", "tests/client/test_client_stream.py", "tests/service/test_readme.py", "tests/commands/test_serve.py")
+FILES = (
+    "tests/client/test_client_cli.py",
+    "tests/client/test_client_stream.py",
+    "tests/service/test_readme.py",
+    "tests/commands/test_serve.py",
+)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from packaging.utils import canonicalize_name
 
 from audioldm2_triton.contract import MAX_BATCH_SIZE
 from audioldm2_triton.server.settings import Settings, environment_name
-from serving.supervision import EXIT_TIMEOUT_IN_S
 from project import ROOT
+from serving.supervision import EXIT_TIMEOUT_IN_S
 
 DOCKERFILE: Final = ROOT / "docker" / "Dockerfile"
 WORKDIR: Final = "/opt/audioldm2"

@@ -16,8 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from project import ROOT
 from environments import environment, python
+from project import ROOT
 from serving import interpreter
 
 PROJECT: Final = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_engine import TABLES, assert_is_reference
 from torch import nn
 from transformers import SpeechT5HifiGan
 
@@ -22,7 +23,6 @@ from engine.engine import Engine
 from engine.limits import EngineLimits
 from engine_workload import Outcomes, WatchedUNet, make_request
 from stepping.forward_plan import ALWAYS_MIX
-from test_engine import TABLES, assert_is_reference
 
 CPU = torch.device("cpu")
 HOLDER = """

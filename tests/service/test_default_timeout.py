@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from test_invalid_requests import infer_inputs
 from tritonclient import grpc
 
 from audioldm2_triton import AudioLDM2Client, DeadlineExceededError, contract
 from metrics_page import is_idle, wait_for_metrics
 from serving.local_server import LocalServer, local_server
-from test_invalid_requests import infer_inputs
 
 # Takes longer than the deadline at any pace of the machine.
 LONG = {"num_inference_steps": 200, "audio_length_in_s": 5.0, "scheduler": "HeunDiscreteScheduler", "seed": 1}

@@ -16,6 +16,9 @@ import numpy as np
 import pytest
 import torch
 from geventhttpclient.response import HTTPConnectionClosed
+from test_engine import SCHEDULER_CONFIG, TABLES, assert_is_reference, wait_until
+from test_invalid_requests import infer_inputs
+from test_stream import Stream
 from torch import Tensor
 from tritonclient import grpc, http
 from tritonclient.utils import InferenceServerException
@@ -25,19 +28,16 @@ from audioldm2_triton import contract
 from audioldm2_triton.errors import InternalError, InvalidArgumentError, UnavailableError
 from audioldm2_triton.server import faults
 from audioldm2_triton.server.faults import NAN, PANIC, POINTS, RAISE, STALL
-from project import ROOT
 from engine import engine as engine_module
 from engine.engine import Engine
 from engine.limits import EngineLimits
 from engine.pool import EnginePool
 from engine_workload import CPU, Outcomes, WatchedUNet, make_engine, make_request
 from metrics_page import is_idle, wait_for_metrics
+from project import ROOT
 from serving.local_server import LocalServer, local_server
 from stepping.forward_plan import ALWAYS_MIX
 from stepping.schedule_table import ScheduleTables
-from test_engine import SCHEDULER_CONFIG, TABLES, assert_is_reference, wait_until
-from test_invalid_requests import infer_inputs
-from test_stream import Stream
 
 WAIT_IN_S = 60.0
 TOLERANCE = 1e-4  # of the peak

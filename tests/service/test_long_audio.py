@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from test_stream import check_responses, streamed, whole
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +25,6 @@ from chunked_vae import decode_chunked
 from metrics_page import is_idle, read_metrics, wait_for_metrics
 from serving.local_server import LocalServer
 from stepping.denoising_unet import DenoisingUNet, load_unet
-from test_stream import check_responses, streamed, whole
 from waveform_decoder import MAX_WHOLE_FRAMES, WaveformDecoder, decode_mels, load_waveform_decoder
 
 CPU = torch.device("cpu")

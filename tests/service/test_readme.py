@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from project import ROOT
 from environments import python
+from project import ROOT
 from serving.local_server import LocalServer
 
 README = (ROOT / "README.md").read_text()

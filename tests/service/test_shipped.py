@@ -12,9 +12,9 @@ import pytest
 
 from audioldm2_triton import AudioLDM2Client
 from audioldm2_triton.contract import MIN_AUDIO_LENGTH_IN_S, SCHEDULERS
-from project import ROOT
 from environments import environment, python
 from every_schedule import STEPS
+from project import ROOT
 from serving.local_server import LocalServer, local_server
 
 DEADLINE_IN_S = 300  # a request that is never answered fails rather than hangs

@@ -10,8 +10,8 @@ import pytest
 from audioldm2_pipeline import Call, Reference, difference, generate
 from audioldm2_triton import AudioLDM2Client
 from audioldm2_triton.cli import main
-from project import ROOT
 from metrics_page import read_metrics, wait_for_metrics
+from project import ROOT
 from serving.local_server import LocalServer, local_server
 
 CALL = Call("Rain on a tin roof", "low quality", 0.64, 3, 3.5, seed=7)

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_invalid_requests import infer_inputs
 from tritonclient import grpc
 
 from audioldm2_triton import contract
 from serving.local_server import LocalServer
-from test_invalid_requests import infer_inputs
 
 WAIT_IN_S = 60
 LONG = {"prompt": [b"a dog"], "num_inference_steps": [200], "audio_length_in_s": [2.0], "seed": [1]}  # some seconds

@@ -4,9 +4,8 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Final
-from project import ROOT
 
+from project import ROOT
 
 
 @cache
