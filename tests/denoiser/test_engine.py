@@ -1,17 +1,14 @@
 """The engine without Triton: joining, admission, cancellation, overload, failures; forwards are counted, not timed."""
 
-import json
 import random
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import pytest
 import torch
-from torch import Tensor
 
 from audioldm2_triton.contract import SCHEDULERS
 from audioldm2_triton.errors import (
@@ -25,15 +22,21 @@ from denoiser_stage import load_schedule_tables
 from engine.engine import Engine
 from engine.limits import EngineLimits
 from engine.pool import EnginePool
-from engine_workload import CPU, Outcomes, WatchedUNet, make_engine, make_request, random_request, reference_latents
-from project import ROOT
-from stepping.forward_plan import ALWAYS_MIX, NEVER_MIX, ForwardCosts
-from stepping.schedule_table import ScheduleTables
-
-SCHEDULER_CONFIG: dict[str, Any] = json.loads(
-    (ROOT / "scripts/checkpoints/reference_configs/audioldm2/scheduler/scheduler_config.json").read_text()
+from engine_workload import (
+    CPU,
+    SCHEDULER_CONFIG,
+    TABLES,
+    Outcomes,
+    WatchedUNet,
+    assert_is_reference,
+    latents,
+    make_engine,
+    make_request,
+    random_request,
+    reference_latents,
+    wait_until,
 )
-TABLES = ScheduleTables(SCHEDULER_CONFIG)
+from stepping.forward_plan import ALWAYS_MIX, NEVER_MIX, ForwardCosts
 
 
 @pytest.fixture
@@ -48,24 +51,6 @@ def engine(unet: WatchedUNet) -> Iterator[Engine]:
     if unet.gate is not None:
         unet.gate.release(100_000)
     engine.close()
-
-
-def latents(outcome: Tensor | Exception) -> Tensor:
-    assert isinstance(outcome, Tensor), f"got {outcome!r} but expected latents"
-    return outcome
-
-
-def assert_is_reference(outcome: Tensor | Exception, request: Any) -> None:
-    expected = reference_latents(request, SCHEDULER_CONFIG)
-    error = (latents(outcome) - expected).abs().max() / expected.abs().max()
-    assert error < 1e-4, f"off by {error}"
-
-
-def wait_until(condition: Any, what: str) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("costs", [ALWAYS_MIX, NEVER_MIX], ids=["mixed", "grouped"])

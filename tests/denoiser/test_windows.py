@@ -1,6 +1,5 @@
 """Long latents in overlapping windows: the weights, the engine against MultiDiffusion by hand, bounds and turns."""
 
-import json
 import threading
 from dataclasses import replace
 from itertools import pairwise
@@ -13,7 +12,6 @@ import torch
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
-from test_engine import wait_until
 from torch import Tensor
 
 from audioldm2_triton.errors import InvalidArgumentError, RequestCancelledError
@@ -22,20 +20,24 @@ from denoiser_stage import load_schedule_tables
 from denoising_inputs import draw_noise
 from engine.engine import Engine
 from engine.limits import EngineLimits
-from engine_workload import CPU, Outcomes, WatchedUNet, make_engine, make_request, reference_latents
+from engine_workload import (
+    CPU,
+    SCHEDULER_CONFIG,
+    TABLES,
+    Outcomes,
+    WatchedUNet,
+    make_engine,
+    make_request,
+    reference_latents,
+    wait_until,
+)
 from multi_diffusion import multi_diffusion
-from project import ROOT
 from stepping.denoising_unet import DenoisingUNet, load_unet
 from stepping.forward_plan import ALWAYS_MIX, NEVER_MIX, Bucket, ForwardCosts, LinearCost
 from stepping.request import DenoisingRequest, DenoisingRow, TextStates
-from stepping.schedule_table import ScheduleTables
 from stepping.step_batch import StepInputs
 from stepping.windows import Windowing, blend_windows, cut_windows, plan_windows
 
-SCHEDULER_CONFIG: dict[str, Any] = json.loads(
-    (ROOT / "scripts/checkpoints/reference_configs/audioldm2/scheduler/scheduler_config.json").read_text()
-)
-TABLES = ScheduleTables(SCHEDULER_CONFIG)
 WINDOW, OVERLAP = 16, 4
 TWO, THREE = 28, 37  # latent frames that take as many windows; of three, the last two overlap by more
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import TABLES, assert_is_reference
 from torch import nn
 from transformers import SpeechT5HifiGan
 
@@ -21,7 +20,7 @@ from audioldm2_triton.server.residency import MappedHome, PinnedHome, Residency,
 from audioldm2_triton.server.settings import Settings, SettingsError, read_settings, resolve_compile
 from engine.engine import Engine
 from engine.limits import EngineLimits
-from engine_workload import Outcomes, WatchedUNet, make_request
+from engine_workload import TABLES, Outcomes, WatchedUNet, assert_is_reference, make_request
 from stepping.forward_plan import ALWAYS_MIX
 
 CPU = torch.device("cpu")

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_invalid_requests import infer_inputs
 from tritonclient import grpc
 
 from audioldm2_triton import AudioLDM2Client, DeadlineExceededError, contract
 from metrics_page import is_idle, wait_for_metrics
+from plain_requests import infer_inputs
 from serving.local_server import LocalServer, local_server
 
 # Takes longer than the deadline at any pace of the machine.

@@ -16,9 +16,6 @@ import numpy as np
 import pytest
 import torch
 from geventhttpclient.response import HTTPConnectionClosed
-from test_engine import SCHEDULER_CONFIG, TABLES, assert_is_reference, wait_until
-from test_invalid_requests import infer_inputs
-from test_stream import Stream
 from torch import Tensor
 from tritonclient import grpc, http
 from tritonclient.utils import InferenceServerException
@@ -32,8 +29,19 @@ from engine import engine as engine_module
 from engine.engine import Engine
 from engine.limits import EngineLimits
 from engine.pool import EnginePool
-from engine_workload import CPU, Outcomes, WatchedUNet, make_engine, make_request
+from engine_workload import (
+    CPU,
+    SCHEDULER_CONFIG,
+    TABLES,
+    Outcomes,
+    WatchedUNet,
+    assert_is_reference,
+    make_engine,
+    make_request,
+    wait_until,
+)
 from metrics_page import is_idle, wait_for_metrics
+from plain_requests import Stream, infer_inputs
 from project import ROOT
 from serving.local_server import LocalServer, local_server
 from stepping.forward_plan import ALWAYS_MIX

@@ -10,9 +10,8 @@ from tritonclient import grpc, http
 from tritonclient.utils import InferenceServerException
 
 from audioldm2_triton import contract
+from plain_requests import infer_inputs
 from serving.local_server import LocalServer
-
-NUMPY_TYPES = {"BYTES": np.object_, "FP32": np.float32, "INT32": np.int32, "INT64": np.int64, "BOOL": np.bool_}
 
 # Each argument, a value that is refused, and what the message must say of the given and of the accepted.
 REFUSED = [
@@ -43,17 +42,6 @@ REFUSED = [
     ("scheduler", b"", "''", "DPMSolverMultistepScheduler"),
     ("scheduler", b"\xff", r"b'\xff'", "UTF-8"),
 ]
-
-
-def infer_inputs(module, rows: dict) -> list:
-    inputs = []
-    for name, values in rows.items():
-        kind = contract.INPUTS[name]
-        array = np.array(values, NUMPY_TYPES[kind]).reshape(-1, 1)
-        tensor = module.InferInput(name, array.shape, kind)
-        tensor.set_data_from_numpy(array)
-        inputs.append(tensor)
-    return inputs
 
 
 def refusal(server: LocalServer, protocol: str, rows: dict) -> InferenceServerException:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from test_stream import check_responses, streamed, whole
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +22,7 @@ from benchmarks.commands.memory import device_peaks
 from benchmarks.server_memory import server_processes
 from chunked_vae import decode_chunked
 from metrics_page import is_idle, read_metrics, wait_for_metrics
+from plain_requests import check_responses, streamed, whole
 from serving.local_server import LocalServer
 from stepping.denoising_unet import DenoisingUNet, load_unet
 from waveform_decoder import MAX_WHOLE_FRAMES, WaveformDecoder, decode_mels, load_waveform_decoder

@@ -1,7 +1,9 @@
 """A UNet that can be watched and stopped, and requests for it."""
 
+import json
 import random
 import threading
+import time
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any
@@ -13,11 +15,17 @@ from torch import Tensor
 from audioldm2_triton.contract import DEFAULT_SCHEDULER
 from engine.engine import Engine
 from engine.limits import EngineLimits
+from project import ROOT
 from stepping.forward_plan import ALWAYS_MIX, Bucket, ForwardCosts
 from stepping.request import DenoisingRequest, DenoisingRow, TextStates
 from stepping.schedule_table import ScheduleTable, ScheduleTables
 from stepping.step_batch import StepInputs, denoise
 from unet.layers import TextKeys
+
+SCHEDULER_CONFIG: dict[str, Any] = json.loads(
+    (ROOT / "scripts/checkpoints/reference_configs/audioldm2/scheduler/scheduler_config.json").read_text()
+)
+TABLES = ScheduleTables(SCHEDULER_CONFIG)
 
 CPU = torch.device("cpu")
 CHANNELS, WIDTH = 2, 4
@@ -159,3 +167,21 @@ class Outcomes:
             collected[tag] = outcome
         assert self._queue.empty()
         return collected
+
+
+def latents(outcome: Tensor | Exception) -> Tensor:
+    assert isinstance(outcome, Tensor), f"got {outcome!r} but expected latents"
+    return outcome
+
+
+def assert_is_reference(outcome: Tensor | Exception, request: Any) -> None:
+    expected = reference_latents(request, SCHEDULER_CONFIG)
+    error = (latents(outcome) - expected).abs().max() / expected.abs().max()
+    assert error < 1e-4, f"off by {error}"
+
+
+def wait_until(condition: Any, what: str) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.001)
