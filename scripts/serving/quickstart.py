@@ -18,6 +18,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT, help="a folder (default: that of the repository)")
     arguments = parser.parse_args()
     try:
+        arguments.out.mkdir(parents=True, exist_ok=True)  # before minutes are spent on a sound that cannot be written
         with tempfile.TemporaryDirectory() as directory:
             print("starting the server", file=sys.stderr)
             with local_server(DEMO_CHECKPOINT, Path(directory) / "log") as server:
