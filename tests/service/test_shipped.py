@@ -97,3 +97,20 @@ def test_settings_that_no_other_test_gives_a_server(tiny_checkpoint: Path, tmp_p
         result = client.generate("rain", audio_length_in_s=0.5, num_inference_steps=3, num_waveforms_per_prompt=2)
     assert result.audio.shape == (2, 8000)
     assert 0 < np.abs(result.audio).max() <= 1
+
+
+def test_every_kind_of_checkpoint_is_served(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    kinds = ("music", "large", "speech")
+    for kind in kinds:
+        command = [ROOT / "scripts" / "checkpoint", "build", f"tiny-{kind}", "--out", tmp_path / kind]
+        subprocess.run(command, check=True, capture_output=True)
+    also = [f"--also={kind}={tmp_path / kind}" for kind in kinds]
+    with local_server(tiny_checkpoint, tmp_path / "log", *also) as server:
+        for model in ("audioldm2", *(f"{kind}_audioldm2" for kind in kinds)):
+            transcription = {"transcription": "Good morning"} if model.startswith("speech") else {}
+            with AudioLDM2Client(server.grpc_url, model=model) as client:
+                result = client.generate(
+                    "rain", audio_length_in_s=0.3, num_inference_steps=2, timeout=DEADLINE_IN_S, **transcription
+                )
+            assert result.audio.shape == (1, 4800), model
+            assert 0 < np.abs(result.audio).max() <= 1, model
