@@ -1,8 +1,10 @@
 """`scripts/serve`: a Triton server on this repository, in the foreground."""
 
 import argparse
+import logging
 import os
 import re
+import secrets
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Final
 
+from audioldm2_triton.server import draining
 from audioldm2_triton.server.settings import (
     ENVIRONMENT_PREFIX,
     Settings,
@@ -17,15 +20,35 @@ from audioldm2_triton.server.settings import (
     environment_name,
     read_settings,
 )
+from serving.diagnosis import Patience
+from serving.health import Health, health_server
 from serving.installation import InstallationError, find_triton
-from serving.plain_paths import PlainPathError, plain_directory
+from serving.plain_paths import PlainPathError
 from serving.repository import write_repository
-from serving.supervision import EXIT_TIMEOUT_IN_S, ServerError, check_ports_free, run_server
+from serving.run_directory import draining_file, run_directory
+from serving.supervision import (
+    DRAIN_TIMEOUT_IN_S,
+    EXIT_TIMEOUT_IN_S,
+    ServerCommand,
+    ServerError,
+    StopSignals,
+    check_ports_free,
+    run_server,
+)
 
 SCRIPTS: Final = Path(__file__).resolve().parent.parent
 MODEL_REPOSITORY: Final = SCRIPTS.parent / "model_repository"
 DEFAULT_CACHE: Final = "~/.cache/audioldm2-triton"
 _NAME: Final = re.compile(r"[A-Za-z]\w*", re.ASCII)
+# Where the supervisor looks for the server, and what it says instead of Triton's own option.
+_SUPERVISED: Final = {
+    **dict.fromkeys(("http-address", "grpc-address", "metrics-address"), "--host"),
+    **{f"{name}-port": f"--{name}-port" for name in ("http", "grpc", "metrics")},
+    **dict.fromkeys(("allow-http", "allow-metrics"), "HTTP and metrics, for the supervisor"),
+}
+# Triton's interfaces that change the server, or read its memory and its files.
+_RESTRICTED: Final = "model-repository,shared-memory,trace,logging"
+_KEEPALIVE_IN_MS: Final = 10_000
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,9 +68,34 @@ def parse_arguments() -> argparse.Namespace:
         help="another checkpoint with the same settings; its models are NAME_audioldm2, NAME_audioldm2_stream and so "
         "on; may be repeated",
     )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0: all (default: this machine only)"
+    )
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
     parser.add_argument("--metrics-port", type=int, default=8002)
+    parser.add_argument(
+        "--health-port", type=int, default=8003, help="/live and /ready, as the supervisor sees the server (8003)"
+    )
+    parser.add_argument(
+        "--admin-key",
+        default="",
+        help="the value of the header `admin-key` without which the endpoints for repositories, shared memory, traces "
+        "and logging refuse (default: a random one, so that nobody may)",
+    )
+    parser.add_argument(
+        "--drain-timeout-in-s",
+        type=float,
+        default=DRAIN_TIMEOUT_IN_S,
+        help=f"how long requests may finish after SIGTERM (default: {DRAIN_TIMEOUT_IN_S:g})",
+    )
+    parser.add_argument(
+        "--stall-timeout-in-s",
+        type=float,
+        default=Patience.stalled_in_s,
+        help="after how long without a step, with waveforms in flight, the server is restarted; longer than the "
+        f"longest step (default: {Patience.stalled_in_s:g})",
+    )
     parser.add_argument(
         "--cache-dir", default=DEFAULT_CACHE, help=f"where hub checkpoints are stored (default: {DEFAULT_CACHE})"
     )
@@ -61,22 +109,43 @@ def main() -> int:
         "--http-port": arguments.http_port,
         "--grpc-port": arguments.grpc_port,
         "--metrics-port": arguments.metrics_port,
+        "--health-port": arguments.health_port,
     }
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s scripts/serve: %(message)s")
+    health = Health()
     try:
-        check_ports_free(ports)
-        given = {field.name: getattr(arguments, field.name) for field in fields(Settings)}
-        further = _further_checkpoints(arguments.also)
-        cache = Path(arguments.cache_dir).expanduser()
-        settings = {"": read_settings(_with_local_checkpoint(given, cache, "--checkpoint"), {})}
-        for prefix, checkpoint in further.items():
-            of_checkpoint = _with_local_checkpoint({**given, "checkpoint": checkpoint}, cache, "--also")
-            settings[prefix] = read_settings(of_checkpoint, {})
-        with plain_directory() as directory:
-            _serve(settings, directory, ports, arguments.triton_arguments)
+        with StopSignals() as stop:
+            _check_triton_arguments(arguments.triton_arguments)
+            check_ports_free(arguments.host, ports)
+            with health_server(health, arguments.host, arguments.health_port):
+                settings = _settings(arguments)
+                with run_directory() as directory:
+                    _serve(settings, directory, arguments, health, stop)
     except (SettingsError, ServerError, InstallationError, PlainPathError, OSError) as error:
         print(f"scripts/serve: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _check_triton_arguments(arguments: Sequence[str]) -> None:
+    """Raises `SettingsError` for an argument of Triton's by which its supervisor could not find the server any more."""
+    for argument in arguments:
+        name = argument.removeprefix("--").partition("=")[0]
+        if name in _SUPERVISED:
+            expected = f"{_SUPERVISED[name]} of scripts/serve"
+            raise SettingsError(f"{argument}: got an option of Triton's but expected {expected}")
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Settings]:
+    """The settings of each checkpoint, by the prefix of its models' names. Raises `SettingsError`, `ServerError`."""
+    given = {field.name: getattr(arguments, field.name) for field in fields(Settings)}
+    further = _further_checkpoints(arguments.also)
+    cache = Path(arguments.cache_dir).expanduser()
+    settings = {"": read_settings(_with_local_checkpoint(given, cache, "--checkpoint"), {})}
+    for prefix, checkpoint in further.items():
+        of_checkpoint = _with_local_checkpoint({**given, "checkpoint": checkpoint}, cache, "--also")
+        settings[prefix] = read_settings(of_checkpoint, {})
+    return settings
 
 
 def _further_checkpoints(given: Sequence[str]) -> dict[str, str]:
@@ -118,43 +187,75 @@ def _run_checkpoint_command(option: str, *arguments: str) -> None:
 
 
 def _serve(
-    settings: Mapping[str, Settings], run_directory: Path, ports: dict[str, int], triton_arguments: list[str]
+    settings: Mapping[str, Settings],
+    directory: Path,
+    arguments: argparse.Namespace,
+    health: Health,
+    stop: StopSignals,
 ) -> None:
     """Runs a server with one set of models for each entry of `settings`, whose key is the prefix of their names."""
-    triton = find_triton(run_directory)
-    repository = run_directory / "models"
+    triton = find_triton(directory)
+    repository = directory / "models"
     for prefix, of_checkpoint in settings.items():
         write_repository(MODEL_REPOSITORY, repository, of_checkpoint, prefix)
     # The settings are in the configurations now; the environment would override them.
     environment = {name: value for name, value in triton.environment.items() if not name.startswith(ENVIRONMENT_PREFIX)}
+    environment[draining.FILE_VARIABLE] = str(draining_file(directory))
     # Idle OpenMP threads must not spin, because the stages' processes share the cores (ten times slower otherwise).
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The progress bars of the libraries that load the weights do not belong in a server's log.
     environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     environment.setdefault("TRANSFORMERS_VERBOSITY", "error")
     environment.setdefault("DIFFUSERS_VERBOSITY", "error")
-    command = [
+    key = arguments.admin_key or secrets.token_hex(16)
+    words = [
         str(triton.binary),
         *triton.arguments,
         f"--model-repository={repository}",
-        f"--http-port={ports['--http-port']}",
-        f"--grpc-port={ports['--grpc-port']}",
-        f"--metrics-port={ports['--metrics-port']}",
+        f"--http-address={arguments.host}",
+        f"--grpc-address={arguments.host}",
+        f"--metrics-address={arguments.host}",
+        f"--http-port={arguments.http_port}",
+        f"--grpc-port={arguments.grpc_port}",
+        f"--metrics-port={arguments.metrics_port}",
+        f"--http-restricted-api={_RESTRICTED}:admin-key={key}",
+        f"--grpc-restricted-protocol={_RESTRICTED}:admin-key={key}",
+        # A client that vanished, with its network, is noticed in seconds; by default after two hours.
+        f"--grpc-keepalive-time={_KEEPALIVE_IN_MS}",
+        f"--grpc-keepalive-timeout={_KEEPALIVE_IN_MS}",
+        "--grpc-http2-max-pings-without-data=0",
+        # Clients that ping as often are welcome.
+        "--grpc-http2-min-recv-ping-interval-without-data=5000",
         "--disable-auto-complete-config",
         "--model-control-mode=none",
         "--backend-config=python,stub-timeout-seconds=600",  # a busy machine may take minutes to import torch
         # Calls of a stage by `audioldm2_stream` hold two threads each until they are answered.
         "--backend-config=python,thread-pool-size=256",
+        # Shared memory that can be told from other servers', so that it can be removed after a kill.
+        f"--backend-config=python,shm-region-prefix-name={directory.name}",
         f"--exit-timeout-secs={EXIT_TIMEOUT_IN_S}",
-        *triton_arguments,
+        *arguments.triton_arguments,
     ]
-    run_server(command, environment, ports["--http-port"], ports["--metrics-port"], lambda: _report_ready(ports))
+    command = ServerCommand(words, environment, arguments.host, arguments.http_port, arguments.metrics_port, directory)
+    run_server(
+        command,
+        stop,
+        health,
+        lambda: _report_ready(arguments, health),
+        arguments.drain_timeout_in_s,
+        Patience(stalled_in_s=arguments.stall_timeout_in_s),
+    )
 
 
-def _report_ready(ports: dict[str, int]) -> None:
+def _report_ready(arguments: argparse.Namespace, health: Health) -> None:
+    if health.restarts:
+        logging.getLogger(__name__).info("ready again after restart %d", health.restarts)
+        return
+    host = "localhost" if arguments.host in ("127.0.0.1", "0.0.0.0") else arguments.host
     print(
-        f"ready: grpc://localhost:{ports['--grpc-port']} http://localhost:{ports['--http-port']}"
-        f" metrics http://localhost:{ports['--metrics-port']}/metrics",
+        f"ready: grpc://{host}:{arguments.grpc_port} http://{host}:{arguments.http_port}"
+        f" metrics http://{host}:{arguments.metrics_port}/metrics"
+        f" health http://{host}:{arguments.health_port}/ready",
         flush=True,
     )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from serving.supervision import EXIT_TIMEOUT_IN_S, ServerError
+from serving.supervision import DRAIN_TIMEOUT_IN_S, ServerError
 
 SERVE: Final = Path(__file__).resolve().parent.parent / "serve"
 
@@ -22,6 +22,7 @@ class LocalServer:
     http_port: int
     grpc_port: int
     metrics_port: int
+    health_port: int
     log: Path
 
     @property
@@ -55,13 +56,14 @@ def local_server(checkpoint: Path, log: Path, *arguments: str) -> Iterator[Local
 
     Raises `ServerError`, with the end of the log, if the server does not become ready or does not stop cleanly.
     """
-    http_port, grpc_port, metrics_port = free_ports(3)
+    http_port, grpc_port, metrics_port, health_port = free_ports(4)
     command = [
         str(SERVE),
         f"--checkpoint={checkpoint}",
         f"--http-port={http_port}",
         f"--grpc-port={grpc_port}",
         f"--metrics-port={metrics_port}",
+        f"--health-port={health_port}",
         *arguments,
     ]
     with log.open("w") as output:
@@ -70,10 +72,10 @@ def local_server(checkpoint: Path, log: Path, *arguments: str) -> Iterator[Local
     if not process.stdout.readline().startswith("ready:"):
         raise ServerError(f"the server did not start:\n{log.read_text()[-4000:]}")
     try:
-        yield LocalServer(process, http_port, grpc_port, metrics_port, log)
+        yield LocalServer(process, http_port, grpc_port, metrics_port, health_port, log)
     finally:
         process.send_signal(signal.SIGTERM)
-        code = process.wait(timeout=3 * EXIT_TIMEOUT_IN_S)  # draining, then stopping
+        code = process.wait(timeout=3 * DRAIN_TIMEOUT_IN_S)  # draining, then stopping
         process.stdout.close()
     if code:
         raise ServerError(f"the server ended with exit code {code}:\n{log.read_text()[-4000:]}")

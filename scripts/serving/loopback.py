@@ -3,12 +3,17 @@
 import urllib.request
 from typing import Final
 
-# http_proxy is for requests that leave this machine; a server on the loopback is not behind the proxy.
+# http_proxy is for requests that leave this machine; a server on this machine is not behind the proxy.
 _OPENER: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_ALL_ADDRESSES: Final = ("0.0.0.0", "::")
 
 
-def read_page(port: int, path: str, timeout: float) -> bytes:
-    """Returns the body of `path`. Raises `OSError` if no server answers, or it answers with an error."""
-    with _OPENER.open(f"http://localhost:{port}{path}", timeout=timeout) as answer:
+def read_page(port: int, path: str, timeout: float, host: str = "localhost") -> bytes:
+    """Returns the body of `path`, of a server that listens on `host`.
+
+    Raises `OSError` if no server answers, or it answers with an error.
+    """
+    name = "localhost" if host in _ALL_ADDRESSES else f"[{host}]" if ":" in host else host
+    with _OPENER.open(f"http://{name}:{port}{path}", timeout=timeout) as answer:
         body: bytes = answer.read()
     return body

@@ -6,9 +6,6 @@ torch.compile runs the compiler.
 """
 
 import shlex
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -19,14 +16,11 @@ class PlainPathError(RuntimeError):
     """There is no place for links."""
 
 
-@contextmanager
-def plain_directory() -> Iterator[Path]:
-    """Makes a temporary directory whose path Triton and its shell can read. Raises `PlainPathError` if it cannot."""
-    with tempfile.TemporaryDirectory(prefix="audioldm2-triton-") as directory:
-        if not _is_plain(directory):  # Triton starts each model by a shell, without quotes
-            parent = str(Path(directory).parent)
-            raise PlainPathError(f"TMPDIR: got {parent!r} but expected a path of ASCII letters, digits and ._-+ only")
-        yield Path(directory)
+def check_plain(directory: Path) -> None:
+    """Raises `PlainPathError` if Triton and its shell cannot read the path of this temporary folder."""
+    if not _is_plain(str(directory)):  # Triton starts each model by a shell, without quotes
+        parent = str(directory.parent)
+        raise PlainPathError(f"TMPDIR: got {parent!r} but expected a path of ASCII letters, digits and ._-+ only")
 
 
 def plain_path(path: Path, directory: Path) -> Path:

@@ -1,6 +1,7 @@
-"""Runs `tritonserver` in the foreground, and stops it cleanly."""
+"""Runs `tritonserver` in the foreground, replaces it when it fails, and stops it without losing a request."""
 
 import contextlib
+import logging
 import re
 import signal
 import socket
@@ -9,97 +10,250 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from http.client import HTTPException
+from pathlib import Path
+from types import FrameType
 from typing import Final
 
+import psutil
+
 from audioldm2_triton.server.metric_names import STAGE_REQUESTS
+from serving import health as states
+from serving.diagnosis import Lasting, Observation, Patience, RestartLimit, diagnose, restart_delay
+from serving.health import Health
 from serving.loopback import read_page
 from serving.metrics import read_metrics
+from serving.run_directory import draining_file, end_server, note_server
+from serving.stage_processes import find_stages, observe_stages
 
-EXIT_TIMEOUT_IN_S: Final = 30
+logger = logging.getLogger(__name__)
+
+DRAIN_TIMEOUT_IN_S: Final = 30.0
+EXIT_TIMEOUT_IN_S: Final = 5  # of a server with nothing in it, which may wait for idle connections
 SETTLING_TIME_IN_S: Final = 0.5  # a request between two stages is counted by neither
+_TICK_IN_S: Final = 0.1
+_OBSERVATION_INTERVAL_IN_S: Final = 1.0
+_PAGE_TIMEOUT_IN_S: Final = 5.0
 _LOAD_FAILURE: Final = re.compile(r"failed to load '(\w+)' version \d+: (.*)")
 
 
 class ServerError(RuntimeError):
-    """The server did not start, or stopped unexpectedly."""
+    """The server did not start, failed too often, or lost requests when it stopped."""
 
 
-def check_ports_free(ports: Mapping[str, int]) -> None:
-    """Raises `ServerError`, which names the option and the port that is in use."""
+class StopSignals:
+    """Counts SIGTERM, SIGHUP and Ctrl-C, each unless it is ignored, as long as the `with` block lasts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.raises = True
+        """Whether the first one raises SystemExit: right as long as there is nothing to stop."""
+
+    def __enter__(self) -> "StopSignals":
+        # A shell starts background jobs with Ctrl-C ignored, nohup with SIGHUP ignored.
+        numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+        obeyed = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._count) for number in obeyed}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _count(self, _number: int, _frame: FrameType | None) -> None:
+        self.count += 1
+        if self.raises:
+            raise SystemExit(0)
+
+
+@dataclass(frozen=True)
+class ServerCommand:
+    """How to run a server, and where to find it."""
+
+    words: Sequence[str]
+    environment: Mapping[str, str]
+    host: str
+    http_port: int
+    metrics_port: int
+    directory: Path  # of the run
+
+
+@dataclass
+class _Running:
+    """A server that has been started."""
+
+    process: subprocess.Popen[str]
+    log: threading.Thread
+    failures: list[str]  # of models that did not load
+    stages: dict[psutil.Process, str] = field(default_factory=dict)  # once it is ready
+
+
+def check_ports_free(host: str, ports: Mapping[str, int]) -> None:
+    """Raises `ServerError`, which names the option and the port that is no port, in use, or given twice."""
     for option, port in ports.items():
-        with socket.socket() as probe:
+        if not 0 <= port <= 65535:
+            raise ServerError(f"{option}: got {port} but expected a port from 0 to 65535")
+        twin = next((other for other, number in ports.items() if number == port and other != option and port), None)
+        if twin:
+            raise ServerError(f"{option}: got {port}, the port of {twin}, but expected another")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("0.0.0.0", port))
-            except OSError:
-                raise ServerError(f"{option}: port {port} is in use") from None
+                probe.bind((host, port))
+            except socket.gaierror:
+                raise ServerError(f"--host: got {host!r} but expected an address of this machine") from None
+            except OSError as error:
+                raise ServerError(f"{option}: port {port} is in use, or not to be had: {error.strerror}") from None
 
 
 def run_server(
-    command: Sequence[str],
-    environment: Mapping[str, str],
-    http_port: int,
-    metrics_port: int,
+    command: ServerCommand,
+    stop: StopSignals,
+    health: Health,
     on_ready: Callable[[], None],
+    drain_timeout_in_s: float = DRAIN_TIMEOUT_IN_S,
+    patience: Patience | None = None,
+    limit: RestartLimit | None = None,
 ) -> None:
-    """Runs the server until SIGTERM, or Ctrl-C unless ignored. Raises `ServerError` if it stops unexpectedly."""
+    """Runs the server until a stop signal; replaces it whenever it fails after it was ready.
+
+    A first stop signal drains: new requests are refused, those inside are answered, at most `drain_timeout_in_s` long.
+    A second one stops at once.
+
+    Raises `ServerError` if the server does not become ready at its first start, fails more often than `limit` allows,
+    or stops with requests inside.
+    """
+    patience, limit = patience or Patience(), limit or RestartLimit()
+    stop.raises = False
+    failures: tuple[float, ...] = ()
+    try:
+        while True:
+            running = _start(command)
+            reason = _watch(running, command, stop, health, on_ready, patience)
+            if reason is None:
+                health.state = states.DRAINING
+                _drain(running, command, stop, drain_timeout_in_s)
+                return
+            end_server(command.directory)
+            running.process.wait()
+            running.log.join(timeout=5)
+            if not failures and health.state == states.STARTING:
+                raise ServerError(running.failures[0] if running.failures else reason)
+            failures += (time.monotonic(),)
+            delay = restart_delay(failures, limit)
+            if delay is None:
+                raise ServerError(f"{reason}; given up after {limit.count} restarts in {limit.window_in_s:g} s")
+            logger.error("%s; restarting the server in %g s", reason, delay)
+            health.state, health.reason, health.restarts = states.RESTARTING, reason, health.restarts + 1
+            until = time.monotonic() + delay
+            while time.monotonic() < until and not stop.count:
+                time.sleep(_TICK_IN_S)
+            if stop.count:
+                return
+    finally:
+        health.state = states.STOPPED
+        end_server(command.directory)
+
+
+def _start(command: ServerCommand) -> _Running:
     process = subprocess.Popen(
-        command,
-        env=dict(environment),
+        command.words,
+        env=dict(command.environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
         start_new_session=True,  # Ctrl-C must reach only this process, which then stops the server
     )
-    stopping = threading.Event()
-
-    def stop(*_: object) -> None:
-        # Only once: a second signal makes Triton exit immediately, with requests in flight.
-        if not stopping.is_set():
-            stopping.set()
-            threading.Thread(target=_drain_and_terminate, args=(process, metrics_port), daemon=True).start()
-
-    # A shell starts background jobs with Ctrl-C ignored, so that they survive when another job receives it.
-    obeyed = [signal.SIGTERM, *([] if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else [signal.SIGINT])]
-    previous = {number: signal.signal(number, stop) for number in obeyed}
+    note_server(command.directory, process.pid)
     failures: list[str] = []
     log = threading.Thread(target=_forward_log, args=(process, failures), daemon=True)
     log.start()
-    threading.Thread(target=_report_ready, args=(process, http_port, metrics_port, on_ready), daemon=True).start()
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    log.join(timeout=5)
-    if not stopping.is_set():
-        raise ServerError(failures[0] if failures else f"tritonserver stopped by itself with exit code {code}")
+    return _Running(process, log, failures)
 
 
-def _drain_and_terminate(process: subprocess.Popen[str], metrics_port: int) -> None:
-    """Lets running requests finish first: Triton before 25.05 drops gRPC requests that are inside an ensemble."""
-    deadline = time.monotonic() + EXIT_TIMEOUT_IN_S
+def _watch(
+    running: _Running,
+    command: ServerCommand,
+    stop: StopSignals,
+    health: Health,
+    on_ready: Callable[[], None],
+    patience: Patience,
+) -> str | None:
+    """Returns why the server has failed, or None once it is to stop."""
+    previous: Observation | None = None
+    lasting: Lasting = {}
+    next_look = 0.0
+    while not stop.count:
+        if (code := running.process.poll()) is not None:
+            return f"tritonserver stopped by itself with exit code {code}"
+        now = time.monotonic()
+        if now >= next_look:
+            next_look = now + _OBSERVATION_INTERVAL_IN_S
+            if running.stages:
+                observation = Observation(now, observe_stages(running.stages), _metrics(command))
+                reason, lasting = diagnose(observation, previous, lasting, patience)
+                if reason:
+                    return reason
+                previous = observation
+            elif _is_ready(command):
+                running.stages = find_stages(running.process.pid)
+                health.state = states.READY
+                on_ready()
+            else:
+                next_look = now + _TICK_IN_S
+        time.sleep(_TICK_IN_S)
+    return None
+
+
+def _drain(running: _Running, command: ServerCommand, stop: StopSignals, timeout_in_s: float) -> None:
+    """Lets running requests finish first: Triton before 25.05 drops gRPC requests that are inside an ensemble.
+
+    Raises `ServerError` if requests were inside when the time was up, or a stage died with them.
+    """
+    draining_file(command.directory).touch()
+    logger.info("draining: new requests are refused")
+    deadline = time.monotonic() + timeout_in_s
     idle_since = time.monotonic()
-    try:
-        while process.poll() is None and time.monotonic() < deadline:
-            if _requests_inside(metrics_port):
-                idle_since = time.monotonic()
-            elif time.monotonic() - idle_since > SETTLING_TIME_IN_S:
-                break
-            time.sleep(SETTLING_TIME_IN_S / 10)
-    finally:
-        process.terminate()
+    inside = 0.0
+    while running.process.poll() is None and running.stages:
+        inside = (_metrics(command) or {}).get(STAGE_REQUESTS, 0.0)
+        now = time.monotonic()
+        if inside:
+            idle_since = now
+        elif now - idle_since > SETTLING_TIME_IN_S:
+            break
+        if now > deadline or stop.count > 1 or not all(stage.alive for stage in observe_stages(running.stages)):
+            break
+        time.sleep(SETTLING_TIME_IN_S / 10)
+    # Nothing is lost any more by a short exit: Triton would wait for idle connections, and for models to unload.
+    if running.process.poll() is None and stop.count == 1:
+        running.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running.process.wait(timeout=EXIT_TIMEOUT_IN_S)
+    end_server(command.directory)
+    running.process.wait()
+    running.log.join(timeout=5)
+    if inside:
+        raise ServerError(f"stopped with {inside:g} requests inside")
 
 
-def _requests_inside(metrics_port: int) -> float:
-    """Returns the number of requests in progress in all stages."""
+def _is_ready(command: ServerCommand) -> bool:
+    # Triton opens the metrics port last.
     try:
-        metrics = read_metrics(metrics_port)
+        read_page(command.http_port, "/v2/health/ready", _PAGE_TIMEOUT_IN_S, command.host)
+    except (OSError, HTTPException):
+        return False
+    return _metrics(command) is not None
+
+
+def _metrics(command: ServerCommand) -> dict[str, float] | None:
+    try:
+        return read_metrics(command.metrics_port, command.host, _PAGE_TIMEOUT_IN_S)
     except (OSError, HTTPException, ValueError):  # the server has gone, or sent half a page
-        return 0
-    return metrics.get(STAGE_REQUESTS, 0.0)
+        return None
 
 
 def _forward_log(process: subprocess.Popen[str], failures: list[str]) -> None:
@@ -111,18 +265,3 @@ def _forward_log(process: subprocess.Popen[str], failures: list[str]) -> None:
             sys.stderr.flush()
         if match := _LOAD_FAILURE.search(line):
             failures.append(f"{match[1]} did not load: {match[2].strip()}")
-
-
-def _report_ready(
-    process: subprocess.Popen[str], http_port: int, metrics_port: int, on_ready: Callable[[], None]
-) -> None:
-    # Triton opens the metrics port last.
-    while process.poll() is None:
-        try:
-            read_page(http_port, "/v2/health/ready", timeout=5)
-            read_page(metrics_port, "/metrics", timeout=5)
-        except (OSError, HTTPException):
-            time.sleep(0.1)
-        else:
-            on_ready()
-            return

@@ -23,7 +23,7 @@ from packaging.utils import canonicalize_name
 from audioldm2_triton.contract import MAX_BATCH_SIZE
 from audioldm2_triton.server.settings import Settings, environment_name
 from project import ROOT
-from serving.supervision import EXIT_TIMEOUT_IN_S
+from serving.supervision import DRAIN_TIMEOUT_IN_S, EXIT_TIMEOUT_IN_S
 
 DOCKERFILE: Final = ROOT / "docker" / "Dockerfile"
 WORKDIR: Final = "/opt/audioldm2"
@@ -225,6 +225,7 @@ def test_user() -> None:
 
 def test_entry_point() -> None:
     (entry_point,) = map(json.loads, arguments("ENTRYPOINT"))
+    assert entry_point[1:] == ["--host=0.0.0.0"]  # the loopback of a container reaches nobody
     script = ROOT / PurePosixPath(entry_point[0]).relative_to(WORKDIR)
     assert os.access(script, os.X_OK)
     assert arguments("WORKDIR") == [WORKDIR]
@@ -234,7 +235,7 @@ def test_entry_point() -> None:
 def test_health_check() -> None:
     (check,) = arguments("HEALTHCHECK")
     options, _, command = check.partition(" CMD ")
-    assert json.loads(command)[-1] == "http://127.0.0.1:8000/v2/health/ready"
+    assert json.loads(command)[-1] == "http://127.0.0.1:8003/ready"
     assert "--fail" in json.loads(command)  # an answer of 400 is no health
     assert json.loads(command)[1:3] == ["--noproxy", "*"]  # Docker passes the host's http_proxy on
     period = re.search(r"--start-period=(\w+)", options)
@@ -309,4 +310,4 @@ def test_compose_runs_the_server(service: dict[str, Any]) -> None:
 
 def test_compose_waits_for_running_requests(service: dict[str, Any]) -> None:
     assert service["init"] is True  # process 1 would ignore SIGTERM until scripts/serve has its handler
-    assert seconds(service["stop_grace_period"]) > EXIT_TIMEOUT_IN_S
+    assert seconds(service["stop_grace_period"]) > DRAIN_TIMEOUT_IN_S + EXIT_TIMEOUT_IN_S

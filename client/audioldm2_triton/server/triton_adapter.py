@@ -8,7 +8,7 @@ import locale
 import logging
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
@@ -17,6 +17,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from audioldm2_triton.errors import AudioLDM2Error, InternalError, UnavailableError, stream_message
+from audioldm2_triton.server import draining
 from audioldm2_triton.server.settings import Settings, read_settings
 from audioldm2_triton.server.settlement import AnsweredError, Settlement, Settlements
 from audioldm2_triton.server.stage_tensors import CODED, CONTROL
@@ -116,8 +117,12 @@ def unchanged(outputs: Outputs) -> Outputs:
     return outputs
 
 
-def response(outputs: Outputs) -> Any:
-    return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in outputs.items()])
+def response(outputs: Outputs, requested: Collection[str]) -> Any:
+    """Makes a response of those outputs that are requested; of all if none is named."""
+    # Triton 2.51.0 would drop the others itself, but frees their arrays without holding the interpreter's lock: a race
+    # in Python 3.11, a crash of the process in 3.12.
+    chosen = {name: array for name, array in outputs.items() if name in requested or not requested}
+    return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in chosen.items()])
 
 
 def error_response(error: BaseException, stage: str, say: Callable[[AudioLDM2Error], str] = str) -> Any:
@@ -149,6 +154,7 @@ class TakenRequest(Generic[T]):
     settlement: Settlement[T]
     request_id: str
     _sender: Any
+    _requested: Collection[str]  # names of outputs
 
     def is_cancelled(self) -> bool:
         """Whether nobody waits for the answer: the client has gone, or has been answered."""
@@ -160,7 +166,7 @@ class TakenRequest(Generic[T]):
 
     def send_part(self, outputs: Outputs) -> None:
         """Sends a response before the final one. Raises `AnsweredError` if the final one has been sent."""
-        part = response(outputs)
+        part = response(outputs, self._requested)
         self.settlement.while_open(lambda: self._sender.send(part))
 
 
@@ -170,6 +176,7 @@ def take(
     settlements: Settlements,
     default_timeout_in_s: float,
     in_stream: bool = False,
+    at_entrance: bool = False,
 ) -> list[TakenRequest[T]]:
     """Takes all requests that have just arrived, before any work on the first of them.
 
@@ -178,18 +185,22 @@ def take(
     Args:
         outputs: makes the tensors of the final response.
         in_stream: whether errors have their codes in their messages, as those of a stream, whoever asks.
+        at_entrance: whether the model is the first that a request reaches, which refuses it when the server is to stop.
     """
     taken = []
     for request in requests:
         sender = request.get_response_sender()
         say = stream_message if in_stream or _asks_for_codes(request) else str
+        requested = frozenset(request.requested_output_names())
         settlement: Settlement[T] = settlements.take(
-            partial(_final_response, outputs, settlements.stage, say), partial(_send_final, sender)
+            partial(_final_response, outputs, requested, settlements.stage, say), partial(_send_final, sender)
         )
         try:
+            if at_entrance:
+                draining.check_open()
             read = read_request(request, default_timeout_in_s)
             settlement.expect_by(read.deadline_ns)
-            taken.append(TakenRequest(read, settlement, request.request_id(), sender))
+            taken.append(TakenRequest(read, settlement, request.request_id(), sender, requested))
         except BaseException as error:
             settlement.settle(error)
     return taken
@@ -203,9 +214,15 @@ def _asks_for_codes(request: Any) -> bool:
 
 
 def _final_response(
-    outputs: Callable[[T], Outputs], stage: str, say: Callable[[AudioLDM2Error], str], outcome: T | BaseException
+    outputs: Callable[[T], Outputs],
+    requested: Collection[str],
+    stage: str,
+    say: Callable[[AudioLDM2Error], str],
+    outcome: T | BaseException,
 ) -> Any:
-    return error_response(outcome, stage, say) if isinstance(outcome, BaseException) else response(outputs(outcome))
+    if isinstance(outcome, BaseException):
+        return error_response(outcome, stage, say)
+    return response(outputs(outcome), requested)
 
 
 def _send_final(sender: Any, final: Any) -> None:

@@ -35,7 +35,7 @@ class TritonPythonModel:
     def execute(self, requests: Sequence[Any]) -> None:
         # Never blocks: a thread answers.
         for taken in adapter.take(
-            requests, adapter.unchanged, self.settlements, self.default_timeout_in_s, in_stream=True
+            requests, adapter.unchanged, self.settlements, self.default_timeout_in_s, in_stream=True, at_entrance=True
         ):
             try:
                 faults.at("audioldm2_stream.parse")

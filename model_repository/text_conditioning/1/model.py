@@ -32,7 +32,8 @@ class TritonPythonModel:
         self.cache = EmbeddingCache[EncodedTexts](self.settings.embedding_cache_size)
 
     def execute(self, requests: Sequence[Any]) -> None:
-        taken = adapter.take(requests, adapter.unchanged, self.settlements, self.settings.default_timeout_in_s)
+        timeout_in_s = self.settings.default_timeout_in_s
+        taken = adapter.take(requests, adapter.unchanged, self.settlements, timeout_in_s, at_entrance=True)
         adapter.answer_together(taken, self._parse, self._condition)
         self.memory.update()
 

@@ -1,0 +1,100 @@
+"""What is wrong with a server that was ready: decided from what was observed, without touching anything."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from audioldm2_triton.server import metric_names
+
+_BROKEN: Final = f"{metric_names.ENGINE_BROKEN}{{"
+_IN_FLIGHT: Final = f"{metric_names.ROWS_IN_FLIGHT}{{"
+
+
+@dataclass(frozen=True)
+class StageProcess:
+    """A process of a stage that was there when the server became ready."""
+
+    model: str
+    alive: bool
+    stopped: bool  # by a signal such as SIGSTOP
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A server at one moment."""
+
+    time_s: float  # on the monotonic clock
+    stages: tuple[StageProcess, ...]
+    metrics: Mapping[str, float] | None  # None: the page did not answer
+
+
+@dataclass(frozen=True)
+class Patience:
+    """For how many seconds a symptom may last before the server counts as failed."""
+
+    stopped_in_s: float = 3.0
+    silent_in_s: float = 60.0
+    stalled_in_s: float = 600.0
+
+
+Lasting = Mapping[str, float]
+"""Since when each symptom has been there."""
+
+
+def diagnose(
+    observation: Observation, previous: Observation | None, lasting: Lasting, patience: Patience
+) -> tuple[str | None, Lasting]:
+    """Returns why the server has failed, or None, and the symptoms to pass on to the next call."""
+    present = dict(_symptoms(observation, previous, patience))
+    since = {symptom: lasting.get(symptom, observation.time_s) for symptom in present}
+    for symptom, allowed in present.items():
+        if observation.time_s - since[symptom] >= allowed:
+            return symptom, since
+    return None, since
+
+
+def _symptoms(
+    observation: Observation, previous: Observation | None, patience: Patience
+) -> Iterator[tuple[str, float]]:
+    """Yields each symptom, and for how long it may last."""
+    for stage in observation.stages:
+        if not stage.alive:
+            yield f"the process of {stage.model} has died", 0.0
+        elif stage.stopped:
+            yield f"the process of {stage.model} is stopped", patience.stopped_in_s
+    if observation.metrics is None:
+        yield "the metrics page does not answer", patience.silent_in_s
+        return
+    broken: dict[str, list[bool]] = {}
+    for name, value in observation.metrics.items():
+        if name.startswith(_BROKEN):
+            broken.setdefault(name.partition('model="')[2].partition('"')[0], []).append(value > 0)
+    yield from ((f"all engines of {model} are broken", 0.0) for model, engines in broken.items() if all(engines))
+    if previous is None or previous.metrics is None:
+        return
+    for name, rows in observation.metrics.items():
+        if name.startswith(_IN_FLIGHT) and rows > 0 and previous.metrics.get(name, 0) > 0:
+            steps = name.replace(_IN_FLIGHT, f"{metric_names.STEP_COUNT}{{")
+            if observation.metrics.get(steps) == previous.metrics.get(steps):
+                yield f"the engine{{{name.removeprefix(_IN_FLIGHT)} makes no step", patience.stalled_in_s
+
+
+@dataclass(frozen=True)
+class RestartLimit:
+    """How often a server is restarted before its supervisor gives up."""
+
+    count: int = 5
+    window_in_s: float = 600.0
+    longest_delay_in_s: float = 30.0
+
+
+def restart_delay(failures: tuple[float, ...], limit: RestartLimit) -> float | None:
+    """Returns the seconds to wait before a restart, or None where the limit is reached.
+
+    Args:
+        failures: the times of all failures so far, the last one now, on the monotonic clock.
+    """
+    recent = sum(failures[-1] - failure < limit.window_in_s for failure in failures)
+    if recent > limit.count:
+        return None
+    return 0.0 if recent == 1 else float(min(2 ** (recent - 2), limit.longest_delay_in_s))

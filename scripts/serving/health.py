@@ -1,0 +1,71 @@
+"""The health of a server as its supervisor sees it, on an address of its own that answers from the first second.
+
+Triton's own readiness stays true when a stage has died (before 26.04) or is stopped (all releases).
+"""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Final
+
+STARTING: Final = "starting"
+READY: Final = "ready"
+RESTARTING: Final = "restarting"
+DRAINING: Final = "draining"
+STOPPED: Final = "stopped"
+
+
+@dataclass
+class Health:
+    """The state of a server; written by the supervisor, read by whoever asks."""
+
+    state: str = STARTING
+    reason: str = ""  # of the last restart
+    restarts: int = 0
+
+    def page(self) -> str:
+        return json.dumps({"state": self.state, "restarts": self.restarts, "reason": self.reason}) + "\n"
+
+    def metrics(self) -> str:
+        return (
+            "# HELP audioldm2_server_ready Whether the server takes requests.\n"
+            "# TYPE audioldm2_server_ready gauge\n"
+            f"audioldm2_server_ready {int(self.state == READY)}\n"
+            "# HELP audioldm2_server_restarts_total Restarts of a server that had failed.\n"
+            "# TYPE audioldm2_server_restarts_total counter\n"
+            f"audioldm2_server_restarts_total {self.restarts}\n"
+        )
+
+
+@contextmanager
+def health_server(health: Health, host: str, port: int) -> Iterator[None]:
+    """Answers `/live` with 200, `/ready` with 200 or 503, and `/metrics`. Raises `OSError` if the port is taken."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            pages = {
+                "/live": (200, health.page()),
+                "/ready": (200 if health.state == READY else 503, health.page()),
+                "/metrics": (200, health.metrics()),
+            }
+            code, body = pages.get(self.path, (404, "got an unknown path but expected /live, /ready or /metrics\n"))
+            content = body.encode()
+            self.send_response(code)
+            self.send_header("Content-Type", "text/plain; version=0.0.4" if "metrics" in self.path else "text/plain")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            """Keeps the probes of every few seconds out of the log."""
+
+    with ThreadingHTTPServer((host, port), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield
+        finally:
+            server.shutdown()

@@ -1,0 +1,247 @@
+"""`scripts/serve` as a supervisor, on real servers: what dies or stops is replaced, and a stop leaves nothing."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from tritonclient import grpc
+from tritonclient.utils import InferenceServerException
+
+from audioldm2_pipeline import difference
+from audioldm2_triton import AudioLDM2Client, AudioLDM2Error, UnavailableError
+from metrics_page import wait_for_metrics
+from plain_requests import Stream, infer_inputs
+from serving.local_server import LocalServer, free_ports, local_server
+from serving.stage_processes import find_stages
+from serving.supervision import ServerError
+
+WAIT_IN_S = 120.0
+SHORT = {"prompt": "a dog", "audio_length_in_s": 0.3, "num_inference_steps": 2, "seed": 1}
+LONG = {"prompt": [b"a dog"], "num_inference_steps": [200], "audio_length_in_s": [2.0], "seed": [1]}
+
+
+def wait_until(condition: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + WAIT_IN_S
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.1)
+    return found
+
+
+def health(server: LocalServer, path: str = "/ready") -> tuple[int, dict[str, Any]]:
+    try:
+        with urllib.request.urlopen(f"http://localhost:{server.health_port}{path}", timeout=10) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def triton(server: LocalServer) -> psutil.Process:
+    (found,) = (
+        child for child in psutil.Process(server.process.pid).children(recursive=True) if child.name() == "tritonserver"
+    )
+    return found
+
+
+def stage(server: LocalServer, model: str) -> psutil.Process:
+    (found,) = (process for process, name in find_stages(triton(server).pid).items() if name == model)
+    return found
+
+
+def shared_memory(server: LocalServer) -> set[Path]:
+    """The files of the server's run in /dev/shm, which begin with the name of its folder."""
+    (folder,) = {Path(word.partition("=")[2]).parent.name for word in triton(server).cmdline() if "repository=" in word}
+    return set(Path("/dev/shm").glob(f"{folder}*"))
+
+
+@pytest.fixture(scope="module")
+def supervised(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    with local_server(tiny_checkpoint, tmp_path_factory.mktemp("supervised") / "log") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def right_audio(supervised: LocalServer) -> np.ndarray:
+    with AudioLDM2Client(supervised.grpc_url) as client:
+        return client.generate(**SHORT).audio
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except (AudioLDM2Error, InferenceServerException, OSError, http.client.HTTPException) as error:
+        return error
+
+
+def start_calls(server: LocalServer, pool: ThreadPoolExecutor) -> list[Future[Any]]:
+    """Long requests over gRPC, over HTTP and as a stream, whose clients would wait for minutes."""
+
+    def unary() -> Any:
+        with grpc.InferenceServerClient(f"localhost:{server.grpc_port}") as client:
+            return client.infer("audioldm2", infer_inputs(grpc, LONG), client_timeout=WAIT_IN_S)
+
+    def as_json() -> Any:
+        body = json.dumps({name: np.array(value).astype(str)[0] for name, value in LONG.items()}).encode()
+        body = body.replace(b'"200"', b"200").replace(b'"2.0"', b"2.0").replace(b'"1"', b"1")
+        url = f"{server.http_url}/v2/models/audioldm2/generate"
+        with urllib.request.urlopen(url, data=body, timeout=WAIT_IN_S) as answer:
+            return answer.read()
+
+    def stream() -> Any:
+        opened = Stream(server, wait_in_s=WAIT_IN_S)
+        try:
+            opened.send(LONG)
+            return list(opened.responses())
+        finally:
+            opened.close()
+
+    return [pool.submit(outcome, call) for call in (unary, as_json, stream)]
+
+
+# At most as many as a supervisor restarts a server within ten minutes.
+FAILURES = [
+    ("denoiser", signal.SIGKILL),
+    ("decoder", signal.SIGSTOP),
+    pytest.param("text_conditioning", signal.SIGKILL, marks=pytest.mark.slow),
+    pytest.param("audioldm2_stream", signal.SIGKILL, marks=pytest.mark.slow),
+    pytest.param("denoiser", signal.SIGSTOP, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("model", "signal_number"), FAILURES)
+def test_a_stage_that_dies_or_stops_is_replaced(
+    model: str, signal_number: signal.Signals, supervised: LocalServer, right_audio: np.ndarray
+) -> None:
+    wait_until(lambda: health(supervised)[0] == 200, "readiness")
+    before = health(supervised)[1]["restarts"]
+    old = shared_memory(supervised)
+    assert old
+    with ThreadPoolExecutor(3) as pool:
+        calls = start_calls(supervised, pool)
+        wait_for_metrics(supervised, lambda page: page["audioldm2_rows_in_flight"] >= 6, "three requests in flight")
+        stage(supervised, model).send_signal(signal_number)
+        wait_until(lambda: health(supervised)[0] == 503, "the failure to be noticed")
+        # Without a time limit of their own: all calls have ended because the server that had them is gone.
+        assert all(isinstance(call.result(timeout=WAIT_IN_S), Exception) for call in calls)
+    wait_until(lambda: health(supervised)[0] == 200, "readiness")
+    code, state = health(supervised, "/live")
+    assert (code, state["state"], state["restarts"]) == (200, "ready", before + 1)
+    assert model in state["reason"]
+    with AudioLDM2Client(supervised.grpc_url) as client:
+        assert difference(client.generate(**SHORT).audio, right_audio) < 1e-5  # with the threads of another start
+    assert not old & set(Path("/dev/shm").iterdir())
+
+
+def test_administration_is_refused_and_other_machines_too(supervised: LocalServer) -> None:
+    wait_until(lambda: health(supervised)[0] == 200, "readiness")
+    for path in (
+        "/v2/repository/index",
+        "/v2/systemsharedmemory/region/x/register",
+        "/v2/logging",
+        "/v2/trace/setting",
+    ):
+        connection = http.client.HTTPConnection("localhost", supervised.http_port, timeout=30)
+        connection.request("POST", path, body=b"{}")
+        assert connection.getresponse().status == 403, path
+        connection.close()
+    with grpc.InferenceServerClient(f"localhost:{supervised.grpc_port}") as client:
+        for refused in (client.get_model_repository_index, client.get_log_settings, client.get_trace_settings):
+            with pytest.raises(InferenceServerException, match="restricted"):
+                refused()
+    ports = {supervised.http_port, supervised.grpc_port, supervised.metrics_port, supervised.health_port}
+    listening = [
+        connection.laddr
+        for process in (psutil.Process(supervised.process.pid), triton(supervised))
+        for connection in process.net_connections()
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports
+    ]
+    assert {address.port for address in listening} == ports
+    assert {address.ip.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}  # gRPC writes it as IPv6
+
+
+def test_a_drain_refuses_new_requests_and_finishes_those_inside(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with local_server(tiny_checkpoint, tmp_path / "log") as server:
+        idle = http.client.HTTPConnection("localhost", server.http_port)
+        idle.request("GET", "/v2/health/ready")
+        idle.getresponse().read()  # and keeps the connection, which Triton by itself would wait for
+        with ThreadPoolExecutor(3) as pool, AudioLDM2Client(server.grpc_url) as client:
+            calls = start_calls(server, pool)
+            wait_for_metrics(server, lambda page: page["audioldm2_rows_in_flight"] >= 6, "three requests in flight")
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: health(server)[1]["state"] == "draining", "the drain")
+            assert health(server)[0] == 503
+            assert health(server, "/live")[0] == 200
+            with pytest.raises(UnavailableError, match="shutting down"):
+                client.generate(**SHORT)
+            results = [call.result(timeout=WAIT_IN_S) for call in calls]
+        assert not any(isinstance(result, Exception) for result in results), results
+        assert server.process.wait(timeout=WAIT_IN_S) == 0
+        idle.close()
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGHUP, signal.SIGKILL])
+def test_nothing_is_left_of_a_supervisor(signal_number: signal.Signals, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Whether it is asked to go while it starts, or killed while a stage is stopped."""
+    ports = free_ports(4)
+    names = ("--http-port", "--grpc-port", "--metrics-port", "--health-port")
+    options = [f"{name}={port}" for name, port in zip(names, ports, strict=True)]
+    serve = Path(__file__).parents[2] / "scripts" / "serve"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [serve, f"--checkpoint={tiny_checkpoint}", *options],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+    assert process.stdout is not None
+    server = LocalServer(process, ports[0], ports[1], ports[2], ports[3], tmp_path / "log")
+    if signal_number == signal.SIGHUP:  # while it starts
+        family = wait_until(lambda: find_stages(process.pid), "the stages")
+    else:
+        assert process.stdout.readline().startswith("ready:")
+        family = find_stages(process.pid)
+        if signal_number == signal.SIGKILL:
+            stage(server, "decoder").suspend()
+    memory = shared_memory(server)
+    everyone = [triton(server), *family]
+    process.send_signal(signal_number)
+    process.wait(timeout=WAIT_IN_S)
+    process.stdout.close()
+    assert process.returncode == (-9 if signal_number == signal.SIGKILL else 0), (tmp_path / "log").read_text()
+    wait_until(lambda: not any(each.is_running() for each in everyone), "the server's processes to end")
+    wait_until(lambda: not any(file.exists() for file in memory), "the shared memory to be removed")
+    wait_until(lambda: not list(tmp_path.glob("audioldm2-triton-*")), "the folder to be removed")
+    for port in ports:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+
+
+@pytest.mark.slow
+def test_a_second_sigterm_stops_at_once_and_says_what_was_lost(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    def stop_twice() -> None:
+        with local_server(tiny_checkpoint, tmp_path / "log") as server, ThreadPoolExecutor(3) as pool:
+            calls = start_calls(server, pool)
+            wait_for_metrics(server, lambda page: page["audioldm2_rows_in_flight"] >= 6, "three requests in flight")
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: health(server)[1]["state"] == "draining", "the drain")
+            server.process.send_signal(signal.SIGTERM)
+            assert all(isinstance(call.result(timeout=WAIT_IN_S), Exception) for call in calls)
+
+    with pytest.raises(ServerError, match="requests inside"):
+        stop_twice()
