@@ -1,12 +1,15 @@
 """The client for asyncio, the counterpart of `client`."""
 
+import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from os import PathLike, fspath
 from types import TracebackType
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, TypeVar, overload
 
 from audioldm2_triton import contract
+from audioldm2_triton.errors import UnavailableError
 from audioldm2_triton.events import Finished, OnProgress, Progress, StreamEvent
 from audioldm2_triton.result import GenerationResult
 from audioldm2_triton.server_info import ServerInfo, read_server_info
@@ -14,11 +17,14 @@ from audioldm2_triton.transport import wire
 from audioldm2_triton.transport.aio_connection import AsyncGrpcConnection, AsyncHttpConnection
 from audioldm2_triton.transport.endpoint import DEFAULT_URL, parse_url
 from audioldm2_triton.transport.failures import known_failures
+from audioldm2_triton.transport.resending import DEFAULT_MAX_RETRIES, Resending, check_max_retries
 from audioldm2_triton.transport.stream_reader import StreamReader
 from audioldm2_triton.transport.wire import GenerateOptions, InferRequest, PerRow
 
 if TYPE_CHECKING:
     from typing import Self, Unpack
+
+T = TypeVar("T")
 
 
 class AsyncAudioLDM2Client:
@@ -30,8 +36,10 @@ class AsyncAudioLDM2Client:
         *,
         model: str = contract.ENSEMBLE,
         root_certificates: str | PathLike[str] | None = None,
+        max_retries: int = DEFAULT_MAX_RETRIES,
     ) -> None:
         self._endpoint = parse_url(url)
+        self._max_retries = check_max_retries(max_retries)
         self._model = model
         self._root_certificates = None if root_certificates is None else fspath(root_certificates)
         self._connection: AsyncGrpcConnection | AsyncHttpConnection | None = None
@@ -89,8 +97,13 @@ class AsyncAudioLDM2Client:
         on_progress: OnProgress | None = None,
     ) -> GenerationResult | list[GenerationResult]:
         """As `AudioLDM2Client.generate`, with cancelling the task in place of an interrupt."""
+        wire.check_timeout(timeout)
+        resending = Resending(self._max_retries, timeout)
+        info = self._info
+        if info is None:
+            info = await self._until_available(resending, self.server_info)
         request = wire.build_request(
-            self._info or await self.server_info(timeout),
+            info,
             prompt,
             negative_prompt=negative_prompt,
             audio_length_in_s=audio_length_in_s,
@@ -105,9 +118,25 @@ class AsyncAudioLDM2Client:
             timeout=timeout,
             request_id=request_id,
         )
-        if on_progress is not None or self._goes_by_stream(request):
-            return await self._generate_by_stream(request, on_progress)
-        with known_failures(self._endpoint, timeout):
+        by_stream = on_progress is not None or self._goes_by_stream(request)
+
+        async def attempt(left: float | None) -> GenerationResult | list[GenerationResult]:
+            sent = replace(request, timeout=left)
+            return await (self._generate_by_stream(sent, on_progress) if by_stream else self._generate_whole(sent))
+
+        return await self._until_available(resending, attempt)
+
+    async def _until_available(self, resending: Resending, attempt: Callable[[float | None], Awaitable[T]]) -> T:
+        """As in `AudioLDM2Client`."""
+        while True:
+            try:
+                return await attempt(resending.timeout())
+            except UnavailableError as error:
+                self._info = None  # it may be another server that answers next
+                await asyncio.sleep(resending.delay(error))
+
+    async def _generate_whole(self, request: InferRequest) -> GenerationResult | list[GenerationResult]:
+        with known_failures(self._endpoint, request.timeout):
             answer = await self._open().infer(request)
         return wire.read_results(request, answer)
 

@@ -19,6 +19,7 @@ from audioldm2_triton.files import check_audio_path, check_path
 from audioldm2_triton.result import GenerationResult
 from audioldm2_triton.server_info import ServerInfo
 from audioldm2_triton.transport.endpoint import DEFAULT_URL
+from audioldm2_triton.transport.resending import DEFAULT_MAX_RETRIES
 from audioldm2_triton.transport.wire import GenerateOptions
 
 T = TypeVar("T")
@@ -26,6 +27,7 @@ T = TypeVar("T")
 FAILED: Final = 1
 INTERRUPTED: Final = 130  # as shells report it: 128 plus the number of SIGINT
 REFRESH_IN_S: Final = 0.2
+BATCH_MAX_RETRIES: Final = 100  # nobody waits, and a full server has room again
 
 EPILOG: Final = """\
 With several waveforms per prompt, the best goes to out.wav and the others, in order of falling score, to out-1.wav,
@@ -106,6 +108,13 @@ def build_parser() -> argparse.ArgumentParser:
     server.add_argument(
         "--concurrency", metavar="N", type=int, default=8, help="requests of a --batch at a time; default: %(default)s"
     )
+    server.add_argument(
+        "--max-retries",
+        metavar="N",
+        type=int,
+        help="how often to try again where the server is full or cannot be reached; "
+        f"default: {DEFAULT_MAX_RETRIES}, with --batch {BATCH_MAX_RETRIES}",
+    )
     return parser
 
 
@@ -117,6 +126,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("expected one of PROMPT, --batch FILE and --info")
     if arguments.batch is not None and (arguments.output is None or arguments.plot is not None):
         parser.error("--batch needs -o DIRECTORY and cannot be combined with --plot")
+    if arguments.max_retries is None:
+        arguments.max_retries = BATCH_MAX_RETRIES if arguments.batch is not None else DEFAULT_MAX_RETRIES
+    if arguments.max_retries < 0:
+        parser.error(f"argument --max-retries: got {arguments.max_retries} but expected at least 0")
     if arguments.concurrency < 1:
         parser.error(f"argument --concurrency: got {arguments.concurrency} but expected at least 1")
     try:
@@ -129,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _run(arguments: argparse.Namespace) -> int:
-    async with AsyncAudioLDM2Client(arguments.url, model=arguments.model) as client:
+    async with AsyncAudioLDM2Client(arguments.url, model=arguments.model, max_retries=arguments.max_retries) as client:
         if arguments.info:
             _print_info(await client.server_info(arguments.timeout))
             return 0

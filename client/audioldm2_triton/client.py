@@ -1,12 +1,15 @@
 """The client for ordinary programs; `aio` has its counterpart for asyncio."""
 
 import contextlib
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from os import PathLike, fspath
 from types import TracebackType
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, TypeVar, overload
 
 from audioldm2_triton import contract
+from audioldm2_triton.errors import UnavailableError
 from audioldm2_triton.events import Finished, OnProgress, Progress, StreamEvent
 from audioldm2_triton.result import GenerationResult
 from audioldm2_triton.server_info import ServerInfo, read_server_info
@@ -14,11 +17,14 @@ from audioldm2_triton.transport import wire
 from audioldm2_triton.transport.connection import GrpcConnection, HttpConnection
 from audioldm2_triton.transport.endpoint import DEFAULT_URL, parse_url
 from audioldm2_triton.transport.failures import known_failures
+from audioldm2_triton.transport.resending import DEFAULT_MAX_RETRIES, Resending, check_max_retries
 from audioldm2_triton.transport.stream_reader import StreamReader
 from audioldm2_triton.transport.wire import GenerateOptions, InferRequest, PerRow
 
 if TYPE_CHECKING:
     from typing import Self, Unpack
+
+T = TypeVar("T")
 
 
 class AudioLDM2Client:
@@ -28,6 +34,9 @@ class AudioLDM2Client:
         url: grpc://HOST[:8001], grpcs://HOST[:8001], http://HOST[:8000] or https://HOST[:443].
         model: the ensemble to ask, for a server with several checkpoints; its stream's name is derived from it.
         root_certificates: a PEM file with the certificate authorities to trust over TLS; by default the system's.
+        max_retries: how often `generate` sends a request again if the server is full or cannot be reached, within the
+            request's `timeout`; it waits longer each time. The audio is the same. 0: never. A `stream` is never sent
+            again.
     """
 
     def __init__(
@@ -36,8 +45,10 @@ class AudioLDM2Client:
         *,
         model: str = contract.ENSEMBLE,
         root_certificates: str | PathLike[str] | None = None,
+        max_retries: int = DEFAULT_MAX_RETRIES,
     ) -> None:
         self._endpoint = parse_url(url)
+        self._max_retries = check_max_retries(max_retries)
         certificates = None if root_certificates is None else fspath(root_certificates)
         open_connection = GrpcConnection if self._endpoint.protocol == "grpc" else HttpConnection
         self._connection: GrpcConnection | HttpConnection = open_connection(self._endpoint, model, certificates)
@@ -129,8 +140,11 @@ class AudioLDM2Client:
         Raises `InvalidArgumentError` (names the argument), `UnavailableError` (the server is full or cannot be
         reached), `DeadlineExceededError`, `RequestCancelledError` or `InternalError`; all are `AudioLDM2Error`s.
         """
+        wire.check_timeout(timeout)
+        resending = Resending(self._max_retries, timeout)
+        info = self._info or self._until_available(resending, self.server_info)
         request = wire.build_request(
-            self._info or self.server_info(timeout),
+            info,
             prompt,
             negative_prompt=negative_prompt,
             audio_length_in_s=audio_length_in_s,
@@ -145,10 +159,26 @@ class AudioLDM2Client:
             timeout=timeout,
             request_id=request_id,
         )
-        if on_progress is not None or self._goes_by_stream(request):
-            return self._generate_by_stream(request, on_progress)
+        by_stream = on_progress is not None or self._goes_by_stream(request)
+
+        def attempt(left: float | None) -> GenerationResult | list[GenerationResult]:
+            sent = replace(request, timeout=left)
+            return self._generate_by_stream(sent, on_progress) if by_stream else self._generate_whole(sent)
+
+        return self._until_available(resending, attempt)
+
+    def _until_available(self, resending: Resending, attempt: Callable[[float | None], T]) -> T:
+        """Calls `attempt` with the timeout that is left, again as long as `resending` allows."""
+        while True:
+            try:
+                return attempt(resending.timeout())
+            except UnavailableError as error:
+                self._info = None  # it may be another server that answers next
+                time.sleep(resending.delay(error))
+
+    def _generate_whole(self, request: InferRequest) -> GenerationResult | list[GenerationResult]:
         self._check_open()
-        with known_failures(self._endpoint, timeout):
+        with known_failures(self._endpoint, request.timeout):
             answer = self._connection.infer(request)
         return wire.read_results(request, answer)
 

@@ -30,6 +30,7 @@ from serving.supervision import ServerError
 
 WAIT_IN_S = 120.0
 SHORT = {"prompt": "a dog", "audio_length_in_s": 0.3, "num_inference_steps": 2, "seed": 1}
+RESENT = SHORT | {"num_inference_steps": 150}
 LONG = {"prompt": [b"a dog"], "num_inference_steps": [200], "audio_length_in_s": [2.0], "seed": [1]}
 
 
@@ -76,7 +77,7 @@ def supervised(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="module")
 def right_audio(supervised: LocalServer) -> np.ndarray:
     with AudioLDM2Client(supervised.grpc_url) as client:
-        return client.generate(**SHORT).audio
+        return client.generate(**RESENT).audio
 
 
 def outcome(call: Callable[[], Any]) -> Any:
@@ -129,19 +130,21 @@ def test_a_stage_that_dies_or_stops_is_replaced(
     before = health(supervised)[1]["restarts"]
     old = shared_memory(supervised)
     assert old
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(4) as pool, AudioLDM2Client(supervised.grpc_url, max_retries=100) as client:
         calls = start_calls(supervised, pool)
         wait_for_metrics(supervised, lambda page: page["audioldm2_rows_in_flight"] >= 6, "three requests in flight")
+        resent = pool.submit(client.generate, **RESENT)
+        wait_for_metrics(supervised, lambda page: page["audioldm2_rows_in_flight"] >= 8, "four requests in flight")
         stage(supervised, model).send_signal(signal_number)
         wait_until(lambda: health(supervised)[0] == 503, "the failure to be noticed")
         # Without a time limit of their own: all calls have ended because the server that had them is gone.
         assert all(isinstance(call.result(timeout=WAIT_IN_S), Exception) for call in calls)
+        # And one that is sent again has its answer from the next server, with the threads of another start.
+        assert difference(resent.result(timeout=WAIT_IN_S).audio, right_audio) < 1e-5
     wait_until(lambda: health(supervised)[0] == 200, "readiness")
     code, state = health(supervised, "/live")
     assert (code, state["state"], state["restarts"]) == (200, "ready", before + 1)
     assert model in state["reason"]
-    with AudioLDM2Client(supervised.grpc_url) as client:
-        assert difference(client.generate(**SHORT).audio, right_audio) < 1e-5  # with the threads of another start
     assert not old & set(Path("/dev/shm").iterdir())
 
 
@@ -177,7 +180,7 @@ def test_a_drain_refuses_new_requests_and_finishes_those_inside(tiny_checkpoint:
         idle = http.client.HTTPConnection("localhost", server.http_port)
         idle.request("GET", "/v2/health/ready")
         idle.getresponse().read()  # and keeps the connection, which Triton by itself would wait for
-        with ThreadPoolExecutor(3) as pool, AudioLDM2Client(server.grpc_url) as client:
+        with ThreadPoolExecutor(3) as pool, AudioLDM2Client(server.grpc_url, max_retries=0) as client:
             calls = start_calls(server, pool)
             wait_for_metrics(server, lambda page: page["audioldm2_rows_in_flight"] >= 6, "three requests in flight")
             server.process.send_signal(signal.SIGTERM)

@@ -51,12 +51,14 @@ class Awaited:
 
 
 @contextlib.contextmanager
-def open_client(kind: str, url: str, root_certificates: Path | None = None, model: str = ENSEMBLE) -> Iterator[Client]:
+def open_client(
+    kind: str, url: str, root_certificates: Path | None = None, model: str = ENSEMBLE, max_retries: int = 0
+) -> Iterator[Client]:
     if kind == "sync":
-        with AudioLDM2Client(url, model=model, root_certificates=root_certificates) as client:
+        with AudioLDM2Client(url, model=model, root_certificates=root_certificates, max_retries=max_retries) as client:
             yield Ordinary(client)
         return
     loop = asyncio.new_event_loop()
-    asynchronous = AsyncAudioLDM2Client(url, model=model, root_certificates=root_certificates)
+    asynchronous = AsyncAudioLDM2Client(url, model=model, root_certificates=root_certificates, max_retries=max_retries)
     with contextlib.closing(loop), contextlib.closing(Awaited(asynchronous, loop)) as awaited:
         yield awaited

@@ -1,7 +1,8 @@
 """What the stand-in's two models share: the commands in prompts, and what is answered.
 
 A prompt that begins with "!" is a command:
-`!fail CODE MESSAGE`; `!raise MESSAGE`, out of `execute()`; `!meet N`, answered once N requests are in flight;
+`!fail CODE MESSAGE`; `!raise MESSAGE`, out of `execute()`; `!busy KEY TIMES MESSAGE`, unavailable so many times;
+`!meet N`, answered once N requests are in flight;
 `!sleep SECONDS`, which minds the request's deadline and its cancellation, and `!deaf SECONDS`, which minds neither;
 `!watch PATH`, which for `WATCHED_IN_S` waits to be cancelled and writes the file "cancelled" or "not cancelled".
 For the stream alone: `!late CODE MESSAGE`, which fails after the progress, and `!torn`, which lacks the last response.
@@ -9,6 +10,7 @@ For the stream alone: `!late CODE MESSAGE`, which fails after the progress, and 
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ WATCHED_IN_S = 6.0
 TICK_IN_S = 0.02
 
 MEETINGS: dict[int, threading.Barrier] = {}
+REFUSED: Counter[str] = Counter()
 
 
 class CommandedError(Exception):
@@ -43,6 +46,11 @@ def obey(inputs: dict[str, np.ndarray], timeout_us: int, is_cancelled: Callable[
     verb, rest = command_of(inputs)
     if verb == "!fail":
         raise CommandedError(*rest.split(" ", 1))
+    if verb == "!busy":
+        key, times, message = rest.split(" ", 2)
+        REFUSED[key] += 1
+        if REFUSED[key] <= int(times):
+            raise CommandedError("UNAVAILABLE", message)
     if verb == "!meet":
         MEETINGS.setdefault(int(rest), threading.Barrier(int(rest))).wait(MEETING_TIMEOUT_IN_S)
     if verb == "!deaf":
