@@ -28,7 +28,10 @@ T = TypeVar("T")
 
 
 class AsyncAudioLDM2Client:
-    """`AudioLDM2Client` for asyncio: the same arguments, results and errors. It belongs to one event loop."""
+    """`AudioLDM2Client` for asyncio: the same arguments, results and errors.
+
+    Used in another event loop, as by a second `asyncio.run`, it opens new connections.
+    """
 
     def __init__(
         self,
@@ -43,6 +46,7 @@ class AsyncAudioLDM2Client:
         self._model = model
         self._root_certificates = None if root_certificates is None else fspath(root_certificates)
         self._connection: AsyncGrpcConnection | AsyncHttpConnection | None = None
+        self._opened_in: asyncio.AbstractEventLoop | None = None
         self._info: ServerInfo | None = None
         self._closed = False
 
@@ -58,7 +62,7 @@ class AsyncAudioLDM2Client:
         """Closes the connections. Requests still running fail."""
         self._closed = True
         connection, self._connection = self._connection, None
-        if connection is not None:
+        if connection is not None and self._opened_in is asyncio.get_running_loop():
             await connection.close()
 
     async def server_info(self, timeout: float | None = None) -> ServerInfo:
@@ -183,7 +187,10 @@ class AsyncAudioLDM2Client:
         """The connection, opened at the first call because it belongs to the running event loop."""
         if self._closed:
             raise RuntimeError("the client is closed")
-        if self._connection is None:
+        loop = asyncio.get_running_loop()
+        if self._connection is None or self._opened_in is not loop:
+            # What an earlier loop has opened died with it.
+            self._opened_in = loop
             open_connection = AsyncGrpcConnection if self._endpoint.protocol == "grpc" else AsyncHttpConnection
             self._connection = open_connection(self._endpoint, self._model, self._root_certificates)
         return self._connection

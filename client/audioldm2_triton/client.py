@@ -1,6 +1,7 @@
 """The client for ordinary programs; `aio` has its counterpart for asyncio."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
@@ -30,6 +31,8 @@ T = TypeVar("T")
 class AudioLDM2Client:
     """Sends requests to one server. Usable from several threads at once, and as a context manager.
 
+    In a process that was forked it raises RuntimeError.
+
     Args:
         url: grpc://HOST[:8001], grpcs://HOST[:8001], http://HOST[:8000] or https://HOST[:443].
         model: the ensemble to ask, for a server with several checkpoints; its stream's name is derived from it.
@@ -52,6 +55,7 @@ class AudioLDM2Client:
         certificates = None if root_certificates is None else fspath(root_certificates)
         open_connection = GrpcConnection if self._endpoint.protocol == "grpc" else HttpConnection
         self._connection: GrpcConnection | HttpConnection = open_connection(self._endpoint, model, certificates)
+        self._process = os.getpid()
         self._info: ServerInfo | None = None
         self._closed = False
 
@@ -228,3 +232,10 @@ class AudioLDM2Client:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the client is closed")
+        if self._process != os.getpid():
+            # The connections are the parent's, and each would read the other's answers. Neither gRPC nor gevent, which
+            # carries HTTP, goes on in a child once the parent has used it.
+            raise RuntimeError(
+                "got a call in a forked process but expected one in the process that made the client: make a client in "
+                "each process, and start processes by `spawn`"
+            )

@@ -30,6 +30,12 @@ MIN_AUDIO_LENGTH_IN_S: Final = 0.1
 MIN_WINDOW_LENGTH_IN_S: Final = 0.64
 MAX_GUIDANCE_SCALE: Final = 50.0
 MAX_SEED: Final = 2**63 - 1
+NUM_DRAWN_SEEDS: Final = 2**32
+"""A seed that nobody gives is drawn below this.
+
+PyTorch's generator on a CPU, which draws the noise, uses the low 32 bits of a seed only: larger ones add nothing.
+And JSON numbers in JavaScript keep 53 bits: a drawn seed that is sent back has to be the same.
+"""
 
 DEFAULT_NEGATIVE_PROMPT: Final = ""
 DEFAULT_NUM_INFERENCE_STEPS: Final = 20

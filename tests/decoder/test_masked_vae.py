@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from test_vocoder_chunks import CONFIGS, random_vocoder
 
 from audioldm2_triton.server.geometry import AudioGeometry, read_audio_geometry
 from audioldm2_triton.server.settings import Settings
@@ -20,6 +19,7 @@ from decoder_compilation import compile_decoder, compile_for_settings
 from decoding_parts import decode_parts
 from masked_vae import decode_masked
 from masked_vocoder import vocode_masked
+from random_vocoder import CONFIGS, random_vocoder
 from vae_walk import check_followed
 from vocoder_chunks import plan_chunks, vocoder_reach
 from waveform_decoder import WaveformDecoder, decode_mels, decode_waveforms, load_waveform_decoder

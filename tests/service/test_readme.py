@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from environments import python
+from plain_requests import on_test_ports
 from project import ROOT
 from serving.local_server import LocalServer
 
@@ -16,12 +17,6 @@ README = (ROOT / "README.md").read_text()
 
 def code_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-
-
-def on_test_ports(code: str, server: LocalServer) -> str:
-    return code.replace("localhost:8001", f"localhost:{server.grpc_port}").replace(
-        "localhost:8000", f"localhost:{server.http_port}"
-    )
 
 
 @pytest.mark.parametrize("code", code_blocks("python"), ids=["client", "tritonclient"])

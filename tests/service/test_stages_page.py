@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from test_readme import on_test_ports
 from tritonclient.utils import InferenceServerException
 
 from audioldm2_pipeline import Reference, difference, tolerance
 from audioldm2_triton.contract import DEFAULT_SCHEDULER
 from multi_diffusion import multi_diffusion
+from plain_requests import on_test_ports
 from project import ROOT
 from serving.local_server import LocalServer
 from stepping.request import DenoisingRow, TextStates

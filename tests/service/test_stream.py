@@ -65,6 +65,7 @@ def test_defaults_and_a_drawn_seed(server: LocalServer) -> None:
     results = [check_responses(streamed(server, rows), 1, 4) for _ in range(2)]
     seeds = [int(result["seed_used"][0, 0]) for result in results]
     assert seeds[0] != seeds[1]
+    assert max(seeds) < 2**32  # no two that PyTorch takes for the same
     np.testing.assert_array_equal(
         results[0]["audio"], whole(server, {**rows, "seed": seeds[:1]})["audio"], "the seed told is not the seed used"
     )

@@ -91,3 +91,9 @@ def check_responses(responses: list[Response], num_steps: int, num_chunks: int) 
     assert set(last) == {"score", "order", "seed_used", "sampling_rate"}
     assert last["order"].dtype == np.int32
     return {**last, "audio": np.concatenate([response["audio"] for response in chunks], axis=2)}
+
+
+def on_test_ports(code: str, server: LocalServer) -> str:
+    return code.replace("localhost:8001", f"localhost:{server.grpc_port}").replace(
+        "localhost:8000", f"localhost:{server.http_port}"
+    )

@@ -264,7 +264,7 @@ def _seed(name: str, value: Any) -> int | None:
 
 
 def _draw_seed() -> int:
-    return secrets.randbelow(contract.MAX_SEED + 1)
+    return secrets.randbelow(contract.NUM_DRAWN_SEEDS)
 
 
 def _boolean(name: str, value: Any) -> bool:

@@ -142,7 +142,7 @@ def _guidance_scale(inputs: Mapping[str, np.ndarray], row: int) -> float:
 
 def _seed(inputs: Mapping[str, np.ndarray], row: int) -> int:
     if "seed" not in inputs:
-        return secrets.randbelow(contract.MAX_SEED + 1)
+        return secrets.randbelow(contract.NUM_DRAWN_SEEDS)
     value = int(inputs["seed"][row, 0])
     if value < 0:
         raise invalid("seed", value, f"an integer from 0 to {contract.MAX_SEED}")
