@@ -13,10 +13,11 @@ import pytest
 # Before anything imports torch: idle OpenMP threads that spin take the cores from the server's processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Whoever starts the suite with Ctrl-C ignored (nohup, a shell's background job, some CI) would have every program that
-# is tested ignore it too: programs inherit that.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Whoever starts the suite with Ctrl-C or SIGHUP ignored (a shell's background job, nohup, some CI) would have every
+# program that is tested ignore it too: programs inherit that.
+for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, default)
 
 # Tests reach servers on this machine with clients that obey http_proxy: curl, plain tritonclient, urllib. What must
 # work without this is tested without it.

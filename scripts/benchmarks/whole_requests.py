@@ -14,7 +14,7 @@ import torch
 from serving.installation import find_triton
 from serving.local_server import free_ports
 from serving.loopback import read_page
-from serving.supervision import ServerError
+from serving.server_error import ServerError
 
 MODEL: Final = "whole_requests"
 VERSION: Final = Path(__file__).resolve().parent / "whole_request_model"

@@ -26,11 +26,10 @@ from serving.installation import InstallationError, find_triton
 from serving.plain_paths import PlainPathError
 from serving.repository import write_repository
 from serving.run_directory import draining_file, run_directory
+from serving.server_error import DRAIN_TIMEOUT_IN_S, ServerError
 from serving.supervision import (
-    DRAIN_TIMEOUT_IN_S,
     EXIT_TIMEOUT_IN_S,
     ServerCommand,
-    ServerError,
     StopSignals,
     check_ports_free,
     run_server,

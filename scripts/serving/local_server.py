@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from serving.supervision import DRAIN_TIMEOUT_IN_S, ServerError
+from serving.server_error import DRAIN_TIMEOUT_IN_S, ServerError
 
 SERVE: Final = Path(__file__).resolve().parent.parent / "serve"
 

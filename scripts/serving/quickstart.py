@@ -9,7 +9,7 @@ from pathlib import Path
 from audioldm2_triton import AudioLDM2Client, AudioLDM2Error
 from project import DEMO_CHECKPOINT, ROOT
 from serving.local_server import local_server
-from serving.supervision import ServerError
+from serving.server_error import ServerError
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """Runs `tritonserver` in the foreground, replaces it when it fails, and stops it without losing a request."""
 
 import contextlib
+import errno
 import logging
 import re
 import signal
@@ -25,21 +26,17 @@ from serving.health import Health
 from serving.loopback import read_page
 from serving.metrics import read_metrics
 from serving.run_directory import draining_file, end_server, note_server
+from serving.server_error import DRAIN_TIMEOUT_IN_S, ServerError
 from serving.stage_processes import find_stages, observe_stages
 
 logger = logging.getLogger(__name__)
 
-DRAIN_TIMEOUT_IN_S: Final = 30.0
 EXIT_TIMEOUT_IN_S: Final = 5  # of a server with nothing in it, which may wait for idle connections
 SETTLING_TIME_IN_S: Final = 0.5  # a request between two stages is counted by neither
 _TICK_IN_S: Final = 0.1
 _OBSERVATION_INTERVAL_IN_S: Final = 1.0
 _PAGE_TIMEOUT_IN_S: Final = 5.0
 _LOAD_FAILURE: Final = re.compile(r"failed to load '(\w+)' version \d+: (.*)")
-
-
-class ServerError(RuntimeError):
-    """The server did not start, failed too often, or lost requests when it stopped."""
 
 
 class StopSignals:
@@ -105,7 +102,8 @@ def check_ports_free(host: str, ports: Mapping[str, int]) -> None:
             except socket.gaierror:
                 raise ServerError(f"--host: got {host!r} but expected an address of this machine") from None
             except OSError as error:
-                raise ServerError(f"{option}: port {port} is in use, or not to be had: {error.strerror}") from None
+                reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be had: {error.strerror}"
+                raise ServerError(f"{option}: port {port} {reason}") from None
 
 
 def run_server(

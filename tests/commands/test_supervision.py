@@ -25,8 +25,8 @@ from audioldm2_triton import AudioLDM2Client, AudioLDM2Error, UnavailableError
 from metrics_page import wait_for_metrics
 from plain_requests import Stream, infer_inputs
 from serving.local_server import LocalServer, free_ports, local_server
+from serving.server_error import ServerError
 from serving.stage_processes import find_stages
-from serving.supervision import ServerError
 
 WAIT_IN_S = 120.0
 SHORT = {"prompt": "a dog", "audio_length_in_s": 0.3, "num_inference_steps": 2, "seed": 1}

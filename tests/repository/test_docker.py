@@ -23,7 +23,8 @@ from packaging.utils import canonicalize_name
 from audioldm2_triton.contract import MAX_BATCH_SIZE
 from audioldm2_triton.server.settings import Settings, environment_name
 from project import ROOT
-from serving.supervision import DRAIN_TIMEOUT_IN_S, EXIT_TIMEOUT_IN_S
+from serving.server_error import DRAIN_TIMEOUT_IN_S
+from serving.supervision import EXIT_TIMEOUT_IN_S
 
 DOCKERFILE: Final = ROOT / "docker" / "Dockerfile"
 WORKDIR: Final = "/opt/audioldm2"

@@ -61,6 +61,15 @@ def test_every_scheduler_is_served(server: LocalServer) -> None:
         assert 0 < np.abs(audio).max() <= 1, case
 
 
+@pytest.mark.parametrize(
+    ("name", "command"), [("product", "serving"), ("product", "checkpoints"), ("plot", "serving.quickstart")]
+)
+def test_a_command_has_what_it_imports(name: str, command: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
+    run = subprocess.run([python(name), "-m", command, "--help"], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize("name", ["product", pytest.param("image", marks=pytest.mark.slow)])
 def test_every_schedule_in_a_process_of_its_own(name: str, tiny_checkpoint: Path) -> None:
     """The image has other versions of what nobody pins: numpy 2 above all."""
