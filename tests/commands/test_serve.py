@@ -24,7 +24,7 @@ SERVE = str(ROOT / "scripts" / "serve")
 def refused(*arguments: str, **environment: str) -> str:
     """What `scripts/serve` says on standard error when it refuses to start; the last line is the reason."""
     process = subprocess.run(
-        [SERVE, *arguments], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+        [SERVE, "--health-port=0", *arguments], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
     )
     assert process.returncode == 1, process.stderr
     assert "Traceback" not in process.stderr
