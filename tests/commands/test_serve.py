@@ -23,9 +23,8 @@ SERVE = str(ROOT / "scripts" / "serve")
 
 def refused(*arguments: str, **environment: str) -> str:
     """What `scripts/serve` says on standard error when it refuses to start; the last line is the reason."""
-    process = subprocess.run(
-        [SERVE, "--health-port=0", *arguments], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
-    )
+    command = [SERVE, "--health-port=0", *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
     assert process.returncode == 1, process.stderr
     assert "Traceback" not in process.stderr
     return process.stderr
