@@ -52,7 +52,7 @@ def test_32_different_requests_at_once(server: LocalServer, reference: Reference
     after = wait_for_metrics(server, is_idle, "an idle server")
     name = "audioldm2_step_count"
     forwards_alone, forwards_together = between[name] - before[name], after[name] - between[name]
-    assert forwards_together < forwards_alone / 2, "they did not share"
+    assert forwards_together < 0.75 * forwards_alone, "they did not share"
     for call, solo, mixed in zip(calls, alone, together, strict=True):
         expected = reference.generate(call)
         assert in_any_order(mixed.audio, solo.audio) <= reference.tolerance(call), call
