@@ -1,11 +1,10 @@
 """`scripts/benchmark`: measurements, each one command, each with its rows in a CSV file."""
 
-import argparse
 import sys
-from importlib import import_module
 from typing import Final
 
-# A command's module is imported when it is asked for: not every machine has what all of them need.
+from command_line import measure
+
 COMMANDS: Final = {
     "coldstart": "from the start to ready, with and without compiled code that was kept",
     "gpu": "everything that needs no server, in calls of minutes that continue each other",
@@ -19,20 +18,6 @@ COMMANDS: Final = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/benchmark", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    chosen = next((argument for argument in sys.argv[1:] if argument in COMMANDS), None)
-    for name, description in COMMANDS.items():
-        command = commands.add_parser(name, help=description)
-        if name == chosen:
-            module = import_module(f"benchmarks.commands.{name}")
-            module.add_arguments(command)
-            command.set_defaults(measure=module.measure)
-    arguments = parser.parse_args()
-    arguments.measure(arguments)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    modules = {name: (f"benchmarks.commands.{name}", text) for name, text in COMMANDS.items()}
+    sys.exit(measure("scripts/benchmark", __doc__, modules))

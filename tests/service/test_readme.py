@@ -1,4 +1,4 @@
-"""The README's examples, run as they stand, on the test server's ports."""
+"""The examples of the README and of the contract page, run as they stand, on the test server's ports."""
 
 import json
 import re
@@ -12,11 +12,11 @@ from plain_requests import on_test_ports
 from project import ROOT
 from serving.local_server import LocalServer
 
-README = (ROOT / "README.md").read_text()
+PAGES = [(ROOT / name).read_text() for name in ("README.md", "model_repository/README.md")]
 
 
 def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return [code for page in PAGES for code in re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)]
 
 
 @pytest.mark.parametrize("code", code_blocks("python"), ids=["client", "tritonclient"])
