@@ -66,7 +66,7 @@ class AsyncAudioLDM2Client:
             await connection.close()
 
     async def server_info(self, timeout: float | None = None) -> ServerInfo:
-        """As `AudioLDM2Client.server_info`."""
+        """Like `AudioLDM2Client.server_info`."""
         wire.check_timeout(timeout)
         with known_failures(self._endpoint, timeout):
             config = await self._open().model_config(timeout)
@@ -100,7 +100,7 @@ class AsyncAudioLDM2Client:
         request_id: str = "",
         on_progress: OnProgress | None = None,
     ) -> GenerationResult | list[GenerationResult]:
-        """As `AudioLDM2Client.generate`, with cancelling the task in place of an interrupt."""
+        """Like `AudioLDM2Client.generate`; cancelling the task takes the place of an interrupt."""
         wire.check_timeout(timeout)
         resending = Resending(self._max_retries, timeout)
         info = self._info
@@ -131,7 +131,7 @@ class AsyncAudioLDM2Client:
         return await self._until_available(resending, attempt)
 
     async def _until_available(self, resending: Resending, attempt: Callable[[float | None], Awaitable[T]]) -> T:
-        """As in `AudioLDM2Client`."""
+        """Like the method of `AudioLDM2Client`."""
         while True:
             try:
                 return await attempt(resending.timeout())
@@ -145,7 +145,7 @@ class AsyncAudioLDM2Client:
         return wire.read_results(request, answer)
 
     async def stream(self, prompt: str, **options: "Unpack[GenerateOptions]") -> AsyncGenerator[StreamEvent, None]:
-        """As `AudioLDM2Client.stream`, for `async for`; cancelling the task also cancels the request on the server.
+        """Like `AudioLDM2Client.stream`, for `async for`; cancelling the task also cancels the request on the server.
 
         After a `break`, the event loop closes the generator, and so cancels the request, some time later. Use
         `contextlib.aclosing` to wait for that.
@@ -167,7 +167,7 @@ class AsyncAudioLDM2Client:
         reader.end()
 
     def _goes_by_stream(self, request: InferRequest) -> bool:
-        """As in `AudioLDM2Client`."""
+        """Like the method of `AudioLDM2Client`."""
         return (
             request.single and self._endpoint.protocol == "grpc" and self._info is not None and self._info.serves_stream
         )

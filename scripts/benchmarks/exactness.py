@@ -68,7 +68,7 @@ def load_precisions(checkpoint: Path) -> Precisions:
 
 
 def reference_latents(precisions: Precisions, row: GenerationRow, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """What the reference denoises float32 noise [N, C, H, W] to, in float32 and in float64."""
+    """Returns the reference's latents from float32 noise [N, C, H, W], in float32 and in float64."""
 
     def run(pipeline: Any) -> Tensor:
         pipeline.scheduler = getattr(diffusers, row.scheduler).from_config(precisions.scheduler_config)
@@ -148,7 +148,7 @@ def _vocoder_distances(precisions: Precisions, stages: Stages, row: GenerationRo
 
 
 def _clap_distances(precisions: Precisions, stages: Stages, row: GenerationRow) -> Distances:
-    """Of noise at CLAP's own rate: to resample, the reference has librosa."""
+    """Returns the distances of the scores of noise at CLAP's own rate, because the reference resamples with librosa."""
     extractor, clap = precisions.single.feature_extractor, stages.scorer.clap
     rate = extractor.sampling_rate
     audio = 0.1 * draw_noise(row.seed, (1, int(row.audio_length_in_s * rate)))

@@ -23,7 +23,7 @@ MATRIX_REPEATS: Final = 5
 
 
 def unet_gflop(checkpoint: Path, rows: int, latent_frames: int, latent_width: int) -> float:
-    """Of one forward of the reference's UNet, whatever way it is computed here."""
+    """Counts the FLOPs of one forward of the reference's UNet, however it is computed here."""
     config = json.loads((checkpoint / "unet" / "config.json").read_text())
     generated_dim, prompt_dim = [dim for dim in config["cross_attention_dim"][0] if dim is not None]
     with torch.device("meta"):
@@ -39,7 +39,7 @@ def unet_gflop(checkpoint: Path, rows: int, latent_frames: int, latent_width: in
 
 
 def decoder_gflop(checkpoint: Path, latent_frames: int, latent_width: int) -> float:
-    """Of the VAE and the vocoder for one waveform, without what chunks of it compute twice."""
+    """Counts the FLOPs of the VAE and the vocoder for one waveform, without the overlap of chunks."""
     vae_config = json.loads((checkpoint / "vae" / "config.json").read_text())
     vocoder_config = json.loads((checkpoint / "vocoder" / "config.json").read_text())
     scale = 2 ** (len(vae_config["block_out_channels"]) - 1)
@@ -52,7 +52,7 @@ def decoder_gflop(checkpoint: Path, latent_frames: int, latent_width: int) -> fl
 
 
 def count_gflop(work: Callable[[], object]) -> float:
-    """Of uncompiled work on this thread."""
+    """Counts the FLOPs of uncompiled work on this thread."""
     products = {} if PRODUCT is None else {PRODUCT: _product_flop}
     counter = FlopCounterMode(display=False, custom_mapping=products)
     # The fused kernels of attention are not all known to the counter; the plain one is made of products.
@@ -67,7 +67,7 @@ def _product_flop(hidden_shape: Sequence[int], weight_shape: Sequence[int], *_: 
 
 @torch.inference_mode()
 def peak_gflop_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """Of a large product of two matrices: what the device does at best, in practice."""
+    """Measures the FLOP/s of a large matrix product: the best that the device does in practice."""
     size = MATRIX_SIZES[device.type]
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = time_repeatedly(lambda: linear(left, right), MATRIX_REPEATS, device, warm_up=2)

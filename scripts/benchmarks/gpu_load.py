@@ -19,7 +19,7 @@ from stepping.forward_plan import Bucket
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured; a tiny checkpoint is for trying the command out."""
+    """The amount of work measured; a tiny checkpoint is for trying the command out."""
 
     length_s: float
     long_s: float  # of the long clip
@@ -34,7 +34,7 @@ class Plan:
 
 @dataclass
 class Loaded:
-    """What is on the device at the moment: loaded when first asked for, dropped when something else is."""
+    """The models on the device: loaded when first requested, dropped when others are."""
 
     run: Run
     geometry: AudioGeometry

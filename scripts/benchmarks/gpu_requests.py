@@ -34,7 +34,7 @@ STAGGERED_LOAD: Final = 0.8  # of the throughput that was measured in lock step
 
 
 def alone(loaded: Loaded, record: Record) -> Record:
-    """One request, and what its text and its decoding take of it."""
+    """Measures one request, and the share of its text and its decoding."""
     stages, request, device = loaded.stages(), _request(loaded), loaded.run.device
     _count_forwards(stages)
     timed = _latencies(loaded, record, lambda: stages.generate(request), warm_up=2)
@@ -48,13 +48,13 @@ def alone(loaded: Loaded, record: Record) -> Record:
 
 
 def throughput(loaded: Loaded, record: Record) -> Record:
-    """Each of so many clients sends its next request when it has the answer to the last."""
+    """Measures a closed loop: each client sends its next request when it has the answer to the last."""
     clients = record.concurrency or 1
     return _under_load(loaded, record, clients, lambda _: 0.0)
 
 
 def staggered(loaded: Loaded, record: Record) -> Record:
-    """Poisson arrivals, so that requests enter and leave at every step."""
+    """Measures Poisson arrivals, where requests enter and leave at every step."""
     best = max(
         (record.clips_per_s or 0 for record in read_records(loaded.run.csv) if "lock step" in record.path), default=0
     )
@@ -93,7 +93,7 @@ def _under_load(loaded: Loaded, record: Record, clients: int, arrival: Callable[
 
 
 def _count_forwards(stages: Stages) -> str:
-    """What has run in which bucket since the last call."""
+    """Returns how often each bucket has run since the last call."""
     counted: Counter[Bucket | None] = Counter()
     for unet in stages.unets:
         counted.update(unet.forwards)
@@ -125,7 +125,7 @@ def _latencies(loaded: Loaded, record: Record, work: Callable[[], object], warm_
 
 
 def start_stages(loaded: Loaded, record: Record) -> Record:
-    """In a process of its own, with no compiled code left from another."""
+    """Measures in a separate process, without compiled code left from another."""
     loaded.drop()
     command = [sys.executable, "-m", "benchmarks.stage_start", json.dumps(asdict(loaded.run.settings))]
     command.append(f"--audio-length-in-s={loaded.plan.length_s}")
@@ -141,7 +141,7 @@ def start_stages(loaded: Loaded, record: Record) -> Record:
 
 
 def long_clip(loaded: Loaded, record: Record) -> Record:
-    """The guide's last case: five minutes on a small GPU."""
+    """Measures the guide's last case: five minutes of audio on a small GPU."""
     loaded.drop()
     settings = replace(loaded.run.settings, offload="on", compile="off")
     (request,) = make_rows(1, loaded.plan.long_s, loaded.plan.steps)

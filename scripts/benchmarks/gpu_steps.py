@@ -125,7 +125,7 @@ def _timed_step(loaded: Loaded, record: Record, unet: DenoisingUNet, bucket: Buc
 
 @torch.inference_mode()
 def kernels(loaded: Loaded, record: Record) -> Record:
-    """Where the time of a step goes."""
+    """Profiles a step."""
     unet = loaded.unet((), False)
     inputs = unet.random_inputs(
         int(record.rows or 0), loaded.geometry.latent_frames(loaded.plan.length_s), masked=False
@@ -143,7 +143,7 @@ def kernels(loaded: Loaded, record: Record) -> Record:
 
 
 def attention(loaded: Loaded, record: Record) -> Record:
-    """Self-attention of every level by every kernel, in microseconds."""
+    """Measures the self-attention of every level with every kernel, in microseconds."""
     run = loaded.run
     config = json.loads((run.checkpoint / "unet" / "config.json").read_text())
     heads = config["num_attention_heads"] or config["attention_head_dim"]

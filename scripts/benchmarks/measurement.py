@@ -99,7 +99,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def is_measured(records: Sequence[Record], record: Record) -> bool:
-    """Whether `records` have one of the same work on the same device, as far as a file tells."""
+    """Returns whether `records` contain the same work on the same device."""
 
     def key(one: Record) -> list[str]:
         return [_text(getattr(one, name)) for name in _KEY]

@@ -40,7 +40,7 @@ class Answered:
 
 
 def install_perf_analyzer(directory: Path) -> Path:
-    """The binary, in a virtual environment of its own: its client library must not replace the project's.
+    """Returns the binary, in a separate virtual environment: its client library must not replace the project's.
 
     It wants two libraries that it does not bring; copies lie in the wheel `nvidia-pytriton`.
     """

@@ -10,7 +10,7 @@ from audioldm2_triton.server.generation_row import GenerationRow
 
 
 def load_pipeline(checkpoint: Path, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> Any:
-    """The pipeline as it comes; compiled as the guide to AudioLDM 2 advises."""
+    """Loads the reference pipeline; compiles it as the guide to AudioLDM 2 advises."""
     pipeline: Any = diffusers.AudioLDM2Pipeline.from_pretrained(checkpoint, torch_dtype=dtype, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
@@ -20,12 +20,12 @@ def load_pipeline(checkpoint: Path, device: torch.device, dtype: torch.dtype, co
 
 
 def use_dpm_solver(pipeline: Any) -> None:
-    """What needs 20 steps instead of the 200 of the checkpoint's own scheduler."""
+    """Sets the scheduler that needs 20 steps instead of the 200 of the checkpoint's own."""
     pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
 
 
 def run_pipeline(pipeline: Any, row: GenerationRow, steps: int | None = None) -> Any:
-    """One request from text to samples on the host."""
+    """Runs one request from text to samples on the host."""
     return pipeline(
         row.prompt,
         negative_prompt=row.negative_prompt,

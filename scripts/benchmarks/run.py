@@ -22,7 +22,7 @@ PARTS_THAT_COUNT: Final = ("model_repository", "client", "scripts")  # for the f
 
 @dataclass(frozen=True)
 class Run:
-    """What is measured where, and the file that it goes to."""
+    """The settings, the device and the dtype of a measurement, and the file for its records."""
 
     settings: Settings
     device: torch.device
@@ -44,7 +44,7 @@ class Run:
 
     @property
     def serve_arguments(self) -> tuple[str, ...]:
-        """For `scripts/serve`, so that it serves in the same way."""
+        """The options for `scripts/serve` that make it serve in the same way."""
         given = asdict(replace(self.settings, device=str(self.device), dtype=self.dtype_name))
         return tuple(
             f"--{name.replace('_', '-')}={value}"

@@ -36,7 +36,7 @@ def make_rows(count: int, length_s: float, steps: int) -> list[GenerationRow]:
 
 
 def as_inputs(row: GenerationRow) -> dict[str, Any]:
-    """As a client sends it."""
+    """The arguments of the client's `generate`."""
     return {
         "prompt": row.prompt,
         "negative_prompt": row.negative_prompt,

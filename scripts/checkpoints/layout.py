@@ -54,7 +54,7 @@ _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def belongs(path: str) -> bool:
-    """Whether a file of a repository belongs to the checkpoint: no pickles, variants or other components."""
+    """Returns whether a file of a repository belongs to the checkpoint: no pickles, variants or other components."""
     parts = PurePosixPath(path)
     if path == MODEL_INDEX:
         return True
@@ -64,5 +64,5 @@ def belongs(path: str) -> bool:
 
 
 def is_pickle(name: str) -> bool:
-    """Whether loading a file as weights could run code."""
+    """Returns whether loading a file as weights could run code."""
     return name.endswith(_PICKLES)

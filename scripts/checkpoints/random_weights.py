@@ -47,7 +47,7 @@ def randomise(module: nn.Module, generator: torch.Generator, gain: float = 1.0) 
 
 
 def _fan_in(layer: nn.Module, weight: Tensor) -> float:
-    """How many inputs add up to one output."""
+    """Returns the number of inputs that are summed into one output (fan-in)."""
     if isinstance(layer, nn.ConvTranspose1d):
         return weight.shape[0] * weight.shape[2] / layer.stride[0]
     if type(layer).__name__ == _CHANNELS_LAST_FAN:

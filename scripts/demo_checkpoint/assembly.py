@@ -80,7 +80,7 @@ def save(pipe: Any, scaling_factor: float, vocabulary: int, out: Path) -> int:
 
 
 def _forget_origin(path: Path) -> None:
-    """A tokenizer that was read from a directory notes how, which is not for those who read it next."""
+    """Removes from a saved tokenizer the note of how it was loaded."""
     content = json.loads(path.read_text(encoding="utf-8"))
     _write(path, {key: value for key, value in content.items() if key not in ("is_local", "local_files_only")})
 

@@ -16,7 +16,7 @@ from .sounds import check_names
 
 @dataclass(frozen=True)
 class Words:
-    """How one kind is spoken of."""
+    """The words for one kind of sound."""
 
     one: tuple[str, ...]  # names that take an article
     many: tuple[str, ...]  # plurals
@@ -268,7 +268,7 @@ def _phrase(kind: str, attributes: Sequence[str], generator: np.random.Generator
 
 
 def _finish(text: str, generator: np.random.Generator) -> str:
-    """People write prompts with and without a capital and a full stop."""
+    """Varies the capital and the full stop, as people do."""
     if generator.uniform() < _CAPITAL_SHARE:
         text = text[0].upper() + text[1:]
     return text + "." if generator.uniform() < _FULL_STOP_SHARE else text

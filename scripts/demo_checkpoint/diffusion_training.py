@@ -32,7 +32,7 @@ _EMPHASIS: Final = {
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Of captions, or of the empty prompt padded to each length."""
+    """The embeddings of captions, or of the empty prompt padded to each length."""
 
     generated: np.ndarray  # float16 [prompts, 8, width]
     states: np.ndarray  # float16 [prompts, TOKENS, width]
@@ -62,7 +62,7 @@ def draw_shares(kinds: list[str]) -> np.ndarray:
 
 @torch.no_grad()
 def cache_conditioning(pipeline: Any, captions: list[str], path: Path) -> tuple[Conditioning, Conditioning]:
-    """What the pipeline's own `encode_prompt` makes of the captions one length at a time, and of the empty prompt.
+    """Encodes the captions, one length at a time, and the empty prompt with the pipeline's own `encode_prompt`.
 
     Prompts of one length together, since the positions of GPT-2 depend on the padding. The empty prompt is padded to
     the length of the prompt that it accompanies, as in the pipeline.

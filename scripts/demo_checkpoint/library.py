@@ -67,7 +67,7 @@ def mix(
 
 
 def draw_scene(generator: np.random.Generator, kind: str | None, mixture: bool | None) -> Scene:
-    """What is to be heard: any kind unless it is given, and for one in five a texture of another kind behind it."""
+    """Draws a scene: any kind unless it is given, and for one in five a texture of another kind behind it."""
     first = KINDS[int(generator.integers(len(KINDS)))] if kind is None else kind
     check_names(first, ())
     attributes = draw_attributes(first, generator)
@@ -110,7 +110,7 @@ def draw(
 def draw_caption(
     generator: np.random.Generator, kind: str | None = None, mixture: bool | None = None, held_out: bool = False
 ) -> Label:
-    """What `draw` says of a sound, without the sound: for what reads text only."""
+    """Returns the caption that `draw` gives a sound, without making the sound."""
     scene = draw_scene(generator, kind, mixture)
     return Label(describe(scene, generator, held_out), scene.kinds, scene.attributes[0])
 

@@ -114,7 +114,7 @@ def clap_features(corpus: Corpus, folder: Path) -> np.ndarray:
 
 
 def train_clap(corpus: Corpus, folder: Path, plan: Plan = CLAP_PLAN) -> Any:
-    """Contrastive, where all pairs of equal labels are right: two captions of the same sound are no negatives."""
+    """Computes the contrastive loss; pairs with equal labels count as positives."""
     tokenizer, _ = tokenizers(folder)
     features = clap_features(corpus, folder)
     first = _first_clap_clip(corpus)
@@ -140,7 +140,7 @@ def train_clap(corpus: Corpus, folder: Path, plan: Plan = CLAP_PLAN) -> Any:
         return (by_text + by_audio) / 2
 
     def held_out(model: Any) -> float:
-        """How often the nearest of 48 clips is not one of the caption's label."""
+        """Returns how often the nearest of 48 clips does not have the caption's label."""
         similarities, same = logits(model, range(trained, trained + 48))
         return 1 - float(same[range(48), similarities.argmax(1)].mean())
 

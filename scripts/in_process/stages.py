@@ -41,7 +41,7 @@ class StepTimes:
         self.seconds = {}
 
     def median(self, rows: int) -> float:
-        """Without the first and the last of them, which wait for admission or for the answer.
+        """Returns the median time of a step, without the first and the last, which wait for admission or for the answer.
 
         Raises `RuntimeError` where no forward had as many.
         """
@@ -107,7 +107,7 @@ class Stages:
 
     @property
     def is_prepared(self) -> bool:
-        """Whether all stages have forwards of fixed shapes, in all of their shapes."""
+        """Returns whether all stages have forwards of fixed shapes, in all of their shapes."""
         unets = [set(engine.costs.compiled) == set(engine._unet.buckets) for engine in self._engines.engines]
         return all(unets) and self.decoder.compiled is not None and self._encoders.compiled is not None
 

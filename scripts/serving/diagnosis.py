@@ -81,7 +81,7 @@ def _symptoms(
 
 @dataclass(frozen=True)
 class RestartLimit:
-    """How often a server is restarted before its supervisor gives up."""
+    """The limit of restarts after which a supervisor gives up."""
 
     count: int = 5
     window_in_s: float = 600.0

@@ -45,7 +45,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.count = 0
         self.raises = True
-        """Whether the first one raises SystemExit: right as long as there is nothing to stop."""
+        """Returns whether the first one raises SystemExit: right as long as there is nothing to stop."""
 
     def __enter__(self) -> "StopSignals":
         # A shell starts background jobs with Ctrl-C ignored, nohup with SIGHUP ignored.
@@ -66,7 +66,7 @@ class StopSignals:
 
 @dataclass(frozen=True)
 class ServerCommand:
-    """How to run a server, and where to find it."""
+    """The command of a server, and its addresses."""
 
     words: Sequence[str]
     environment: Mapping[str, str]

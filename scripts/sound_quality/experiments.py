@@ -128,12 +128,12 @@ def compare(first: Answers, second: Answers) -> Comparison:
 
 
 def kinds_right(judge: Judge, requests: Sequence[Request], sounds: NDArray[np.float64]) -> list[bool]:
-    """Whether each sound [features] is of the kind that was asked for."""
+    """Returns whether each sound [features] is of the kind that was asked for."""
     return [name == request.kind for name, request in zip(judge.name_kinds(sounds), requests, strict=True)]
 
 
 def kinds_heard(judge: Judge, url: str, requests: Sequence[Request]) -> list[bool]:
-    """Whether what a server makes of each request is of the kind that was asked for."""
+    """Returns whether what a server makes of each request is of the kind that was asked for."""
     return kinds_right(judge, requests, first_features(generate(url, requests)))
 
 

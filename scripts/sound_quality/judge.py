@@ -54,7 +54,7 @@ class Judge:
         return [str(kind) for kind in self.kinds.predict(sounds)]
 
     def kind_probability(self, sounds: NDArray[np.float64], kinds: Sequence[str]) -> NDArray[np.float64]:
-        """Of each sound being of its kind, float64 [clips]."""
+        """Returns the probability that each sound is of its kind, float64 [clips]."""
         columns = [list(self.kinds.classes_).index(kind) for kind in kinds]
         probabilities: NDArray[np.float64] = self.kinds.predict_proba(sounds)[np.arange(len(sounds)), columns]
         return probabilities
@@ -65,14 +65,14 @@ class Judge:
         return [str(value) for value in values]
 
     def texture_probability(self, sounds: NDArray[np.float64], textures: Sequence[str]) -> NDArray[np.float64]:
-        """Of each sound holding its texture, float64 [clips]."""
+        """Returns the probability that each sound contains its texture, float64 [clips]."""
         return np.array(_in_groups(sounds, textures, lambda name, own: self.textures[name].predict_proba(own)[:, 1]))
 
 
 def _in_groups(
     sounds: NDArray[np.float64], keys: Sequence[Key], answer: Callable[[Key, NDArray[np.float64]], Any]
 ) -> list[Any]:
-    """The answer for each sound with its key, asked for once per key: a forest takes as long for one as for many."""
+    """Returns the forest's answer for each sound. Calls it once per key: one sound takes as long as many."""
     answers: list[Any] = [None] * len(sounds)
     for key in dict.fromkeys(keys):
         own = [place for place, other in enumerate(keys) if other == key]
@@ -92,7 +92,7 @@ def axes_of(kind: str, attributes: Sequence[str]) -> Iterator[tuple[Axis, str]]:
 def attributes_right(
     judge: Judge, asked_for: Sequence[tuple[str, Sequence[str]]], sounds: Sequence[NDArray[np.float64]]
 ) -> list[bool]:
-    """Of every attribute asked for, with its kind, whether the sound [features] has it, whatever its kind is."""
+    """Returns for every attribute in the caption, with its kind, whether the sound [features] has it."""
     wanted = [
         (sound, (kind, axis), value)
         for (kind, attributes), sound in zip(asked_for, sounds, strict=True)
@@ -136,7 +136,7 @@ def _without_phases(waveform: NDArray[np.float32], generator: np.random.Generato
 
 
 def train_judge(per_kind: int = 150) -> Judge:
-    """Deterministic; about 2 s per sound of each kind on one core."""
+    """Trains a judge, deterministically; about 2 s per sound of each kind on one core."""
     learned = examples(_LEARNING_SEED, per_kind, _PHASELESS_SHARE)
     sounds = np.stack([example.features for example in learned])
     axes = {}

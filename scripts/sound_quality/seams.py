@@ -86,7 +86,7 @@ def _audio(stages: Stages, row: GenerationRow) -> np.ndarray:
 
 
 def _joined(stages: Stages, row: GenerationRow, layout: Layout) -> np.ndarray:
-    """As long a clip of separate ones, cut in the middle of each overlap."""
+    """Joins separate clips to one of the same length, cut in the middle of each overlap."""
     rate = stages.geometry.sampling_rate
     edges = [0.0, *((first + last) / 2 for first, last in layout.seams), layout.length]
     parts = []

@@ -24,12 +24,12 @@ class Layout:
 
     @property
     def seams(self) -> list[Stretch]:
-        """The middle halves of the overlaps, where neither window has the say."""
+        """The middle halves of the overlaps, where both windows count."""
         return [self._around(index * self.step + self.overlap / 2) for index in range(1, self.count)]
 
     @property
     def between(self) -> list[Stretch]:
-        """As long stretches in the middle of the windows."""
+        """Equally long stretches in the middle of the windows."""
         return [self._around(index * self.step + self.window / 2) for index in range(self.count)]
 
     def _around(self, second: float) -> Stretch:

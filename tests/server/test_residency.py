@@ -16,7 +16,7 @@ from transformers import SpeechT5HifiGan
 
 from audioldm2_triton.server import residency as module
 from audioldm2_triton.server.device_lease import DeviceLease
-from audioldm2_triton.server.residency import MappedHome, PinnedHome, Residency, stage_residency
+from audioldm2_triton.server.residency import MappedStore, PinnedStore, Residency, stage_residency
 from audioldm2_triton.server.settings import Settings, SettingsError, read_settings, resolve_compile
 from engine.engine import Engine
 from engine.limits import EngineLimits
@@ -101,7 +101,7 @@ def test_who_gives_way_is_not_the_first_to_come_back(lease: DeviceLease, tmp_pat
 
 
 class Network(nn.Module):
-    """All that a home has to keep: dtypes, memory formats, places in a cache line, tied weights, buffers."""
+    """All that a store has to keep: dtypes, memory formats, places in a cache line, tied weights, buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ def test_a_mapped_home_changes_no_bit(lease: DeviceLease) -> None:
     residency = Residency(CPU, lease)
     with residency:
         residency.adopt(network)
-        assert isinstance(residency._home, MappedHome)
+        assert isinstance(residency._store, MappedStore)
         assert torch.equal(outputs(network), expected)
     for _ in range(2):
         with residency:
@@ -176,7 +176,7 @@ def test_a_mapped_home_that_does_not_fit_on_the_disk_is_an_error(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        MappedHome([torch.zeros(3)])
+        MappedStore([torch.zeros(3)])
 
 
 def test_nothing_keeps_the_file_that_the_weights_were_read_from(
@@ -205,21 +205,21 @@ def test_a_pinned_home_puts_all_weights_on_the_device_and_takes_them_back() -> N
     network = Network().eval()
     before, expected = described(network), outputs(network)
     tensors = [tensor for tensor in (*network.parameters(), *network.buffers()) if tensor.numel()]
-    home = PinnedHome(tensors, CPU)
+    store = PinnedStore(tensors, CPU)
 
     def storages() -> set[int]:
         return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
-    assert storages() == {home._block.data_ptr()}
+    assert storages() == {store._block.data_ptr()}
     for in_inference in (True, False):
         with torch.inference_mode(in_inference):  # as an engine does, and as loading does
-            home.move_in()
+            store.load()
         assert len(storages()) == 1  # one transfer
-        assert storages() != {home._block.data_ptr()}
+        assert storages() != {store._block.data_ptr()}
         assert torch.equal(outputs(network), expected)
         assert_same(network, before)
-        home.move_out()
-        assert storages() == {home._block.data_ptr()}
+        store.unload()
+        assert storages() == {store._block.data_ptr()}
         assert_same(network, before)
 
 
@@ -227,13 +227,13 @@ def test_weights_that_do_not_fit_give_the_lease_back(lease: DeviceLease, tmp_pat
     residency = Residency(CPU, lease)
     with residency:
         residency.adopt(nn.Linear(2, 2))
-    home = residency._home
-    assert home is not None
+    store = residency._store
+    assert store is not None
 
     def fail() -> None:
         raise torch.OutOfMemoryError
 
-    home.move_in = fail  # type: ignore[method-assign]
+    store.load = fail  # type: ignore[method-assign]
     with pytest.raises(torch.OutOfMemoryError):
         residency.enter()
     other = DeviceLease("cpu", tmp_path)

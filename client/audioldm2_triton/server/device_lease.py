@@ -39,7 +39,7 @@ class DeviceLease:
         fcntl.flock(self._lease, fcntl.LOCK_UN)
 
     def is_wanted(self) -> bool:
-        """Whether another process waits for the lease; for its holder to ask."""
+        """Returns whether another process waits for the lease; for its holder to ask."""
         try:
             fcntl.flock(self._queue, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -84,7 +84,7 @@ def arm(directory: Path, point: str, kind: str, times: int = 1) -> Path:
 
 
 def has_struck(file: Path) -> bool:
-    """Whether a stall is blocking a thread, or another fault has struck as often as it may."""
+    """Returns whether a stall is blocking a thread, or another fault has struck as often as it may."""
     try:
         return file.read_text().endswith(" 0")
     except FileNotFoundError:

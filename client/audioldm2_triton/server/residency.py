@@ -1,6 +1,6 @@
 """`offload`: a stage's weights are on its device only while it works, and only one stage's at a time.
 
-Their home is one block of host memory. For a GPU it is pinned; the GPU gets a copy of the block in one transfer and
+The host keeps them in one block of memory. For a GPU it is pinned; the GPU gets a copy of the block in one transfer and
 drops it again. Nothing is copied back, because weights do not change. On a CPU it is a mapped file on a disk, whose
 pages are loaded as they are read, and afterwards removed from the resident set. The results are the same, bit for bit.
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TURN_IN_S: Final = 1.0
-"""How long a stage that is always busy may keep its weights on the device while another one waits."""
+"""How long a busy stage keeps its weights on the device while another one waits."""
 DEFAULT_DIRECTORY: Final = "/var/tmp"  # on a disk, where /tmp is often memory
-_ALIGNMENT: Final = 256  # bytes, what a GPU's kernels want
+_ALIGNMENT: Final = 256  # bytes, as a GPU's kernels require
 _CACHE_LINE: Final = 64  # bytes
 
 
@@ -44,7 +44,7 @@ class Residency:
     def __init__(self, device: "torch.device | None" = None, lease: DeviceLease | None = None) -> None:
         self._device = device
         self._lease = lease
-        self._home: PinnedHome | MappedHome | None = None
+        self._store: PinnedStore | MappedStore | None = None
         self._entered_at: float | None = None
 
     def __enter__(self) -> None:
@@ -56,14 +56,17 @@ class Residency:
         self.leave()
 
     def adopt(self, *modules: Any) -> None:
-        """Takes over the weights of modules on the device, and gives them their home; called once, while inside."""
+        """Takes over the weights of modules on the device, and copies them to host memory.
+
+        Called once, between `enter` and `leave`.
+        """
         if self._lease is None or self._device is None:
             return
-        _part_from_their_files(modules)
+        _detach_from_files(modules)
         tensors = _weights(modules)
-        self._home = MappedHome(tensors) if self._device.type == "cpu" else PinnedHome(tensors, self._device)
-        self._home.move_in()
-        logger.info("offload: %.0f MB of weights in %s; nothing is compiled", self._home.size / 1e6, self._home.place)
+        self._store = MappedStore(tensors) if self._device.type == "cpu" else PinnedStore(tensors, self._device)
+        self._store.load()
+        logger.info("offload: %.0f MB of weights in %s; nothing is compiled", self._store.size / 1e6, self._store.place)
 
     def enter(self) -> None:
         """Waits for the lease, and loads the weights. Raises the device's error if they do not fit."""
@@ -71,9 +74,9 @@ class Residency:
             return
         self._lease.acquire()
         self._entered_at = time.monotonic()
-        if self._home is not None:
+        if self._store is not None:
             try:
-                self._home.move_in()
+                self._store.load()
             except BaseException:
                 self.leave()
                 raise
@@ -83,14 +86,14 @@ class Residency:
         if self._lease is None or self._entered_at is None:
             return
         try:
-            if self._home is not None:
-                self._home.move_out()
+            if self._store is not None:
+                self._store.unload()
         finally:
             self._entered_at = None
             self._lease.release()
 
     def give_way(self) -> None:
-        """Leaves if another stage waits and this one has had its turn; for a stage that may always be busy."""
+        """Leaves if another stage waits and this one has had `TURN_IN_S`; for a stage that may always be busy."""
         if self._lease is None or self._entered_at is None:
             return
         if time.monotonic() - self._entered_at >= TURN_IN_S and self._lease.is_wanted():
@@ -113,13 +116,13 @@ def _device_name(device: "torch.device") -> str:
     return f"gpu-{torch.cuda.get_device_properties(device).uuid}"
 
 
-def _part_from_their_files(modules: tuple[Any, ...]) -> None:
+def _detach_from_files(modules: tuple[Any, ...]) -> None:
     """Replaces buffers that are views, as loaded by transformers, because a view keeps its base, the mapped file."""
-    others: dict[torch.Tensor, torch.Tensor] = {}  # tensors hash by identity
+    copies: dict[torch.Tensor, torch.Tensor] = {}  # tensors hash by identity
     for part in (part for module in modules for part in module.modules()):
         for name, buffer in part.named_buffers(recurse=False):
             if buffer._is_view():
-                part._buffers[name] = others.setdefault(buffer, buffer.data)
+                part._buffers[name] = copies.setdefault(buffer, buffer.data)
 
 
 def _weights(modules: tuple[Any, ...]) -> list["torch.Tensor"]:
@@ -158,8 +161,8 @@ def _slots(tensors: list["torch.Tensor"]) -> list[_Slot]:
     return slots
 
 
-class PinnedHome:
-    """Keeps weights in host memory, pinned for a GPU; when moved in, they are a copy on the device."""
+class PinnedStore:
+    """Keeps weights in host memory, pinned for a GPU; when loaded, they are a copy on the device."""
 
     place: Final = "pinned host memory"
 
@@ -173,12 +176,12 @@ class PinnedHome:
         self._block = torch.empty(self.size, dtype=torch.uint8, pin_memory=device.type == "cuda")
         for tensor, slot in zip(tensors, self._slots, strict=True):
             slot.of(self._block).copy_(tensor.detach())
-        self.move_out()
+        self.unload()
 
-    def move_in(self) -> None:
+    def load(self) -> None:
         self._assign(self._block.to(self._device, non_blocking=True, copy=True))
 
-    def move_out(self) -> None:
+    def unload(self) -> None:
         import torch
 
         self._assign(self._block)
@@ -192,10 +195,10 @@ class PinnedHome:
             tensor.data = slot.of(block)
 
 
-class MappedHome:
+class MappedStore:
     """Keeps a CPU's weights in a mapped file without a name, in TMPDIR or /var/tmp, which must be on a disk.
 
-    They can always be read; when moved out, none of their pages is in the resident set.
+    They can always be read; when unloaded, none of their pages is in the resident set.
     """
 
     place: Final = "a mapped file"
@@ -215,12 +218,12 @@ class MappedHome:
             mapped.copy_(tensor.detach())
             tensor.data = mapped
         self._mapping.flush()
-        self.move_out()
+        self.unload()
 
-    def move_in(self) -> None:
+    def load(self) -> None:
         self._mapping.madvise(mmap.MADV_WILLNEED)
 
-    def move_out(self) -> None:
+    def unload(self) -> None:
         self._mapping.madvise(mmap.MADV_DONTNEED)
         # Freed memory goes back to the system too; otherwise the allocator would keep it.
         ctypes.CDLL(None).malloc_trim(0)

@@ -236,7 +236,7 @@ def resolve_dtype(settings: Settings, device: "torch.device") -> "torch.dtype":
 
 
 def resolve_compile(settings: Settings, device: "torch.device") -> bool:
-    """Whether a stage on this device prepares forwards of fixed shapes before it is ready.
+    """Returns whether a stage on this device prepares forwards of fixed shapes before it is ready.
 
     Never with offload, because CUDA graphs need weights that stay in place. Raises `SettingsError` for graphs without a
     GPU.

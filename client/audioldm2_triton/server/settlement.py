@@ -47,7 +47,7 @@ class Settlement(Generic[T]):
 
     @property
     def settled(self) -> bool:
-        """Whether the request has been answered, or is about to be."""
+        """Returns whether the request has been answered, or is about to be."""
         return self._open.settled
 
     def settle(self, outcome: T | BaseException) -> bool:
@@ -161,7 +161,7 @@ class Settlements:
 
 
 class _OpenRequest(Generic[T]):
-    """What is needed to answer a request. Holds no reference to its `Settlement`, because it must outlive it."""
+    """The means to answer a request. It outlives its `Settlement`, so it holds no reference to it."""
 
     def __init__(self, settlements: Settlements, prepare: Prepare[T], send: Send) -> None:
         self.deadline_ns = 0

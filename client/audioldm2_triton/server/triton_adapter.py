@@ -157,7 +157,7 @@ class TakenRequest(Generic[T]):
     _requested: Collection[str]  # names of outputs
 
     def is_cancelled(self) -> bool:
-        """Whether nobody waits for the answer: the client has gone, or has been answered."""
+        """Returns whether nobody waits for the answer: the client has gone, or has been answered."""
         # Triton 2.51.0 dies of SIGSEGV when asked about a request that has its final response.
         try:
             return bool(self.settlement.while_open(self._sender.is_cancelled))

@@ -61,7 +61,7 @@ class MemoryGauge:
         self.update()
 
     def update(self) -> None:
-        """Never fails, because a measurement must not fail a request."""
+        """Reports a measurement. Raises nothing, because a measurement must not fail a request."""
         try:
             with self._lock:  # as `RequestsGauge`
                 self._metric.set(peak_memory_bytes(self._device))

@@ -112,7 +112,7 @@ def _from_stream(message: str) -> AudioLDM2Error:
 
 
 def _located(error: AudioLDM2Error, endpoint: Endpoint) -> AudioLDM2Error:
-    """The error, which says where nothing is to be had."""
+    """Returns the error for a server that cannot be reached; its message names the address."""
     if isinstance(error, UnavailableError) and not str(error).startswith(endpoint.url):
         return UnavailableError(f"{endpoint.url}: {error}")
     return error

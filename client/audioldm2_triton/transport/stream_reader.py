@@ -38,7 +38,7 @@ class StreamReader:
             raise InternalError(f"the server's stream has an incomplete response: {error}") from error
 
     def end(self) -> None:
-        """Call this when the server ends the stream. Raises `InternalError` if the last response is missing."""
+        """Ends the reading when the server ends the stream. Raises `InternalError` if the last response is missing."""
         if not self._finished:
             raise InternalError("the server ended the stream before its last response")
 

@@ -19,7 +19,7 @@ class RunningStreams:
 
     @property
     def closing(self) -> bool:
-        """Whether streams should end early."""
+        """Returns whether streams should end early."""
         return self._closing
 
     def start(self, serve: Callable[[], None]) -> None:

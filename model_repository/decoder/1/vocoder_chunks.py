@@ -16,7 +16,7 @@ CHUNK_FRAMES: Final = 256
 
 @dataclass(frozen=True)
 class VocoderReach:
-    """How many samples a vocoder makes of one mel frame, and how far it looks."""
+    """The number of samples that a vocoder makes of one mel frame, and its receptive field."""
 
     samples_per_frame: int
     extra_samples: int  # what F frames give beyond F * samples_per_frame

@@ -54,7 +54,7 @@ class TritonPythonModel:
             self.settlements.close()
 
     def is_ready(self) -> bool:
-        """Asked by Triton from 26.04 on."""
+        """Returns whether the model is ready; Triton asks from 26.04 on."""
         return self.engines.is_ready
 
     def _start(self, taken: adapter.TakenRequest[Answer]) -> None:

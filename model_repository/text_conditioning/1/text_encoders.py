@@ -59,12 +59,12 @@ class TextEncoders:
 
     @property
     def speaks(self) -> bool:
-        """Whether the second encoder reads what is to be said, instead of the prompt."""
+        """Returns whether the second encoder reads what is to be said, instead of the prompt."""
         return isinstance(self.second, VitsTextEncoder)
 
     @property
     def max_texts_per_call(self) -> int:
-        """As many texts as the largest bucket holds, because more would run uncompiled."""
+        """The number of texts in the largest bucket; more would run uncompiled."""
         return MAX_TEXTS_PER_CALL if self.compiled is None else self.compiled.buckets.rows[-1]
 
 

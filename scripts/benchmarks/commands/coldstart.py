@@ -78,6 +78,6 @@ def _start(run: Run, length_s: float, compiles: bool, cache: str) -> tuple[float
 
 @contextmanager
 def compiled_code_in(folder: str) -> Iterator[None]:
-    """Where PyTorch keeps compiled code, for the processes that are started meanwhile."""
+    """Sets where PyTorch keeps compiled code in the processes started meanwhile."""
     with patch.dict(os.environ, dict.fromkeys(COMPILER_CACHES, folder)):
         yield

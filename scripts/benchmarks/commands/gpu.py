@@ -130,7 +130,7 @@ def measure_all(run: Run, geometry: AudioGeometry, plan: Plan, only: Sequence[st
 
 
 def list_measurements(run: Run, plan: Plan) -> list[Measurement]:
-    """What matters most comes first; what shares a load comes together."""
+    """Returns the order of the measurements: the most important first, those that share a load together."""
     base = replace(run.record, length_s=plan.length_s, steps=plan.steps, guidance=3.5)
     plain = replace(base, length_s=None, steps=None, guidance=None)
     single = replace(base, concurrency=1)

@@ -92,7 +92,7 @@ def base_record(run: Run, options: Options, path: str) -> Record:
 
 
 def measure_as_it_comes(run: Run, options: Options) -> Record:
-    """float32, whatever the others use: that is how it comes."""
+    """Loads the pipeline in float32, its default, whatever dtype the others use."""
     free_memory(run.device)
     pipeline = load_pipeline(run.checkpoint, run.device, torch.float32)
 
@@ -112,7 +112,7 @@ def measure_as_it_comes(run: Run, options: Options) -> Record:
 
 
 def scale_up(few: int, few_seconds: float, many: int, many_seconds: float, steps: int) -> float:
-    """What `steps` take, by the line through two measured numbers of steps."""
+    """Returns the time of `steps`, extrapolated linearly from two measured numbers of steps."""
     return many_seconds + (many_seconds - few_seconds) / (many - few) * (steps - many)
 
 
@@ -145,7 +145,7 @@ def measure_served(run: Run, options: Options) -> Record | None:
 
 @contextmanager
 def served(run: Run, request: GenerationRow) -> Iterator[Callable[[], None]]:
-    """A server, and what sends it the request over gRPC and waits for the audio."""
+    """Starts a server; yields it, and a function that sends the request over gRPC and waits for the audio."""
     from audioldm2_triton import AudioLDM2Client
     from serving.local_server import local_server
 
@@ -171,7 +171,7 @@ def served(run: Run, request: GenerationRow) -> Iterator[Callable[[], None]]:
 
 
 def has_triton() -> bool:
-    """Also whether there is a client for it."""
+    """Returns whether Triton and its client are installed."""
     try:
         import tritonclient.grpc  # noqa: F401
 

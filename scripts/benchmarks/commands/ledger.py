@@ -55,7 +55,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def make_ways(run: Run, rows: int, frames: int, compiled: bool) -> dict[str, Forward]:
-    """Each way to run one forward, by name; the names say what is undone, or added."""
+    """Returns the variants of one forward by name; a name says what is undone or added."""
     loaded: Any = AudioLDM2UNet2DConditionModel.from_pretrained(
         str(run.checkpoint / "unet"), torch_dtype=run.dtype, local_files_only=True
     )

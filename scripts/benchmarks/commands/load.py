@@ -163,7 +163,7 @@ def with_answers(
 
 
 def _forwards(server: Server) -> tuple[float, float] | None:
-    """UNet batch items and forwards so far."""
+    """Returns the UNet batch items and forwards so far."""
     if server.metrics_port is None:
         return None
     metrics = read_metrics(server.metrics_port)

@@ -82,7 +82,7 @@ def measure(arguments: argparse.Namespace) -> None:
 def measure_served(
     run: Run, server: LocalServer, client: AudioLDM2Client, request: GenerationRow, streamed: bool
 ) -> list[Record]:
-    """A record for each process of the server, and for each time that the client saw."""
+    """Returns a record for each process of the server, and for each time measured by the client."""
     processes = server_processes(server.process.pid)
     before = {name: reset_peak(process) for name, process in processes.items()}
     with watching(processes) as highest:
@@ -160,7 +160,7 @@ def measure_reference(run: Run, request: GenerationRow) -> Record:
 def run_reference(
     checkpoint: Path, device: torch.device, dtype: torch.dtype, request: GenerationRow
 ) -> tuple[float | None, float | None, float]:
-    """The peak in MiB before and after, and the seconds, in this process."""
+    """Returns the peak in MiB before and after, and the seconds, in this process."""
     pipeline = load_pipeline(checkpoint, device, dtype)
     use_dpm_solver(pipeline)
     free_memory(device)

@@ -93,7 +93,7 @@ def with_roofline(record: Record, gflop: float | None, peak: float) -> Record:
 
 
 def stage_times(run: Run, request: GenerationRow, repeats: int) -> tuple[Times, float | None]:
-    """The times of the parts, and the arithmetic of the text stage, which compiled code does not tell."""
+    """Returns the times of the parts, and the FLOPs of the text stage, which cannot be counted in compiled code."""
     with running_stages(run.settings) as stages:
         times = times_of_stages(stages, request, repeats)
         return times, None if run.compiles else count_gflop(lambda: stages.condition([request]))

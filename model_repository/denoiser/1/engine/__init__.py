@@ -1,1 +1,1 @@
-"""Who steps when: requests in flight and waiting, and the thread that steps."""
+"""The scheduler: requests in flight and waiting, and the thread that runs their steps."""

@@ -13,7 +13,7 @@ class RunAhead:
         self._steps_under_way: deque[torch.cuda.Event] = deque()
 
     def limit(self) -> None:
-        """Called after a step was launched; waits for the one before it. Nothing to do on a CPU."""
+        """Waits for the step before the one just launched. Does nothing on a CPU."""
         if self._device.type != "cuda":
             return
         event = torch.cuda.Event()
@@ -24,8 +24,8 @@ class RunAhead:
 
 
 def device_works(device: torch.device) -> bool:
-    """Whether the device still computes: a failed kernel leaves a CUDA context unusable for good."""
+    """Returns whether the device still computes: a failed kernel makes a CUDA context unusable for good."""
     try:
         return float(torch.ones(1, device=device).sum()) == 1.0
     except Exception:
-        return False  # whatever the device says instead of an answer; the caller logs why the step failed
+        return False  # any error counts; the caller logs why the step failed

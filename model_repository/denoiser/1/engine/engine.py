@@ -105,13 +105,13 @@ class Engine:
         return job
 
     def cancel(self, job: Job) -> None:
-        """Takes effect before the next step; a job that is done is left alone."""
+        """Cancels a job before its next step; does nothing to one that is done."""
         with self._changed:
             job.cancelled = True
             self._changed.notify_all()
 
     def listen(self, job: Job, after: int, on_progress: OnProgress) -> None:
-        """Calls `on_progress` once: as soon as more than `after` evaluations are done, or when the job has ended."""
+        """Calls `on_progress` once, as soon as more than `after` evaluations are done or the job has ended."""
         with self._changed:
             calls = job.listen(after, on_progress)
         call_all(calls)
@@ -123,18 +123,18 @@ class Engine:
 
     @property
     def costs(self) -> ForwardCosts | None:
-        """What its forwards cost; None until the UNet is warm."""
+        """The measured costs of a forward; None until the UNet is warm."""
         return self._groups.costs
 
     def wait_until_warm(self) -> None:
-        """Raises what went wrong in the warm-up."""
+        """Waits for the warm-up, and raises its error if it failed."""
         with self._changed:
             self._changed.wait_for(lambda: self.costs is not None or self.broken)
         if self.broken:
             raise self.broken
 
     def close(self) -> None:
-        """Fails what is in flight and waiting, and ends the thread, unless a step holds it for good."""
+        """Fails all requests in flight and waiting, and ends the thread unless a step hangs."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -155,7 +155,7 @@ class Engine:
                     self._admit()
                     self._step()
         except BaseException as error:
-            # Whose fault it is cannot be told, nor what state the engine is in: it must not go on.
+            # Neither the cause nor the state of the engine is known, so it must not go on.
             self._break(as_exception(error))
         try:
             self._residency.leave()
@@ -175,7 +175,7 @@ class Engine:
             self.broken = error
             self._changed.notify_all()
         logger.error("the engine on %s is broken and takes no more requests", self._device, exc_info=error)
-        # The error stays; what its frames hold must not: a request that is lost in one is answered when it is let go.
+        # Keep the error but not its frames: a request that only a frame still holds is answered once it is released.
         cause: BaseException | None = error
         while cause is not None:
             traceback.clear_frames(cause.__traceback__)
@@ -183,7 +183,7 @@ class Engine:
         self._observer.broke(error)
 
     def _fail_all(self) -> None:
-        """Answers everything that is held; nothing more can come in."""
+        """Answers every request held. No more can come in."""
         reason = "broken" if self.broken else "shutting down"
         with self._changed:
             jobs = list(self._roster.jobs)
@@ -221,10 +221,10 @@ class Engine:
             if admission.started:
                 self._observer.changed(self.load)
             if not admission.failed:
-                return  # otherwise others may take the room that was meant for those
+                return  # later requests must not take the room meant for these
 
     def _step(self) -> None:
-        """One forward of the group whose turn it is."""
+        """Runs one forward of the group whose turn it is."""
         waveforms: Sequence[WaveformState] = tuple(self._roster.in_flight)
         try:
             self._residency.give_way()
@@ -258,7 +258,7 @@ class Engine:
             for waveform in group.waveforms:
                 guidance = waveform.guidance
                 waveform.evaluation += 1
-                self._groups.stale |= waveform.guidance is not guidance  # it takes more or fewer items from now on
+                self._groups.stale |= waveform.guidance is not guidance  # it needs more or fewer items from now on
             jobs = self._roster.owners_of(group.waveforms)
             calls = [call for job in jobs for call in job.progressed()]
         call_all(calls)
@@ -271,22 +271,22 @@ class Engine:
                     self._finish(job, job.collect())
 
     def _fail_step(self, waveforms: Sequence[WaveformState], error: Exception) -> None:
-        """The requests of a failed step fail; the others start over from their last good state."""
+        """Fails the requests of a failed step; the others resume from their last good state."""
         for job in self._roster.owners_of(waveforms):
             self._finish(job, error)
         if not self._roster.in_flight:
-            self._groups.clear()  # which may not even be taken apart
+            self._groups.clear()  # unstacking could fail too
         self._failed_steps += 1
         if self._failed_steps >= MAX_FAILED_STEPS or not device_works(self._device):
             self._break(error)
 
     def _leave(self, waveforms: Iterable[WaveformState]) -> None:
-        """Takes waveforms out of flight; the next step plans anew."""
+        """Removes waveforms from flight; the next step regroups the rest."""
         with self._changed:
             self._groups.stale |= self._roster.leave(waveforms)
 
     def _finish(self, job: Job, outcome: Tensor | Exception) -> None:
-        """Lets a job go and answers it, once; raises nothing."""
+        """Releases a job and answers it, once. Raises nothing."""
         with self._changed:
             self._leave(job.waveforms)
             if job.status is JobStatus.DONE:

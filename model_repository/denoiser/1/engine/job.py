@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 CANCELLATION_POLL_NS: Final = 20_000_000  # asking Triton costs more than a flag, so not before every step of 5 ms
 
 OnProgress = Callable[[int, int], None]
-"""Called with the UNet evaluations done and in all; with zeros where the request is not in flight any more."""
+"""Receives the number of UNet evaluations done and in total; zeros if the request is no longer in flight."""
 
 
 class JobStatus(Enum):
-    """How far a request has come."""
+    """The state of a request in the engine."""
 
-    ADMISSIBLE = auto()  # there was room when it came: it enters before the next step
-    WAITING = auto()  # there was none
+    ADMISSIBLE = auto()  # there was room on arrival: it enters before the next step
+    WAITING = auto()  # there was no room on arrival
     IN_FLIGHT = auto()  # since its first waveform has entered
     DONE = auto()  # answered, or about to be
 
@@ -58,14 +58,14 @@ class Job:
         self.on_done = on_done
         self.is_cancelled = is_cancelled
         self.status = JobStatus.ADMISSIBLE
-        self.cancelled = False  # somebody wants it to end
+        self.cancelled = False  # a client or its door wants it to end
         self.submitted_ns = time.monotonic_ns()
         self.polled_ns = 0
         self.listeners: list[tuple[int, OnProgress]] = []
 
     @property
     def evaluations_done(self) -> int:
-        """The evaluations done by the waveform that has the most left to do."""
+        """The number of evaluations done by the waveform with the most left to do."""
         return self.num_evaluations - max(w.table.num_evaluations - w.evaluation for w in self.waveforms)
 
     @property
@@ -73,7 +73,7 @@ class Job:
         return max(waveform.table.num_evaluations for waveform in self.waveforms)
 
     def reason_to_end(self, now: int) -> Exception | None:
-        """Why it must not take another step: it is cancelled, its time is up, or its client cannot be asked."""
+        """Returns why it must not take another step: cancelled, late, or its client cannot be asked. None if it may."""
         steps = f"after {self.evaluations_done} of {self.num_evaluations} steps"
         try:
             cancelled = self.cancelled or self._poll_cancelled(now)
@@ -93,21 +93,21 @@ class Job:
         return self.is_cancelled()
 
     def listen(self, after: int, on_progress: OnProgress) -> list[Callable[[], None]]:
-        """Takes in who waits for more than `after` evaluations. Returns the calls that are due."""
+        """Registers a listener for more than `after` evaluations. Returns the calls that are due."""
         if self.status is JobStatus.DONE:
             return [lambda: on_progress(0, 0)]
         self.listeners.append((after, on_progress))
         return self.progressed()
 
     def progressed(self) -> list[Callable[[], None]]:
-        """The calls that are due to those who wait for progress."""
+        """Returns the calls that are due to progress listeners."""
         done, total = self.evaluations_done, self.num_evaluations
         due = [listener for after, listener in self.listeners if done > after]
         self.listeners = [(after, listener) for after, listener in self.listeners if done <= after]
         return [lambda listener=listener: _tell(listener, done, total) for listener in due]  # type: ignore[misc]
 
     def end(self) -> list[Callable[[], None]]:
-        """Makes it done. Returns the calls to those who wait for progress."""
+        """Marks the job as done. Returns the last calls to its progress listeners."""
         self.status = JobStatus.DONE
         calls: list[Callable[[], None]] = [
             lambda listener=listener: listener(0, 0)  # type: ignore[misc]
@@ -121,7 +121,7 @@ class Job:
         self.on_done(outcome)
 
     def collect(self) -> Tensor | Exception:
-        """The latents [B, N, C, H, W] on the host, once all waveforms are finished, or why they cannot be had."""
+        """Returns the latents [B, N, C, H, W] on the host, once all waveforms are finished, or the error instead."""
         try:
             faults.at("denoiser.collect")
             latents = torch.stack([waveform.latents for waveform in self.waveforms]).to("cpu")
@@ -139,7 +139,7 @@ def start_waveforms(
     device: torch.device,
     guidance_interval: tuple[float, float],
 ) -> tuple[WaveformState, ...]:
-    """The waveforms of a request before their first steps, in generation order.
+    """Returns the waveforms of a request before their first steps, in generation order.
 
     Raises `InvalidArgumentError` for a schedule that cannot be run.
     """
@@ -169,10 +169,10 @@ def _tell(listener: OnProgress, done: int, total: int) -> None:
 
 
 def call_all(calls: Sequence[Callable[[], None]]) -> None:
-    """Makes each call, whatever others raise."""
+    """Makes every call; one that raises is logged and does not stop the others."""
     for call in calls:
         try:
             call()
         except BaseException:
-            # One client that cannot be answered must not end the thread that all others depend on.
+            # A client that cannot be answered must not end the thread on which all others depend.
             logger.exception("denoiser: an answer could not be sent")

@@ -1,4 +1,4 @@
-"""How much an engine may hold, what it holds, and who is told."""
+"""The limits of an engine, its load, and its observer."""
 
 import logging
 from dataclasses import dataclass
@@ -15,9 +15,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """Memory goes with the frames, so `max_active_rows` counts a row that is longer than `row_frames` by its length.
+    """The most that an engine holds.
 
-    What alone is more than the limit is in flight alone.
+    Memory grows with the frames, so a row longer than `row_frames` counts by its length. A waveform that alone exceeds
+    the limit is in flight alone.
     """
 
     max_active_rows: int  # UNet batch items in flight, which is also the largest forward
@@ -29,11 +30,11 @@ class EngineLimits:
         return self.max_active_rows * self.row_frames
 
     def frames(self, items: int, frames: int) -> int:
-        """What UNet batch items of so many latent frames take of `max_active_frames`."""
+        """Returns the share of `max_active_frames` that UNet batch items of this many latent frames take."""
         return items * max(frames, self.row_frames)
 
     def held_windows(self, request: DenoisingRequest, row: DenoisingRow) -> int:
-        """How many windows of each waveform of a row share a forward; its others take turns with them.
+        """Returns how many windows of each waveform of a row share a forward; the others take turns with them.
 
         All of them, unless the request has more than fit in half of the engine. Then its waveforms share that half:
         the memory does not grow with the length, and other requests find room beside it.
@@ -56,42 +57,42 @@ class EngineLimits:
             )
 
     def held_items(self, request: DenoisingRequest) -> int:
-        """UNet batch items that a request takes of `max_active_rows`."""
+        """Returns the number of UNet batch items, of `max_active_rows`, that a request takes."""
         return sum(row.num_waveforms * row.items_per_window * self.held_windows(request, row) for row in request.rows)
 
 
 @dataclass(frozen=True)
 class EngineLoad:
-    """What an engine holds at one moment."""
+    """The load of an engine at one moment."""
 
     active_rows: int  # UNet batch items in flight, those that rest without guidance included
     pending_rows: int  # UNet batch items that wait for room
     active_requests: int
     waiting_requests: int
-    free_frames: int  # of `EngineLimits.max_active_frames`; below zero where more waits than there is room
+    free_frames: int  # of `EngineLimits.max_active_frames`; negative if more waits than there is room for
 
 
 class Observer(Protocol):
-    """What an engine tells of itself; implementations must be quick, and `changed` safe to call from any thread."""
+    """Is told what an engine does. Implementations must be quick, and `changed` safe to call from any thread."""
 
     def stepped(self, rows: int, seconds: float) -> None:
-        """One forward of so many UNet batch items, and the time since the last or since there was work."""
+        """One forward of this many UNet batch items has run; also the time since the last one, or since work came."""
 
     def admitted(self, waited_s: float) -> None:
-        """A request's first waveform is in flight."""
+        """A request's first waveform has entered."""
 
     def finished(self, request: DenoisingRequest, outcome: Tensor | Exception) -> None:
         """A request was answered."""
 
     def changed(self, load: EngineLoad) -> None:
-        """Something entered or left."""
+        """The load has changed."""
 
     def broke(self, error: Exception, /) -> None:
         """The engine has given up."""
 
 
 class GuardedObserver:
-    """Tells an observer, if there is one; what it raises is logged, and concerns neither a request nor the engine."""
+    """Calls an observer, if there is one. Logs what it raises, which concerns neither a request nor the engine."""
 
     def __init__(self, observer: Observer | None) -> None:
         self._observer = observer

@@ -1,4 +1,4 @@
-"""What the engine decides: who enters, who steps together, and whose turn it is.
+"""The engine's decisions: who enters, who steps together, and whose turn it is.
 
 Pure functions over plain data, which a simulator can run as well. Nothing here needs a UNet, a lock, a clock or torch.
 """
@@ -13,7 +13,7 @@ from stepping.forward_plan import Bucket, ForwardCosts, PlannedWaveform, plan_fo
 class Waiting:
     """A request with waveforms that are not in flight yet."""
 
-    frames: tuple[int, ...]  # what each of these waveforms takes of the room, in generation order
+    frames: tuple[int, ...]  # the room that each of these waveforms takes, in generation order
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Group:
 
 
 def admit(waiting: Iterable[Waiting], room: int, is_empty: bool) -> list[int]:
-    """How many waveforms of the first requests enter; none of those behind them.
+    """Returns how many waveforms enter of each of the first requests; none of the later requests enter.
 
-    In order of arrival, as far as there is room: later arrivals do not overtake.
+    They enter in order of arrival while there is room; later arrivals do not overtake.
 
     Args:
         waiting: in order of arrival; read no further than there is room.
@@ -61,7 +61,7 @@ def admit(waiting: Iterable[Waiting], room: int, is_empty: bool) -> list[int]:
 
 
 def plan_groups(waveforms: Sequence[InFlight], costs: ForwardCosts) -> list[Group]:
-    """The groups of the cheapest forwards, and one for each request whose windows take several forwards a step."""
+    """Returns the cheapest groups, and one more for each request whose windows take several forwards a step."""
     whole = [
         PlannedWaveform(index, waveform.items, waveform.frames)
         for index, waveform in enumerate(waveforms)
@@ -76,7 +76,7 @@ def plan_groups(waveforms: Sequence[InFlight], costs: ForwardCosts) -> list[Grou
 
 
 def next_group(last_steps: Sequence[float]) -> int:
-    """The group that has waited longest for a step.
+    """Returns the group that has waited longest for a step.
 
     Args:
         last_steps: when the waveform of each group that has waited longest took its last step.

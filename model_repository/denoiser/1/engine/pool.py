@@ -14,14 +14,14 @@ from stepping.schedule_table import ScheduleError, ScheduleTables
 
 
 class EnginePool:
-    """Takes requests and control requests by name; every answer is a callback, so that nothing here blocks."""
+    """Takes requests, and control requests for them by name. Answers by callback, so that nothing here blocks."""
 
     def __init__(self, engines: Sequence[Engine], tables: ScheduleTables) -> None:
         self.engines = tuple(engines)
         self._tables = tables
-        # A schedule that is new can take seconds to read off its scheduler; others need not wait for it.
+        # Reading a new schedule off its scheduler can take seconds; other requests do not wait for it.
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="schedules")
-        # Weak: a job is known for as long as its engine holds it, and nothing here keeps one that is lost.
+        # Weak: a job is known while its engine holds it, and no longer.
         self._jobs: WeakValueDictionary[str, Job] = WeakValueDictionary()
         self._engine_of: WeakKeyDictionary[Job, Engine] = WeakKeyDictionary()
 
@@ -32,7 +32,7 @@ class EnginePool:
         is_cancelled: Callable[[], bool] | None = None,
         name: str = "",
     ) -> None:
-        """Takes a request in; `on_done` is called, with the latents or with why there are none. Raises nothing.
+        """Takes a request; calls `on_done` later, with the latents or the error. Raises nothing.
 
         Args:
             name: by which `listen` and `cancel` know it; none need be given.
@@ -48,7 +48,7 @@ class EnginePool:
             building.add_done_callback(partial(_answer_unstarted, on_done))
 
     def listen(self, name: str, after: int, on_progress: OnProgress) -> None:
-        """As `Engine.listen`; with zeros at once for a name that is not known yet, or not any more."""
+        """Like `Engine.listen`; calls back with zeros at once if the name is unknown."""
         job = self._jobs.get(name)
         if job is None:
             on_progress(0, 0)
@@ -56,28 +56,28 @@ class EnginePool:
             self._engine_of[job].listen(job, after, on_progress)
 
     def cancel(self, name: str) -> None:
-        """A name that is not known is left alone."""
+        """Cancels a named request; does nothing if the name is unknown."""
         job = self._jobs.get(name)
         if job is not None:
             self._engine_of[job].cancel(job)
 
     def num_steps(self, request: DenoisingRequest) -> int:
-        """The UNet evaluations of a request that was taken in: those of its longest row."""
+        """Returns the number of UNet evaluations of a request that was taken: those of its longest row."""
         tables = [self._tables.get(row.scheduler, row.num_inference_steps) for row in request.rows]
         return max(table.num_evaluations for table in tables)
 
     def deadline_ns(self, name: str) -> int:
-        """The deadline of a named request, on the monotonic clock in ns; 0 where it has none or is not known."""
+        """Returns the deadline of a named request, on the monotonic clock in ns; 0 if it has none or is unknown."""
         job = self._jobs.get(name)
         return 0 if job is None else job.request.deadline_ns
 
     @property
     def is_ready(self) -> bool:
-        """Whether any engine works."""
+        """Returns whether any engine works."""
         return any(engine.broken is None for engine in self.engines)
 
     def close(self) -> None:
-        """Fails everything that is held, and all that is not built yet."""
+        """Fails every request that is held or still being built."""
         self._builder.shutdown(wait=False, cancel_futures=True)
         for engine in self.engines:
             engine.close()
@@ -86,7 +86,7 @@ class EnginePool:
         self, request: DenoisingRequest, on_done: OnDone, is_cancelled: Callable[[], bool] | None, name: str
     ) -> None:
         for row in request.rows:
-            # What cannot be run the engine refuses, in the contract's words.
+            # The engine refuses a request that cannot run, in the contract's words.
             with contextlib.suppress(ScheduleError):
                 self._tables.get(row.scheduler, row.num_inference_steps)
         self._start(request, on_done, is_cancelled, name)
@@ -101,7 +101,7 @@ class EnginePool:
             self._jobs[name] = job
 
     def _roomiest(self) -> Engine:
-        """Raises `UnavailableError` where no engine works any more."""
+        """Raises `UnavailableError` if no engine works any more."""
         working = [engine for engine in self.engines if engine.broken is None]
         if not working:
             raise UnavailableError("denoiser: every engine is broken; restart the server")
@@ -109,7 +109,7 @@ class EnginePool:
 
 
 def _answer_unstarted(on_done: OnDone, building: "Future[None]") -> None:
-    """Answers a request that the schedules' thread did not get to, or could not start."""
+    """Answers a request that the schedules' thread did not reach, or could not start."""
     if building.cancelled():
         on_done(UnavailableError("denoiser is shutting down; try again"))
         return

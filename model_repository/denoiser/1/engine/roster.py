@@ -1,4 +1,4 @@
-"""Who is in the engine: the requests, and which of their waveforms are in flight."""
+"""The roster: the requests in an engine, and which of their waveforms are in flight."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from stepping.waveform import WaveformState
 
 @dataclass
 class Admission:
-    """What came of letting waveforms in."""
+    """The outcome of an admission."""
 
     entered: int = 0  # waveforms
     started: list[Job] = field(default_factory=list)  # whose first waveform has entered
@@ -30,7 +30,7 @@ class Roster:
 
     @property
     def room(self) -> int:
-        """Latent frames that may still enter; below zero while something is in flight that is longer than the limit."""
+        """Latent frames that may still enter; negative while a waveform longer than the limit is in flight."""
         return self._limits.max_active_frames - self._frames(self.in_flight)
 
     @property
@@ -46,7 +46,7 @@ class Roster:
         )
 
     def add(self, job: Job) -> None:
-        """Raises `UnavailableError` where there is no room and the waiting list is full."""
+        """Raises `UnavailableError` if there is no room and the waiting list is full."""
         load = self.load
         if self.jobs and self._frames(job.waveforms) > load.free_frames:
             job.status = JobStatus.WAITING
@@ -58,7 +58,7 @@ class Roster:
         self.jobs.append(job)
 
     def admit(self) -> Admission:
-        """Lets waveforms in, as `policy.admit` decides."""
+        """Admits waveforms, as `policy.admit` decides."""
         waiting = [job for job in self.jobs if job.pending]
         sizes = (Waiting(tuple(self._frames([waveform]) for waveform in job.pending)) for job in waiting)
         admission = Admission()
@@ -79,7 +79,7 @@ class Roster:
             admission.started.append(job)
 
     def leave(self, waveforms: Iterable[WaveformState]) -> bool:
-        """Takes waveforms out of flight. Returns whether any of them was."""
+        """Removes waveforms from flight. Returns whether any of them was in flight."""
         before = len(self.in_flight)
         for waveform in waveforms:
             self.in_flight.pop(waveform, None)
@@ -89,12 +89,12 @@ class Roster:
         self.jobs.remove(job)
 
     def owners_of(self, waveforms: Iterable[WaveformState]) -> list[Job]:
-        """The requests of those that are in flight, each once."""
+        """Returns the requests of the given waveforms that are in flight, each once."""
         owners = (self.in_flight.get(waveform) for waveform in waveforms)
         return list(dict.fromkeys(job for job in owners if job is not None))
 
     def request_of(self) -> dict[WaveformState, int]:
-        """Each waveform in flight with a number of its request: whoever keeps it does not keep the request."""
+        """Returns each waveform in flight with its request's number, which does not keep the request alive."""
         return {waveform: id(job) for waveform, job in self.in_flight.items()}
 
     def _frames(self, waveforms: Iterable[WaveformState]) -> int:

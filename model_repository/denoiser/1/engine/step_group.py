@@ -1,4 +1,4 @@
-"""Waveforms that take their steps together: in one forward, or in several where their windows do not fit in one."""
+"""Waveforms that step together: in one forward, or in several if their windows do not fit in one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,11 +10,11 @@ from stepping.waveform import WaveformState
 from stepping.windows import blend_windows, cut_windows
 
 Stack = Callable[[Sequence[WaveformState]], StepBatch]
-"""The batch of one forward of these rows."""
+"""The rows of one forward, and their batch."""
 
 
 class StepGroup:
-    """Takes the steps of its waveforms together. What their histories hold is current only after `unstack`.
+    """Runs the steps of its waveforms together. Their histories are current only after `unstack`.
 
     Args:
         waveforms: with their histories on the device; those with windows take one row for each.
@@ -28,21 +28,21 @@ class StepGroup:
         self._rows = _cut_rows(waveforms)
         self._forwards = _split(self._rows, self._room)
         self._next = 0
-        # The batch of several forwards would grow with the length, so theirs are made when they are due.
+        # The batches of several forwards would grow with the length, so each is made when it is due.
         self._batch = stack(self._rows) if len(self._forwards) == 1 else None
 
     @property
     def amid_step(self) -> bool:
-        """Whether some of its windows have made the step under way and others not: then it must stay as it is."""
+        """Returns whether only some of its windows have made the current step: then it must not be regrouped."""
         return self._next > 0
 
     @property
     def last_step(self) -> float:
-        """When the waveform that has waited longest took its last step."""
+        """The time at which the waveform that has waited longest took its last step."""
         return min(waveform.last_step for waveform in self.waveforms)
 
     def advance(self, unet: UNet) -> int:
-        """One forward. Returns its UNet batch items."""
+        """Runs one forward. Returns the number of its UNet batch items."""
         if self._batch is not None:
             self._batch = step(unet, self._batch)
             self._blend_batch(self._batch)
@@ -59,7 +59,7 @@ class StepGroup:
         return batch.items
 
     def unstack(self) -> None:
-        """Gives each waveform its history back, unless it is amid a step, so that it can be grouped with others."""
+        """Gives each waveform its history back, so that it can join other groups. Does nothing amid a step."""
         if self._batch is not None:
             unstack_waveforms(self._batch, self._rows)
             self._join_rows()
@@ -87,7 +87,7 @@ class StepGroup:
 
 
 def _cut_rows(waveforms: Sequence[WaveformState]) -> list[WaveformState]:
-    """A row for each window, in order, and the waveform itself where it has none."""
+    """Returns a row for each window, in order, or one for a waveform without windows."""
     rows = []
     for waveform in waveforms:
         if waveform.windows is None:
@@ -100,7 +100,7 @@ def _cut_rows(waveforms: Sequence[WaveformState]) -> list[WaveformState]:
 
 
 def _split(rows: Sequence[WaveformState], room: int) -> list[list[WaveformState]]:
-    """The rows of as many forwards as it takes with at most `room` UNet batch items in each."""
+    """Splits rows into forwards of at most `room` UNet batch items."""
     forwards: list[list[WaveformState]] = []
     left = 0
     for row in rows:

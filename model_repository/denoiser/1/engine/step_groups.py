@@ -1,4 +1,4 @@
-"""The groups that the waveforms in flight take their steps in."""
+"""The groups in which the waveforms in flight step."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,24 +14,24 @@ from stepping.waveform import WaveformState
 
 
 class StepGroups:
-    """Who steps with whom on one device, and whose turn it is. For the engine's thread alone, except `stale`."""
+    """Keeps the groups of one device, and picks whose turn it is. For the engine's thread alone, except `stale`."""
 
     def __init__(self, unet: UNet, device: torch.device, dtype: torch.dtype) -> None:
         self.costs: ForwardCosts | None = None  # until the UNet is warm
-        self.stale = False  # the waveforms in flight are not those of the groups
+        self.stale = False  # the groups no longer hold exactly the waveforms in flight
         self._unet = unet
         self._device = device
         self._dtype = dtype
         self._groups: list[StepGroup] = []
 
     def next(self) -> StepGroup | None:
-        """The group whose turn it is: lengths that cannot share a forward take turns."""
+        """Returns the group whose turn it is: lengths that cannot share a forward take turns."""
         if not self._groups:
             return None
         return self._groups[next_group([group.last_step for group in self._groups])]
 
     def regroup(self, request_of: Mapping[WaveformState, int]) -> None:
-        """Plans the forwards anew after something entered or left.
+        """Regroups after a waveform entered or left.
 
         Args:
             request_of: each waveform in flight with a number of its request.
@@ -41,7 +41,7 @@ class StepGroups:
         kept = [group for group in self._groups if group.amid_step and group.waveforms[0] in request_of]
         amid_step = {waveform for group in kept for waveform in group.waveforms}
         self._groups = []
-        # Unstacked first, and all of them: a waveform's history is a part of its old batch until it is stacked again.
+        # Unstack all groups first: until it is stacked again, a waveform's history is a part of its old batch.
         for waveform in request_of:
             waveform.history = faults.at("denoiser.regroup", waveform.history.to(self._device, non_blocking=True))
         waveforms = [waveform for waveform in request_of if waveform not in amid_step]
@@ -52,7 +52,7 @@ class StepGroups:
         self.stale = False
 
     def clear(self) -> None:
-        """Forgets the groups as they are; what their waveforms' histories hold is lost."""
+        """Drops the groups without unstacking; the current histories of their waveforms are lost."""
         self._groups = []
 
     def _group(self, waveforms: Sequence[WaveformState], planned: Group) -> StepGroup:
@@ -63,7 +63,7 @@ class StepGroups:
         return stack_waveforms(self._unet, rows, self._device, self._dtype, bucket)
 
     def _stack_cheapest(self, rows: Sequence[WaveformState]) -> StepBatch:
-        """The rows of one of several forwards a step, in the cheapest bucket."""
+        """Stacks the rows of one of several forwards a step, in the cheapest bucket."""
         assert self.costs is not None
         lengths = {row.frames for row in rows}
         items = sum(row.step_items for row in rows)

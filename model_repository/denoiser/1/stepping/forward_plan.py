@@ -63,7 +63,7 @@ class ForwardCosts:
 
 @dataclass(frozen=True)
 class PlannedWaveform:
-    """What a plan needs to know of a waveform."""
+    """A waveform, as far as a plan needs to know it."""
 
     index: int
     items: int  # UNet batch items

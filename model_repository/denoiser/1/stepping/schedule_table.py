@@ -54,7 +54,7 @@ class ScheduleTables:
         self._make_solver = lru_cache(self._new_solver)
 
     def has(self, scheduler: str, num_inference_steps: int) -> bool:
-        """Whether `get` returns without building."""
+        """Returns whether `get` returns without building."""
         return (scheduler, num_inference_steps) in self._tables
 
     def get(self, scheduler: str, num_inference_steps: int) -> ScheduleTable:
@@ -133,7 +133,7 @@ def _run_on_unit_vectors(solver: Any) -> _Run:
 
 
 def _is_linear(run: _Run) -> bool:
-    """Whether random data of the size of real latents went through the scheduler as the unit vectors did."""
+    """Returns whether random data of the size of real latents went through the scheduler as the unit vectors did."""
     expected = run.samples[-1] @ run.data
     return bool(np.abs(run.result - expected).max() <= 1e-4 * np.abs(expected).max())
 

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class UNet(Protocol):
-    """What a step needs of a UNet on its device."""
+    """The parts of a UNet that a step uses, on its device."""
 
     def masks(self, valid_frames: Sequence[int], frames: int) -> LengthMasks:
         """Masks for batch items of these latent frames, padded to `frames`."""
@@ -43,7 +43,7 @@ COMPILED_T5_LENGTH: Final = 64
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What one step of R waveforms in `U` UNet batch items reads, all on one device.
+    """The input of one step of R waveforms in `U` UNet batch items, all on one device.
 
     Items 0 to R - 1 are the waveforms with their prompts; behind them come those with guidance once more, with their
     negative prompts.
@@ -185,7 +185,7 @@ def unstack_waveforms(batch: StepBatch, waveforms: Sequence[WaveformState]) -> N
 
 
 def step(unet: UNet, batch: StepBatch) -> StepBatch:
-    """The batch after one step of every row. No synchronisation with the host, no work per row in Python."""
+    """Returns the batch after one step of every row, without synchronising with the host or per-row work in Python."""
     now = batch.evaluation
     row = torch.arange(len(now), device=now.device)
     inputs = StepInputs(

@@ -51,7 +51,7 @@ class WaveformState:
 
     @property
     def in_turns(self) -> bool:
-        """Whether its windows take several forwards a step."""
+        """Returns whether its windows take several forwards a step."""
         return self.windows is not None and self.held_windows < len(self.windows.starts)
 
     @property

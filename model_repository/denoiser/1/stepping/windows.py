@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Windowing:
-    """How long the windows of a waveform are, in latent frames."""
+    """The lengths of a waveform's windows, in latent frames."""
 
     frames: int  # of a window
     overlap: int  # of two neighbours; the last two overlap by more where the length asks for it

@@ -37,7 +37,7 @@ class TextKeys:
 
 @dataclass(frozen=True)
 class Step:
-    """What every block of one forward needs."""
+    """The input that all blocks of one forward share."""
 
     time_biases: Tensor
     text: TextKeys
@@ -71,7 +71,7 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 
 
 def _has_kernels(hidden: Tensor) -> bool:
-    """Whether our own kernels accept this tensor."""
+    """Returns whether our own kernels accept this tensor."""
     return gpu_kernels is not None and hidden.is_cuda and hidden.dtype != torch.float64
 
 
