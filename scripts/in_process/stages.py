@@ -41,7 +41,7 @@ class StepTimes:
         self.seconds = {}
 
     def median(self, rows: int) -> float:
-        """Returns the median time of a step, without the first and the last, which wait for admission or for the answer.
+        """Returns the median time of a step, without the first and the last: they wait for admission or the answer.
 
         Raises `RuntimeError` where no forward had as many.
         """
