@@ -19,8 +19,8 @@ _REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {
     "scheduler": ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type"),
     "text_encoder": ("audio_config", "text_config", "projection_dim"),
     "text_encoder_2": ("d_ff", "d_kv", "d_model", "feed_forward_proj", "num_heads", "num_layers", "vocab_size"),
-    "tokenizer": ("model_max_length",),
-    "tokenizer_2": ("model_max_length",),
+    "tokenizer": (),
+    "tokenizer_2": (),
     "unet": (
         "attention_head_dim",
         "block_out_channels",
@@ -59,6 +59,7 @@ _OPTIONAL_PREFIXES: Final[Mapping[str, tuple[str, ...]]] = {"text_encoder_2": ("
 _VITS_READ: Final = "text_encoder."  # the only part of a VITS that AudioLDM 2 uses
 _VOCODER_STATISTICS: Final = ("mean", "scale")
 _OLD_ATTENTION: Final = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+_MAX_LENGTH: Final = 100_000  # a tokenizer that was saved without a length has 10 ** 30
 _FAULTS_SHOWN: Final = 3  # of one kind in one component
 
 
@@ -297,7 +298,8 @@ def _faults_of_speech(index: Mapping[str, Any], configs: Mapping[str, dict[str, 
         yield Fault("text_encoder_2", f"vocab_size: got {vocabulary} but expected more than {END_TOKEN}")
     projection, length = configs.get("projection_model", {}), configs["tokenizer_2"].get("model_max_length")
     positions = projection.get("max_seq_length")
-    if projection.get("use_learned_position_embedding") is not None and positions != length:
+    has_length = isinstance(length, int) and length <= _MAX_LENGTH
+    if projection.get("use_learned_position_embedding") is not None and has_length and positions != length:
         message = f"max_seq_length: got {positions} but expected {length}, the model_max_length of tokenizer_2"
         yield Fault("projection_model", message)
 

@@ -13,6 +13,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from audioldm2_triton.contract import ENSEMBLE, SCHEDULERS, STREAM
+from audioldm2_triton.server.clipping import clipping_schedulers
 from audioldm2_triton.server.geometry import read_audio_geometry
 from audioldm2_triton.server.settings import Settings
 from audioldm2_triton.server.speech import speaks
@@ -52,12 +53,12 @@ def write_repository(source: Path, target: Path, settings: Settings, prefix: str
 def _public_parameters(settings: Settings) -> dict[str, str]:
     """Returns what clients can read about the checkpoint."""
     checkpoint = Path(settings.checkpoint)
-    geometry = read_audio_geometry(checkpoint)
+    geometry, clipping = read_audio_geometry(checkpoint), clipping_schedulers(checkpoint)
     return {
         "checkpoint": checkpoint.name,
         "native_audio_length_in_s": _text(geometry.native_audio_length_in_s),
         "sampling_rate": _text(geometry.sampling_rate),
-        "schedulers": ",".join(SCHEDULERS),
+        "schedulers": ",".join(name for name in SCHEDULERS if name not in clipping),
         "transcription": "required" if speaks(checkpoint) else "refused",
     }
 

@@ -3,6 +3,7 @@
 import json
 import warnings
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audioldm2_triton.contract import SCHEDULERS
+from audioldm2_triton.server.clipping import clipping_schedulers
 from project import ROOT
 from stepping.schedule_table import HISTORY, ScheduleError, ScheduleTables
 
@@ -83,6 +85,44 @@ def test_what_is_not_linear_in_the_window_is_refused_by_name(scheduler: str) -> 
     config = {**SCHEDULER_CONFIG, "clip_sample": True} if scheduler == "DDIMScheduler" else SCHEDULER_CONFIG
     with pytest.raises(ScheduleError, match=scheduler):
         ScheduleTables(config).get(scheduler, 20)
+
+
+@pytest.mark.parametrize("changes", [{"clip_sample": None}, {"thresholding": True}, {"clip_sample": True}, {}])
+def test_what_is_listed_is_what_can_be_built(changes: dict[str, Any], tmp_path: Path) -> None:
+    """`None`: without the key, where a scheduler's own default decides."""
+    config = {key: value for key, value in {**SCHEDULER_CONFIG, **changes}.items() if value is not None}
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    tables, refused = ScheduleTables(config), {}
+    for scheduler in SCHEDULERS:
+        for steps in (2, 11):
+            try:
+                tables.get(scheduler, steps)
+            except ScheduleError as error:
+                refused[scheduler] = str(error)
+    assert set(refused) == set(clipping_schedulers(tmp_path))
+    for key in changes:
+        assert all(key in message for message in refused.values())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_steps_that_are_no_numbers_are_refused_by_name(scheduler: str, steps: int) -> None:
+    """With a terminal signal-to-noise ratio of zero, a prediction of the noise says nothing about the sample."""
+    config = {**SCHEDULER_CONFIG, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    try:
+        coefficients = ScheduleTables(config).get(scheduler, steps).coefficients
+        refusal = ""
+    except ScheduleError as error:
+        coefficients, refusal = torch.zeros(0), str(error)
+    assert coefficients.isfinite().all()
+    assert refusal == "" or refusal.startswith(f"{scheduler} cannot run {steps} steps")
+    assert refusal or scheduler != "DDIMScheduler", "its first step divides by zero"
+
+
+def test_a_configuration_that_a_scheduler_refuses_is_refused_by_name() -> None:
+    with pytest.raises(ScheduleError, match="DDIMScheduler refuses the checkpoint's"):
+        ScheduleTables({**SCHEDULER_CONFIG, "beta_schedule": "sigmoid"}).get("DDIMScheduler", 20)
 
 
 def test_steps_that_diffusers_refuses_are_refused_by_name() -> None:

@@ -33,9 +33,13 @@ def speech_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+STATES = 8  # of GPT-2, as the checkpoint's configuration says; the default for speech, 512, has a test of its own
+
+
 @pytest.fixture(scope="module")
 def speech_server(speech_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    with local_server(speech_checkpoint, tmp_path_factory.mktemp("speech") / "log") as running:
+    log = tmp_path_factory.mktemp("speech") / "log"
+    with local_server(speech_checkpoint, log, f"--max-new-tokens={STATES}") as running:
         yield running
 
 
@@ -46,7 +50,7 @@ def speech_reference(speech_checkpoint: Path) -> Reference:
 
 @pytest.fixture(scope="module")
 def encoders(speech_checkpoint: Path) -> TextEncoders:
-    return load_text_encoders(speech_checkpoint, torch.device("cpu"), torch.float32)
+    return load_text_encoders(speech_checkpoint, torch.device("cpu"), torch.float32, STATES)
 
 
 def test_audio_of_several_transcriptions_equals_the_reference(
@@ -172,7 +176,12 @@ def change(path: Path, **changes: Any) -> None:
     ("file", "changes", "message"),
     [
         ("tokenizer_2/tokenizer_config.json", {"phonemize": True}, "install the Python package phonemizer, and espeak"),
-        ("tokenizer_2/tokenizer_config.json", {"model_max_length": 10**30}, "model_max_length of tokenizer_2: got 1"),
+        ("tokenizer_2/tokenizer_config.json", {"model_max_length": 0}, "model_max_length of tokenizer_2: got 0"),
+        (
+            "language_model/config.json",
+            {"n_positions": 563},
+            "max_new_tokens: got 512 but expected fewer than GPT-2's 563",
+        ),
         ("projection_model/config.json", {"max_seq_length": 47}, "got 47 but expected 48, the model_max_length"),
     ],
 )
@@ -205,3 +214,24 @@ def test_verify_names_what_is_wrong(
     edit(content)
     (checkpoint / file).write_text(json.dumps(content))
     assert component in {fault.component for fault in verify(checkpoint)}
+
+
+@pytest.mark.parametrize("compile_option", ["off", "on"])
+def test_512_states_unless_told_otherwise(
+    compile_option: str, speech_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """As the pipeline's documentation demands for speech: through both doors, uncompiled and compiled."""
+    reference = Reference(speech_checkpoint, max_new_tokens=512)
+    calls = [
+        Call(PROMPT, "low quality", 0.32, 3, 3.5, 1, 1, transcription=GREETING),
+        Call("a man whispers", "", 0.2, 2, 1.0, 1, 2, transcription="No!"),
+    ]
+    options = (f"--compile={compile_option}", "--compile-lengths-in-s=0.32")
+    with (
+        local_server(speech_checkpoint, tmp_path_factory.mktemp("512") / "log", *options) as running,
+        AudioLDM2Client(running.grpc_url) as client,
+    ):
+        for call in calls:
+            for ensemble in (True, False):
+                result = generate(client, call, ensemble)
+                assert difference(result.audio, reference.generate(call)) <= reference.tolerance(call)

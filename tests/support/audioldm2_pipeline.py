@@ -42,8 +42,9 @@ class Call:
 class Reference:
     """The pipeline in float32 and, for a measure of what that rounds, in float64. Keeps the audio of each call."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, max_new_tokens: int | None = None) -> None:
         self.checkpoint = checkpoint
+        self.max_new_tokens = max_new_tokens
         self.pipeline: Any = _load(checkpoint)
         self.scheduler_config = self.pipeline.scheduler.config
         self._audio: dict[Call, np.ndarray] = {}
@@ -92,6 +93,7 @@ class Reference:
                 num_inference_steps=call.num_inference_steps,
                 guidance_scale=call.guidance_scale,
                 num_waveforms_per_prompt=call.num_waveforms_per_prompt,
+                max_new_tokens=self.max_new_tokens,
                 **noise,
             ).audios
         finally:

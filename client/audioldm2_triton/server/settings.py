@@ -79,6 +79,12 @@ class Settings:
     embedding_cache_size: int = _setting(
         1024, "number of texts whose encoding is kept (default: 1024)", range=(0, 1_000_000)
     )
+    max_new_tokens: int = _setting(
+        0,
+        "hidden states that GPT-2 generates for a text (default: 0: 512 for a checkpoint that speaks, "
+        "else as in the checkpoint)",
+        range=(0, 1024),
+    )
     guidance_interval: str = _setting(
         "0,1", "lossy: guidance only between these shares of the steps, such as 0,0.7 (default: 0,1: always)"
     )

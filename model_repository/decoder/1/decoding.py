@@ -1,7 +1,6 @@
 """Decodes the latents of several requests to each request's audio, ranked within each prompt."""
 
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 import numpy as np
 import torch
@@ -13,8 +12,6 @@ from audioldm2_triton.server import faults
 from audioldm2_triton.server.geometry import AudioGeometry
 from clap_scores import ClapScorer, score_waveforms
 from waveform_decoder import WaveformDecoder, decode_waveforms
-
-MAX_PADDED_SAMPLES: Final = 160  # one frame of the mel spectrogram
 
 
 def decode(
@@ -38,25 +35,29 @@ def _decode_all(decoder: WaveformDecoder, requests: Sequence[Mapping[str, np.nda
     flat = [torch.from_numpy(latent) for request in requests for row in request["latents"] for latent in row]
     waveforms = iter(decode_waveforms(decoder, flat))
     audios = []
+    max_padding = decoder.reach.max_missing_samples
     for request in requests:
         rows, num_waveforms = request["latents"].shape[:2]
         samples = int(request["num_samples"][0, 0])
-        audio = torch.stack([fit_length(next(waveforms), samples) for _ in range(rows * num_waveforms)]).numpy()
+        audio = torch.stack(
+            [fit_length(next(waveforms), samples, max_padding) for _ in range(rows * num_waveforms)]
+        ).numpy()
         audios.append(audio.reshape(rows, num_waveforms, samples))
     return audios
 
 
-def fit_length(waveform: Tensor, samples: int) -> Tensor:
+def fit_length(waveform: Tensor, samples: int, max_padding: int) -> Tensor:
     """Cuts or pads a waveform [samples made] to exactly `samples`.
 
-    For lengths off the 10 ms grid the frames can fall short by up to 8 ms, because the reference truncates twice: to
-    frames, and to samples. The reference returns the shorter audio; here silence fills the promised length.
+    For lengths that are no whole number of mel frames the waveform can fall short by less than a frame, because the
+    reference truncates twice: to frames, and to samples. The reference returns the shorter audio; here silence fills
+    the promised length, up to `max_padding` samples.
 
     Raises `InvalidArgumentError` if more is missing, which only a direct call to this stage can cause.
     """
     missing = samples - len(waveform)
-    if missing > MAX_PADDED_SAMPLES:
-        raise invalid("num_samples", samples, f"at most {len(waveform) + MAX_PADDED_SAMPLES} for these latents")
+    if missing > max_padding:
+        raise invalid("num_samples", samples, f"at most {len(waveform) + max_padding} for these latents")
     return functional.pad(waveform[:samples], (0, max(0, missing)))
 
 

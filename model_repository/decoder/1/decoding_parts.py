@@ -86,10 +86,11 @@ def _vocode_windows(decoder: WaveformDecoder, requests: Sequence[Tensors]) -> li
     """Returns `audio` [1, N, S], this window's part of the clip, in generation order."""
     windows = [torch.from_numpy(window) for request in requests for window in request["mel_window"][0]]
     waveforms = iter(vocode(decoder, windows))
+    max_padding = decoder.reach.max_missing_samples
     results = []
     for request in requests:
         first, end = request["kept_samples"][0].tolist()
-        parts = [fit_length(next(waveforms)[first:], end - first) for _ in request["mel_window"][0]]
+        parts = [fit_length(next(waveforms)[first:], end - first, max_padding) for _ in request["mel_window"][0]]
         results.append({"audio": torch.stack(parts)[None].numpy()})
     return results
 

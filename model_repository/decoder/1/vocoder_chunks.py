@@ -22,6 +22,11 @@ class VocoderReach:
     extra_samples: int  # what F frames give beyond F * samples_per_frame
     overlap_frames: int  # how many frames before or after its own a sample can depend on
 
+    @property
+    def max_missing_samples(self) -> int:
+        """How many samples the whole frames of a length can fall short of it: one frame, and what its ends lack."""
+        return self.samples_per_frame + max(0, -self.extra_samples)
+
     def num_samples(self, num_frames: int) -> int:
         return num_frames * self.samples_per_frame + self.extra_samples
 

@@ -10,6 +10,7 @@ import torch
 from audioldm2_triton.server.geometry import AudioGeometry
 from audioldm2_triton.server.residency import stage_residency
 from audioldm2_triton.server.settings import Settings, resolve_compile, resolve_device, resolve_dtype, uses_compiler
+from audioldm2_triton.server.speech import resolve_max_new_tokens
 from engine.engine import Engine
 from engine.limits import EngineLimits, Observer
 from engine.pool import EnginePool
@@ -64,7 +65,11 @@ def load_engines(
         for device, limit, shapes in zip(devices, limits, buckets, strict=True):
             residency = stage_residency(settings, device)
             with residency:
-                unet = load_unet(*(checkpoint, geometry.latent_width, device, dtype, shapes), uses_compiler(settings))
+                unet = load_unet(
+                    *(checkpoint, geometry.latent_width, device, dtype, shapes),
+                    use_compiler=uses_compiler(settings),
+                    generated_states=resolve_max_new_tokens(checkpoint, settings.max_new_tokens),
+                )
                 residency.adopt(unet.module)
             observer, interval = observe(device), settings.guided_steps
             engine = Engine(unet, tables, limit, unet.warm_up, device, dtype, observer, interval, residency)

@@ -12,6 +12,7 @@ from torch import Tensor
 from audioldm2_triton.contract import SCHEDULERS
 from audioldm2_triton.errors import invalid
 from audioldm2_triton.server.geometry import AudioGeometry, read_audio_geometry
+from audioldm2_triton.server.speech import resolve_max_new_tokens
 from audioldm2_triton.server.stage_tensors import COLUMNS, NEGATIVE_TEXT, OPTIONAL, TEXT
 from stepping.request import DenoisingRequest, DenoisingRow, TextStates
 from stepping.windows import Windowing
@@ -27,14 +28,12 @@ class TensorShapes:
     generated_tokens: int  # T
 
 
-def read_tensor_shapes(checkpoint: Path) -> TensorShapes:
+def read_tensor_shapes(checkpoint: Path, max_new_tokens: int = 0) -> TensorShapes:
     """Reads the components' `config.json`. Raises `OSError` and `KeyError` for an incomplete checkpoint."""
-    unet, language_model = (
-        json.loads((checkpoint / part / "config.json").read_text()) for part in ("unet", "language_model")
-    )
+    unet = json.loads((checkpoint / "unet" / "config.json").read_text())
     generated_dim, prompt_dim = [dim for dim in unet["cross_attention_dim"][0] if dim is not None]
     return TensorShapes(
-        read_audio_geometry(checkpoint), prompt_dim, generated_dim, language_model.get("max_new_tokens", 8)
+        read_audio_geometry(checkpoint), prompt_dim, generated_dim, resolve_max_new_tokens(checkpoint, max_new_tokens)
     )
 
 

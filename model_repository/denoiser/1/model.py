@@ -34,7 +34,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         settings = adapter.model_settings(args)
         self.default_timeout_in_s = settings.default_timeout_in_s
-        self.shapes = read_tensor_shapes(Path(settings.checkpoint))
+        self.shapes = read_tensor_shapes(Path(settings.checkpoint), settings.max_new_tokens)
         self.metrics = DenoiserMetrics(self.shapes.geometry, args["model_name"])
         self.engines = load_engines(settings, self.shapes.geometry, self.metrics.observer)
         self.settlements = adapter.open_settlements(args["model_name"])

@@ -8,6 +8,7 @@ import numpy as np
 
 from audioldm2_triton.server import faults
 from audioldm2_triton.server import triton_adapter as adapter
+from audioldm2_triton.server.clipping import clipping_schedulers
 from audioldm2_triton.server.generation_row import GenerationRow
 from audioldm2_triton.server.geometry import read_audio_geometry
 from audioldm2_triton.server.settings import resolve_device
@@ -26,6 +27,7 @@ class TritonPythonModel:
         self.settings = adapter.model_settings(args)
         device = resolve_device(self.settings, args["model_instance_kind"], int(args["model_instance_device_id"]))
         self.geometry = read_audio_geometry(Path(self.settings.checkpoint))
+        self.clipping = clipping_schedulers(Path(self.settings.checkpoint))
         self.encoders = load_text_stage(self.settings, device)
         self.memory = MemoryGauge(args["model_name"], device)
         self.settlements = adapter.open_settlements(args["model_name"])
@@ -43,7 +45,8 @@ class TritonPythonModel:
     def _parse(self, request: adapter.ReadRequest) -> ParsedRequest:
         faults.at("text_conditioning.parse")
         native = self.geometry.native_audio_length_in_s
-        return parse_rows(request.inputs, self.settings.limits, native, self.encoders.speaks), request.deadline_ns
+        rows = parse_rows(request.inputs, self.settings.limits, native, self.encoders.speaks, self.clipping)
+        return rows, request.deadline_ns
 
     def _condition(self, requests: list[ParsedRequest]) -> list[dict[str, np.ndarray]]:
         full = self.settings.full_negative_prompt == "on"

@@ -13,7 +13,11 @@ from audioldm2_triton.server.generation_row import GenerationRow, shortest_decim
 
 
 def parse_rows(
-    inputs: Mapping[str, np.ndarray], limits: Limits, native_audio_length_in_s: float, speaks: bool
+    inputs: Mapping[str, np.ndarray],
+    limits: Limits,
+    native_audio_length_in_s: float,
+    speaks: bool,
+    clipping: Mapping[str, str],
 ) -> tuple[GenerationRow, ...]:
     """Parses and checks the rows of one request.
 
@@ -22,6 +26,7 @@ def parse_rows(
         limits: what this server accepts.
         native_audio_length_in_s: the default length.
         speaks: whether the checkpoint takes a transcription.
+        clipping: the schedulers that cannot be used with the checkpoint, each with why.
 
     Raises `InvalidArgumentError`, which names the argument, what was given and what is accepted.
     """
@@ -31,7 +36,7 @@ def parse_rows(
     for name, array in inputs.items():
         if array.shape != (rows, 1):
             raise invalid(name, list(array.shape), f"the shape [{rows}, 1], one value per row of `prompt`")
-    parsed = tuple(_parse_row(inputs, row, limits, native_audio_length_in_s, speaks) for row in range(rows))
+    parsed = tuple(_parse_row(inputs, row, limits, native_audio_length_in_s, speaks, clipping) for row in range(rows))
     for name in ("audio_length_in_s", "num_waveforms_per_prompt"):
         given = [getattr(row, name) for row in parsed]
         if len(set(given)) > 1:
@@ -40,7 +45,12 @@ def parse_rows(
 
 
 def _parse_row(
-    inputs: Mapping[str, np.ndarray], row: int, limits: Limits, native_audio_length_in_s: float, speaks: bool
+    inputs: Mapping[str, np.ndarray],
+    row: int,
+    limits: Limits,
+    native_audio_length_in_s: float,
+    speaks: bool,
+    clipping: Mapping[str, str],
 ) -> GenerationRow:
     prompt = _text(inputs, "prompt", row, "")
     if not prompt.strip():
@@ -54,8 +64,10 @@ def _parse_row(
         limits.max_num_waveforms_per_prompt,
     )
     scheduler = _text(inputs, "scheduler", row, contract.DEFAULT_SCHEDULER)
-    if scheduler not in contract.SCHEDULERS:
-        raise invalid("scheduler", scheduler, f"one of {', '.join(contract.SCHEDULERS)}")
+    if scheduler not in contract.SCHEDULERS or scheduler in clipping:
+        accepted = ", ".join(name for name in contract.SCHEDULERS if name not in clipping)
+        reason = f": {clipping[scheduler]}" if scheduler in clipping else ""
+        raise invalid("scheduler", scheduler, f"one of {accepted}{reason}")
     return_scores = bool(inputs["return_scores"][row, 0]) if "return_scores" in inputs else False
     return GenerationRow(
         prompt=prompt,

@@ -1,8 +1,8 @@
-"""Generates eight hidden states of GPT-2: one forward of the prompt, then seven of one position each.
+"""Generates hidden states of GPT-2: one forward of the prompt for the first, then one of one position for each other.
 
 Uses `GPT2Model` itself: the reference goes through private helpers of transformers, and computes the logits of 50,257
-words only to drop them. Keys and values are in tensors of fixed size, so that all seven forwards have the same shapes
-and can be compiled once.
+words only to drop them. Keys and values are in tensors of fixed size, so that all forwards after the
+first have the same shapes and can be compiled once.
 """
 
 from collections.abc import Callable

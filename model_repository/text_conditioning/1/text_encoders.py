@@ -1,4 +1,4 @@
-"""Encodes text to the UNet's conditioning: CLAP, Flan-T5 or VITS, the projection, and eight hidden states of GPT-2.
+"""Encodes text to the UNet's conditioning: CLAP, Flan-T5 or VITS, the projection, and hidden states of GPT-2.
 
 The reference is `diffusers.AudioLDM2Pipeline.encode_prompt`. Unlike there, texts of different lengths can share a call
 without changing each other's results: GPT-2's sequences are padded on the left, and positions count from each
@@ -20,7 +20,8 @@ from transformers.models.vits.modeling_vits import VitsTextEncoder
 
 from audioldm2_triton.server.linear import replace_linear_layers
 from audioldm2_triton.server.residency import Residency
-from audioldm2_triton.server.speech import speaks
+from audioldm2_triton.server.settings import SettingsError
+from audioldm2_triton.server.speech import resolve_max_new_tokens, speaks
 from state_generation import state_cache
 from text_buckets import TextBuckets
 from text_networks import TextNetworks, text_networks
@@ -30,6 +31,8 @@ MAX_TEXTS_PER_CALL = 64
 STANCE_OF_REQUESTS = "eager_on_recompile"
 # The projection adds a start and an end to CLAP's one position and to the second encoder's.
 NUM_ADDED_POSITIONS = 5
+_NO_LENGTH = 10**6  # a tokenizer that was saved without a length has 10 ** 30
+_T5_LENGTH = 512  # what T5 was trained on; its positions are relative
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,16 @@ class EncodedTexts:
     generated_prompt_embeds: Tensor  # [M, T, D0] GPT-2's
 
 
-def load_text_encoders(checkpoint: Path, device: torch.device, dtype: torch.dtype) -> TextEncoders:
-    """Loads with the dtype rather than casting later, because only then does T5 keep some layers in float32."""
+def load_text_encoders(
+    checkpoint: Path, device: torch.device, dtype: torch.dtype, max_new_tokens: int = 0
+) -> TextEncoders:
+    """Loads with the dtype rather than casting later, because only then does T5 keep some layers in float32.
+
+    Args:
+        max_new_tokens: hidden states that GPT-2 generates; 0: see `resolve_max_new_tokens`.
+
+    Raises `SettingsError` if GPT-2 has too few positions for so many states.
+    """
 
     def load(model_class: Any, component: str, **options: Any) -> Any:
         # Local only: a stage never downloads anything.
@@ -97,19 +108,38 @@ def load_text_encoders(checkpoint: Path, device: torch.device, dtype: torch.dtyp
         second_tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer_2", local_files_only=True)
     language_model = load(GPT2Model, "language_model", dtype=dtype)
     projection = load(AudioLDM2ProjectionModel, "projection_model", torch_dtype=dtype)
+    num_states = resolve_max_new_tokens(checkpoint, max_new_tokens)
+    clap_tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer", local_files_only=True)
+    text_config = clap.config.text_config
+    # RoBERTa's positions begin after the one of the padding token.
+    _limit_length(clap_tokenizer, text_config.max_position_embeddings - text_config.pad_token_id - 1)
+    room = language_model.config.n_positions - num_states - (NUM_ADDED_POSITIONS - 1)
+    if not speaks(checkpoint):
+        if second_tokenizer.model_max_length > _NO_LENGTH:
+            _limit_length(second_tokenizer, getattr(second.config, "n_positions", None) or _T5_LENGTH)
+        _limit_length(second_tokenizer, room)
+    if not 0 < second_tokenizer.model_max_length <= room:
+        positions, longest = language_model.config.n_positions, second_tokenizer.model_max_length
+        most = f"fewer than GPT-2's {positions} positions less {NUM_ADDED_POSITIONS - 1} and the {longest} of a text"
+        raise SettingsError(f"max_new_tokens: got {num_states} but expected {most}")
     for network in (clap, second, projection, language_model):
         replace_linear_layers(network)
     return TextEncoders(
         clap=clap,
-        clap_tokenizer=AutoTokenizer.from_pretrained(checkpoint / "tokenizer", local_files_only=True),
+        clap_tokenizer=clap_tokenizer,
         second=second,
         second_tokenizer=second_tokenizer,
         projection=projection,
         language_model=language_model,
-        num_generated_states=getattr(language_model.config, "max_new_tokens", None) or 8,
+        num_generated_states=num_states,
         device=device,
         networks=text_networks(clap, second, language_model),
     )
+
+
+def _limit_length(tokenizer: Any, limit: int) -> None:
+    """Lowers the length at which texts are cut to what their encoder takes; many tokenizers were saved without one."""
+    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
 
 
 def tokenize_t5(encoders: TextEncoders, text: str, length: int | None = None) -> list[int]:

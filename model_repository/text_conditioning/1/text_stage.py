@@ -38,7 +38,8 @@ def load_text_stage(settings: Settings, device: torch.device) -> TextEncoders:
     """Loads the encoders of the settings' checkpoint, ready for requests."""
     residency = stage_residency(settings, device)
     with residency:
-        encoders = load_text_encoders(Path(settings.checkpoint), device, resolve_dtype(settings, device))
+        dtype = resolve_dtype(settings, device)
+        encoders = load_text_encoders(Path(settings.checkpoint), device, dtype, settings.max_new_tokens)
         residency.adopt(encoders.clap, encoders.second, encoders.projection, encoders.language_model)
         if device.type == "cpu":
             set_measured_threads(partial(_encode_typical, encoders))

@@ -28,6 +28,11 @@ def load_transcription_encoder(
             f"checkpoint: {checkpoint} reads phonemes, but phonemizer is not installed: "
             "install the Python package phonemizer, and espeak-ng"
         )
+    projection = json.loads((checkpoint / "projection_model" / "config.json").read_text(encoding="utf-8"))
+    positions = projection.get("max_seq_length")
+    is_learned = projection.get("use_learned_position_embedding") is not None
+    if tokenizer.model_max_length > _MAX_LENGTH and is_learned and positions:
+        tokenizer.model_max_length = positions
     if not 0 < tokenizer.model_max_length <= _MAX_LENGTH:
         given = tokenizer.model_max_length
         raise SettingsError(f"checkpoint: model_max_length of tokenizer_2: got {given} but expected a length")
@@ -35,9 +40,7 @@ def load_transcription_encoder(
         tokenize_transcription(tokenizer, "speech")
     except Exception as error:  # whatever is wrong with espeak
         raise SettingsError(f"checkpoint: the tokenizer of {checkpoint} cannot be used here: {error}") from error
-    projection = json.loads((checkpoint / "projection_model" / "config.json").read_text())
-    positions = projection.get("max_seq_length")
-    if projection.get("use_learned_position_embedding") is not None and positions != tokenizer.model_max_length:
+    if is_learned and positions != tokenizer.model_max_length:
         raise SettingsError(
             f"checkpoint: max_seq_length of projection_model: got {positions} but expected "
             f"{tokenizer.model_max_length}, the model_max_length of tokenizer_2"

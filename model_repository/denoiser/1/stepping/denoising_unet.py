@@ -13,6 +13,7 @@ from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DCond
 from torch import Tensor
 
 from audioldm2_triton.server.compilation import for_fixed_shapes
+from audioldm2_triton.server.speech import DEFAULT_MAX_NEW_TOKENS
 from audioldm2_triton.server.threads import set_measured_threads
 from stepping.forward_plan import Bucket, ForwardCosts, LaunchBoundCost, LinearCost, fit_cost, fit_launch_bound
 from stepping.schedule_table import HISTORY, ScheduleTable
@@ -41,15 +42,24 @@ class DenoisingUNet:
         width: of the latents, W.
         buckets: the shapes to compile for.
         use_compiler: whether `torch.compile` makes the buckets' kernels.
+        generated_states: hidden states of GPT-2 in each text.
     """
 
-    def __init__(self, unet: LeanUNet, width: int, buckets: Sequence[Bucket] = (), use_compiler: bool = True) -> None:
+    def __init__(
+        self,
+        unet: LeanUNet,
+        width: int,
+        buckets: Sequence[Bucket] = (),
+        use_compiler: bool = True,
+        generated_states: int = DEFAULT_MAX_NEW_TOKENS,
+    ) -> None:
         self.config: Any = unet.config
         self.device: torch.device = unet.device
         self.dtype: torch.dtype = unet.dtype
         self.buckets = tuple(buckets)
         self._unet = unet
         self._width = width
+        self._generated_states = generated_states
         self._eager = partial(denoise, unet)
         self.forwards: Counter[Bucket | None] = Counter()
         """How often each bucket has run since the start; None counts the eager forwards."""
@@ -147,7 +157,7 @@ class DenoisingUNet:
             row_of_item=numbers,
             negative_item=numbers.clone(),
             text=self.text_keys(
-                random(items, 8, generated_dim),
+                random(items, self._generated_states, generated_dim),
                 random(items, t5_length, prompt_dim),
                 torch.ones(items, t5_length, device=self.device, dtype=self.dtype),
             ),
@@ -162,6 +172,7 @@ def load_unet(
     dtype: torch.dtype,
     buckets: Sequence[Bucket] = (),
     use_compiler: bool = True,
+    generated_states: int = DEFAULT_MAX_NEW_TOKENS,
 ) -> DenoisingUNet:
     """Loads the UNet in evaluation mode; its attention is PyTorch's SDPA.
 
@@ -169,8 +180,9 @@ def load_unet(
         width: of the latents, W.
         buckets: the shapes to compile for.
         use_compiler: whether `torch.compile` makes the buckets' kernels.
+        generated_states: hidden states of GPT-2 in each text.
     """
     unet = AudioLDM2UNet2DConditionModel.from_pretrained(
         str(checkpoint / "unet"), torch_dtype=dtype, local_files_only=True
     )
-    return DenoisingUNet(LeanUNet(unet).to(device).eval(), width, buckets, use_compiler)
+    return DenoisingUNet(LeanUNet(unet).to(device).eval(), width, buckets, use_compiler, generated_states)

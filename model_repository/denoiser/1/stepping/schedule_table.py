@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from audioldm2_triton.server import faults
+from audioldm2_triton.server.clipping import clipping_keys
 
 HISTORY: Final = 4
 """Pairs of (sample, model output) that a scheduler may look back on; LMS needs all four."""
@@ -67,31 +68,45 @@ class ScheduleTables:
 
     def _new_solver(self, scheduler: str) -> Any:
         # Some constructors take a third of a second, so each runs once.
-        return getattr(diffusers, scheduler).from_config(self._config)
+        try:
+            return getattr(diffusers, scheduler).from_config(self._config)
+        except (ImportError, MemoryError):
+            raise  # the server's fault, not the request's
+        except Exception as error:
+            raise ScheduleError(f"{scheduler} refuses the checkpoint's scheduler_config.json: {error}") from error
 
 
 def build_schedule_table(solver: Any, num_inference_steps: int) -> ScheduleTable:
     """Builds the table by running a diffusers scheduler once; the scheduler's state is not reset.
 
-    Raises `ScheduleError`, which names the scheduler, if diffusers refuses the number of steps, or if the scheduler is
-    not linear within `HISTORY` pairs (clipping and thresholding are not).
+    Raises `ScheduleError`, which names the scheduler, if diffusers refuses the number of steps, if a step is not a
+    finite number, or if the scheduler is not linear within `HISTORY` pairs (clipping and thresholding are not).
     """
     scheduler = type(solver).__name__
+    refused = f"{scheduler} cannot run {num_inference_steps} steps"
     try:
-        solver.set_timesteps(num_inference_steps)
-        run = _run_on_unit_vectors(solver)
+        # What is not finite is refused below; a warning would only repeat it.
+        with np.errstate(all="ignore"):
+            solver.set_timesteps(num_inference_steps)
+            run = _run_on_unit_vectors(solver)
     except (ImportError, MemoryError):
         raise  # the server's fault, not the request's
     except Exception as error:
-        raise ScheduleError(f"{scheduler} cannot run {num_inference_steps} steps: {error}") from error
+        raise ScheduleError(f"{refused}: {error}") from error
+    sigma, timesteps = float(solver.init_noise_sigma), solver.timesteps.to(torch.float32)
+    numbers = (run.samples, run.result, run.input_scales, timesteps.numpy(), np.array(sigma))
+    if not all(np.isfinite(array).all() for array in numbers):
+        raise ScheduleError(
+            f"{refused} with this checkpoint: its scheduler_config.json leads to a step that is not a finite number"
+        )
     coefficients, residual = _fit(run.samples)
     if not residual < _FIT_TOLERANCE or not _is_linear(run):
-        raise ScheduleError(
-            f"{scheduler} is not linear in its last {HISTORY} samples and model outputs at {num_inference_steps} steps"
-        )
+        keys = clipping_keys(solver.config, scheduler)
+        reason = f" ({' and '.join(keys)} in the checkpoint's scheduler_config.json)" if keys else ""
+        raise ScheduleError(f"{refused}: it is not linear in its last {HISTORY} samples and model outputs{reason}")
     return ScheduleTable(
-        init_noise_sigma=float(solver.init_noise_sigma),
-        timesteps=solver.timesteps.to(torch.float32),
+        init_noise_sigma=sigma,
+        timesteps=timesteps,
         input_scales=torch.from_numpy(run.input_scales).float(),
         coefficients=torch.from_numpy(coefficients),
     )
