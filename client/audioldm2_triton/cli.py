@@ -15,9 +15,10 @@ from audioldm2_triton import contract
 from audioldm2_triton.aio import AsyncAudioLDM2Client
 from audioldm2_triton.errors import AudioLDM2Error, invalid
 from audioldm2_triton.events import Progress
-from audioldm2_triton.files import check_audio_path, check_path
+from audioldm2_triton.files import check_audio_path, check_path, check_writable, import_soundfile
 from audioldm2_triton.result import GenerationResult
 from audioldm2_triton.server_info import ServerInfo
+from audioldm2_triton.terminal import escape_unprintable
 from audioldm2_triton.transport.endpoint import DEFAULT_URL
 from audioldm2_triton.transport.resending import DEFAULT_MAX_RETRIES
 from audioldm2_triton.transport.wire import GenerateOptions
@@ -27,6 +28,7 @@ T = TypeVar("T")
 FAILED: Final = 1
 INTERRUPTED: Final = 130  # as shells report it: 128 plus the number of SIGINT
 REFRESH_IN_S: Final = 0.2
+STANDARD_INPUT: Final = "-"
 BATCH_MAX_RETRIES: Final = 100  # nobody waits, and a full server has room again
 
 EPILOG: Final = """\
@@ -49,7 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what to do")
     what.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to hear")
     what.add_argument(
-        "--batch", metavar="FILE", type=Path, help="a file with one prompt per line; blank lines are skipped"
+        "--batch",
+        metavar="FILE",
+        type=Path,
+        help="a file with one prompt per line, or - for standard input; blank lines are skipped",
     )
     what.add_argument("--info", action="store_true", help="print what the server accepts")
     output = parser.add_argument_group("output")
@@ -120,6 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
+    escape_unprintable()
     parser = build_parser()
     arguments = parser.parse_args(argv)
     if sum((arguments.prompt is not None, arguments.batch is not None, arguments.info)) != 1:
@@ -174,12 +180,15 @@ def _print_info(info: ServerInfo) -> None:
 async def _generate_one(client: AsyncAudioLDM2Client, arguments: argparse.Namespace) -> int:
     path = arguments.output or Path("out.wav")
     # Before the server does any work.
+    import_soundfile()
     check_audio_path(path)
+    for file in _files(path, arguments.num_waveforms_per_prompt):
+        check_writable(file)
     if arguments.plot is not None:
         from audioldm2_triton.plot import require_matplotlib
 
         require_matplotlib()
-        check_path(arguments.plot, (".png",))
+        check_writable(check_path(arguments.plot, (".png",)))
     info = await client.server_info(arguments.timeout)
     start = time.monotonic()
     with _progress_bar() as bar:
@@ -219,8 +228,12 @@ async def _refreshing(bar: "tqdm[NoReturn]", answer: Awaitable[T]) -> T:
 
 
 async def _generate_batch(client: AsyncAudioLDM2Client, arguments: argparse.Namespace) -> int:
+    import_soundfile()
     prompts = _read_prompts(arguments.batch)
     arguments.output.mkdir(parents=True, exist_ok=True)
+    for line, _ in prompts:
+        for file in _files(_batch_file(arguments.output, line), arguments.num_waveforms_per_prompt):
+            check_writable(file)
     # Without a server the whole batch fails, with one message.
     await client.server_info(arguments.timeout)
     failed: list[int] = []
@@ -232,7 +245,7 @@ async def _generate_batch(client: AsyncAudioLDM2Client, arguments: argparse.Name
                 start = time.monotonic()
                 try:
                     result = await client.generate(prompt, **_options(arguments))
-                    _save(result, arguments.output / f"{line:04}.wav", time.monotonic() - start)
+                    _save(result, _batch_file(arguments.output, line), time.monotonic() - start)
                 except (AudioLDM2Error, OSError) as error:
                     failed.append(line)
                     _complain(f"line {line}: {error}")
@@ -255,11 +268,18 @@ async def _all(works: Iterable[Awaitable[None]]) -> None:
 
 
 def _read_prompts(path: Path) -> list[tuple[int, str]]:
-    """The prompts of a file with their line numbers, from 1. Raises `InvalidArgumentError` or `OSError`."""
+    """Returns the prompts of a file, or of standard input for `-`, with their line numbers, from 1.
+
+    Raises `InvalidArgumentError` or `OSError`.
+    """
+    content = sys.stdin.buffer.read() if str(path) == STANDARD_INPUT else path.read_bytes()
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise invalid("--batch", str(path), "a text file in UTF-8") from None
+        raise invalid("--batch", str(path), "text in UTF-8") from None
+    if "\0" in text:
+        raise invalid("--batch", str(path), "text in UTF-8, not UTF-16 or UTF-32: it contains NUL characters")
+    lines = text.split("\n")
     return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
@@ -278,9 +298,18 @@ def _options(arguments: argparse.Namespace) -> GenerateOptions:
     }
 
 
+def _files(path: Path, count: int) -> list[Path]:
+    """Returns the files of so many waveforms, the best first."""
+    return [path, *(path.with_stem(f"{path.stem}-{index}") for index in range(1, count))]
+
+
+def _batch_file(directory: Path, line: int) -> Path:
+    return directory / f"{line:04}.wav"
+
+
 def _save(result: GenerationResult, path: Path, latency_in_s: float) -> None:
-    for index in range(result.num_waveforms):
-        file = result.save(path if index == 0 else path.with_stem(f"{path.stem}-{index}"), index)
+    for index, target in enumerate(_files(path, result.num_waveforms)):
+        file = result.save(target, index)
         score = "-" if result.scores is None else f"{result.scores[index]:.4f}"
         tqdm.write(
             f"{file}  {result.duration_in_s:.2f} s  seed {result.seed}  score {score}  latency {latency_in_s:.2f} s",

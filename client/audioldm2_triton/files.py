@@ -2,7 +2,7 @@
 
 from os import PathLike
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from audioldm2_triton.errors import invalid
 
@@ -22,3 +22,24 @@ def check_path(path: str | PathLike[str], suffixes: tuple[str, ...]) -> Path:
     if not checked.parent.is_dir():
         raise invalid("path", str(path), "a file in an existing directory")
     return checked
+
+
+def import_soundfile() -> Any:
+    """Returns the module. Raises `ImportError`, which says what is missing: not every machine has libsndfile.
+
+    Imported only where a file is written, so that the rest of the client works without it.
+    """
+    try:
+        import soundfile
+    except (ImportError, OSError) as error:
+        raise ImportError(f"audio files need the package soundfile, and libsndfile: {error}") from error
+    return soundfile
+
+
+def check_writable(path: Path) -> None:
+    """Raises `OSError`, which names the path, if a file there cannot be written; leaves nothing behind."""
+    is_new = not path.exists()
+    with path.open("ab"):
+        pass
+    if is_new:
+        path.unlink()

@@ -5,11 +5,10 @@ from os import PathLike
 from pathlib import Path
 
 import numpy as np
-import soundfile
 from numpy.typing import NDArray
 
 from audioldm2_triton.errors import invalid
-from audioldm2_triton.files import AUDIO_FORMATS, check_audio_path
+from audioldm2_triton.files import AUDIO_FORMATS, check_audio_path, import_soundfile
 from audioldm2_triton.plot import save_plot
 
 
@@ -41,8 +40,9 @@ class GenerationResult:
         """Writes one waveform (0 is the best) as 16-bit PCM to a .wav or .flac file; samples beyond 1 are clipped.
 
         Returns the path. Raises `InvalidArgumentError` for another suffix, a missing directory or an index out of
-        range, and `OSError` if the file cannot be written.
+        range, `OSError` if the file cannot be written, and `ImportError` without libsndfile.
         """
+        soundfile = import_soundfile()
         path = check_audio_path(path)
         samples = np.clip(self._waveform(index), -1.0, 1.0)
         # Opened here, because libsndfile only says "System error" for a file that it cannot open.

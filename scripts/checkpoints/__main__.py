@@ -4,11 +4,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from audioldm2_triton.terminal import escape_unprintable
+
 from .shapes import SIZES
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status, 0 for success."""
+    escape_unprintable()
     options = _parser().parse_args(arguments)
     try:
         status: int = options.command(options)
@@ -28,6 +31,9 @@ def _parser() -> argparse.ArgumentParser:
     fetch = commands.add_parser("fetch", help="download a checkpoint from the Hugging Face hub")
     fetch.add_argument("repository", metavar="REPO_ID", help="for example cvssp/audioldm2")
     fetch.add_argument("--revision", default="main", help="a branch, a tag or a commit (default: %(default)s)")
+    fetch.add_argument(
+        "--variant", default="", help="of the weights: with fp16 the files *.fp16.safetensors (default: those without)"
+    )
     fetch.add_argument("--out", type=Path, required=True, help="the new directory")
     fetch.set_defaults(command=_fetch)
     verify = commands.add_parser("verify", help="check that a checkpoint is complete and its shapes fit its configs")
@@ -56,7 +62,7 @@ def _fetch(options: argparse.Namespace) -> int:
     from .hub import FetchError, fetch
 
     try:
-        sha = fetch(options.repository, options.revision, options.out)
+        sha = fetch(options.repository, options.revision, options.out, options.variant)
     except FetchError as error:
         return _fail(str(error))
     print(f"OK: {options.out}: {options.repository} at {sha}")

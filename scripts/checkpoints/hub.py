@@ -8,20 +8,23 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn
 
-from .layout import MODEL_INDEX, REVISION_FILE, WEIGHTS, belongs, is_pickle
+from .layout import MODEL_INDEX, REVISION_FILE, WEIGHTS, belongs, is_pickle, is_weights, plain_name, variant_of
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
     from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 _UNFINISHED: Final = ".unfinished"
 _LOCK: Final = ".lock"
@@ -41,38 +44,43 @@ class Revision:
     repo_id: str
     revision: str  # as requested
     sha: str  # the commit it pointed to
+    variant: str = ""  # of the weights, such as fp16
 
 
 @dataclass(frozen=True)
 class _File:
-    path: str
+    path: str  # here
+    source: str  # in the repository
     size: int  # bytes
     sha256: str | None  # for large files
     blob_id: str | None  # git's hash, for all others
 
 
-def fetch(repo_id: str, revision: str, out: Path) -> str:
+def fetch(repo_id: str, revision: str, out: Path, variant: str = "") -> str:
     """Downloads a checkpoint into the new directory `out` and returns the commit.
 
     The files are written to `out` + ".partial", which is renamed once it is complete and verified. After a failure the
     same call resumes where it stopped. The endpoint and the token come from the environment (HF_ENDPOINT, HF_TOKEN).
 
+    Args:
+        variant: of the weights, as in diffusers: with `fp16` the files `*.fp16.safetensors`, stored without the name.
+
     Raises `FetchError`.
     """
     try:
-        return _fetch(repo_id, revision, out)
+        return _fetch(repo_id, revision, out, variant)
     except OSError as error:
         raise FetchError(_explain(error, repo_id, revision)) from error
     except ValueError as error:
         raise FetchError(f"{repo_id}: {' '.join(str(error).split())}") from error
 
 
-def _fetch(repo_id: str, revision: str, out: Path) -> str:
+def _fetch(repo_id: str, revision: str, out: Path, variant: str) -> str:
     from httpx2 import HTTPError
     from tqdm import tqdm
 
     try:
-        resolved, files = _list(repo_id, revision)
+        resolved, files = _list(repo_id, revision, variant)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             if _read_revision(out) == resolved:
                 return resolved.sha
@@ -92,8 +100,11 @@ def _fetch(repo_id: str, revision: str, out: Path) -> str:
     return resolved.sha
 
 
-def _list(repo_id: str, revision: str) -> tuple[Revision, list[_File]]:
-    """Returns the commit of a revision, and the checkpoint's files in it."""
+def _list(repo_id: str, revision: str, variant: str) -> tuple[Revision, list[_File]]:
+    """Returns the commit of a revision, and the checkpoint's files in it.
+
+    Raises `FetchError` for a component without weights, before anything is downloaded.
+    """
     from huggingface_hub import HfApi, constants
 
     info = HfApi(constants.ENDPOINT).model_info(repo_id, revision=revision, files_metadata=True)
@@ -101,19 +112,42 @@ def _list(repo_id: str, revision: str) -> tuple[Revision, list[_File]]:
     names = {sibling.rfilename for sibling in siblings}
     if MODEL_INDEX not in names or info.sha is None:
         raise FetchError(f"{repo_id}: got no {MODEL_INDEX} but expected a repository in the layout of a pipeline")
+    renamed = {name: plain_name(name, variant) for name in names}
     for component, stem in WEIGHTS.items():
         own = sorted(name for name in names if name.startswith(f"{component}/"))
-        pickles = [name for name in own if is_pickle(name)]
-        if pickles and not any(belongs(name) and name.startswith(f"{component}/{stem}") for name in own):
-            raise FetchError(f"{repo_id}: got {', '.join(pickles)} only but expected {component}/{stem}.safetensors")
-    wanted = (_file(sibling) for sibling in siblings if belongs(sibling.rfilename))
-    return Revision(repo_id, revision, info.sha), sorted(wanted, key=lambda file: file.path)
+        if not any(is_weights(renamed[name], stem) for name in own):
+            raise FetchError(f"{repo_id}: {_explain_weights(component, own, stem)}")
+    # A component that has both, the variant and others, gives the variant.
+    chosen = {renamed[name] for name in names if renamed[name] != name}
+    wanted = [
+        _file(sibling, renamed[sibling.rfilename])
+        for sibling in siblings
+        if belongs(renamed[sibling.rfilename])
+        and (sibling.rfilename not in chosen or renamed[sibling.rfilename] != sibling.rfilename)
+    ]
+    return Revision(repo_id, revision, info.sha, variant), sorted(wanted, key=lambda file: file.path)
 
 
-def _file(sibling: "RepoSibling") -> _File:
+def _explain_weights(component: str, names: list[str], stem: str) -> str:
+    """Returns what a component has instead of weights that can be fetched, and the way to get some, if there is one."""
+    expected = f"but expected {component}/{stem}.safetensors"
+    variants = sorted({variant for name in names if (variant := variant_of(name, stem))})
+    if variants:
+        files = ", ".join(name for name in names if variant_of(name, stem))
+        return f"got {files} only {expected}; fetch them by `scripts/checkpoint fetch` with --variant {variants[0]}"
+    pickles = [name for name in names if is_pickle(name)]
+    if pickles:
+        return (
+            f"got {', '.join(pickles)} only {expected}: loading a pickle can run code. Where a pull request on the hub "
+            "adds safetensors, fetch its revision, such as --revision refs/pr/3 (scripts/serve: REPO_ID@refs/pr/3)"
+        )
+    return f"got no weights in {component}/ {expected}"
+
+
+def _file(sibling: "RepoSibling", path: str) -> _File:
     if sibling.size is None:
         raise FetchError(f"{sibling.rfilename}: the hub did not report its size")
-    return _File(sibling.rfilename, sibling.size, sibling.lfs.sha256 if sibling.lfs else None, sibling.blob_id)
+    return _File(path, sibling.rfilename, sibling.size, sibling.lfs.sha256 if sibling.lfs else None, sibling.blob_id)
 
 
 @contextmanager
@@ -125,13 +159,16 @@ def _claimed(partial: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise FetchError(f"{partial}: another fetch is writing to it") from error
+        except OSError as error:
+            logger.warning("%s: no locks here (%s): see that no other fetch writes to it", partial, error.strerror)
         yield
 
 
 def _forget_other_commits(partial: Path, resolved: Revision) -> None:
     """Empties `partial` unless it was started for the same commit."""
     begun = _read_revision(partial)
-    if begun is None or (begun.repo_id, begun.sha) != (resolved.repo_id, resolved.sha):
+    # The same commit may be known by several names, a branch and a tag.
+    if begun is None or replace(begun, revision=resolved.revision) != resolved:
         for entry in partial.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
@@ -198,7 +235,7 @@ def _append(file: _File, resolved: Revision, stream: BinaryIO, progress: "tqdm[N
     headers = {"Accept-Encoding": "identity", "Range": f"bytes={stream.tell()}-"}
     if token := get_token():
         headers["Authorization"] = f"Bearer {token}"
-    url = hf_hub_url(resolved.repo_id, file.path, revision=resolved.sha, endpoint=constants.ENDPOINT)
+    url = hf_hub_url(resolved.repo_id, file.source, revision=resolved.sha, endpoint=constants.ENDPOINT)
     with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=_TIMEOUT) as response:
         hf_raise_for_status(response)
         if response.status_code != 206:  # the server does not support ranges

@@ -49,6 +49,8 @@ WEIGHTS: Final[Mapping[str, str]] = {
 """The components that have weights, and what the names of their files begin with."""
 
 _WEIGHT_FILE: Final = re.compile(r"(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors")
+_VARIANT_FILE: Final = re.compile(r"(model|diffusion_pytorch_model)\.(?!safetensors)([\w-]+)\.safetensors")
+"""In one file only: an index names the parts of several, with the variant."""
 _TEXT_SUFFIXES: Final = (".json", ".txt", ".model")  # configs, merges, SentencePiece
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -61,6 +63,26 @@ def belongs(path: str) -> bool:
     if len(parts.parts) != 2 or parts.parts[0] not in CLASSES:
         return False
     return parts.suffix in _TEXT_SUFFIXES or _WEIGHT_FILE.fullmatch(parts.name) is not None
+
+
+def is_weights(path: str, stem: str) -> bool:
+    """Returns whether a file of a component holds weights, or a part of them, whose names begin with `stem`."""
+    name = PurePosixPath(path).name
+    return name.startswith(stem) and _WEIGHT_FILE.fullmatch(name) is not None
+
+
+def variant_of(path: str, stem: str) -> str:
+    """Returns the variant of weights in one file: `fp16` of `model.fp16.safetensors`; empty for any other file."""
+    match = _VARIANT_FILE.fullmatch(PurePosixPath(path).name)
+    return match[2] if match is not None and match[1] == stem else ""
+
+
+def plain_name(path: str, variant: str) -> str:
+    """Returns the path of a file without this variant in its name."""
+    stem = WEIGHTS.get(PurePosixPath(path).parts[0], "")
+    if variant and variant_of(path, stem) == variant:
+        return str(PurePosixPath(path).with_name(f"{stem}.safetensors"))
+    return path
 
 
 def is_pickle(name: str) -> bool:

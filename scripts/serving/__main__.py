@@ -20,10 +20,11 @@ from audioldm2_triton.server.settings import (
     environment_name,
     read_settings,
 )
+from audioldm2_triton.terminal import escape_unprintable
 from serving.diagnosis import Patience
 from serving.health import Health, health_server
 from serving.installation import InstallationError, find_triton
-from serving.plain_paths import PlainPathError
+from serving.plain_paths import PlainPathError, with_plain_folders
 from serving.repository import write_repository
 from serving.run_directory import draining_file, run_directory
 from serving.server_error import DRAIN_TIMEOUT_IN_S, ServerError
@@ -103,6 +104,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    escape_unprintable()
     arguments = parse_arguments()
     ports = {
         "--http-port": arguments.http_port,
@@ -166,10 +168,13 @@ def _with_local_checkpoint(given: dict[str, str], cache: Path, option: str) -> d
     if not checkpoint:
         raise SettingsError(f"{option}: got nothing but expected a directory or a hub id")
     path = Path(checkpoint).expanduser()
-    if not path.exists() and checkpoint.count("/") == 1 and not checkpoint.startswith((".", "~", "/")):
-        path = cache / checkpoint
+    # A hub id, with a revision or without: cvssp/audioldm2, cvssp/audioldm2@refs/pr/3.
+    repository, _, revision = checkpoint.partition("@")
+    if not path.exists() and repository.count("/") == 1 and not repository.startswith((".", "~", "/")):
+        path = cache / checkpoint if not revision else cache / f"{repository}@{revision.replace('/', '--')}"
         if not path.exists():
-            _run_checkpoint_command(option, "fetch", checkpoint, "--out", str(path))
+            asked = ("--revision", revision) if revision else ()
+            _run_checkpoint_command(option, "fetch", repository, *asked, "--out", str(path))
     if not path.is_dir():
         raise SettingsError(f"{option}: got {checkpoint!r} but expected a directory or a hub id")
     _run_checkpoint_command(option, "verify", str(path))
@@ -199,6 +204,7 @@ def _serve(
         write_repository(MODEL_REPOSITORY, repository, of_checkpoint, prefix)
     # The settings are in the configurations now; the environment would override them.
     environment = {name: value for name, value in triton.environment.items() if not name.startswith(ENVIRONMENT_PREFIX)}
+    environment = with_plain_folders(environment, directory)
     environment[draining.FILE_VARIABLE] = str(draining_file(directory))
     # Idle OpenMP threads must not spin, because the stages' processes share the cores (ten times slower otherwise).
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -5,20 +5,30 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Final
 
 from audioldm2_triton import AudioLDM2Client, AudioLDM2Error
+from audioldm2_triton.files import check_writable
+from audioldm2_triton.terminal import escape_unprintable
 from project import DEMO_CHECKPOINT, ROOT
 from serving.local_server import local_server
 from serving.server_error import ServerError
 
+AUDIO: Final = "out.wav"
+PICTURE: Final = "out.png"
+
 
 def main() -> int:
+    escape_unprintable()
     parser = argparse.ArgumentParser(prog="scripts/quickstart", description="Writes out.wav and out.png.")
     parser.add_argument("prompt", nargs="?", default="A church bell rings slowly")
     parser.add_argument("--out", type=Path, default=ROOT, help="a folder (default: that of the repository)")
     arguments = parser.parse_args()
     try:
-        arguments.out.mkdir(parents=True, exist_ok=True)  # before minutes are spent on a sound that cannot be written
+        # Before minutes are spent on a sound that cannot be written.
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        for name in (AUDIO, PICTURE):
+            check_writable(arguments.out / name)
         with tempfile.TemporaryDirectory() as directory:
             print("starting the server", file=sys.stderr)
             with local_server(DEMO_CHECKPOINT, Path(directory) / "log") as server:
@@ -35,7 +45,7 @@ def _generate(prompt: str, url: str, out: Path) -> None:
         start = time.perf_counter()
         result = client.generate(prompt, seed=0, return_scores=True)
         latency = time.perf_counter() - start
-    audio, image = out / "out.wav", out / "out.png"
+    audio, image = out / AUDIO, out / PICTURE
     result.save(audio)
     result.plot(image)
     assert result.scores is not None  # asked for

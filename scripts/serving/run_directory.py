@@ -6,6 +6,7 @@ else that run has left: a server, its stages, and their files in `/dev/shm`.
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
 import subprocess
@@ -18,11 +19,13 @@ from typing import Final
 
 import psutil
 
-from serving.plain_paths import check_plain
+from serving.plain_paths import plain_temporary_folder
 from serving.stage_processes import creation_time, kill_group
 
 PREFIX: Final = "audioldm2-triton-"
 SHARED_MEMORY: Final = Path("/dev/shm")
+logger = logging.getLogger(__name__)
+
 _OWNER: Final = "owner"
 _SERVER: Final = "server"
 _DRAINING: Final = "draining"
@@ -34,13 +37,15 @@ def run_directory() -> Iterator[Path]:
 
     Removes what killed predecessors have left, too. Raises `PlainPathError`.
     """
-    remove_dead_runs(Path(tempfile.gettempdir()))
-    directory = Path(tempfile.mkdtemp(prefix=PREFIX))
+    parent = plain_temporary_folder()
+    remove_dead_runs(parent)
+    directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     owner = os.open(directory / _OWNER, os.O_CREAT | os.O_RDWR, 0o600)
     try:
-        check_plain(directory)
-        with contextlib.suppress(OSError):  # a file system without locks: its dead runs are never removed
+        try:
             fcntl.flock(owner, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.warning("%s has no locks (%s): what killed runs leave there stays", parent, error.strerror)
         with _reaper(directory):
             yield directory
     finally:

@@ -71,6 +71,14 @@ def installed(*arguments: str, **variables: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60)
 
 
+def installed_as_nobody(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same without root's right to write everywhere."""
+    command = [environment("client") / "bin" / "audioldm2", *arguments]
+    if os.getuid() == 0:
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all", *command]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
 def test_the_light_client_is_enough(url: str) -> None:
     Path("prompts.txt").write_text("rain\nwind\n")
     made = installed("--batch=prompts.txt", "-o=made", url, "--num-waveforms-per-prompt=2")
@@ -113,6 +121,72 @@ def test_a_batch_goes_on_after_a_failure(url: str, capsys: pytest.CaptureFixture
     # Each is what a call of its own gives.
     assert main(["wind", url, "--seed=3"]) == 0
     assert Path("out.wav").read_bytes() == Path("made/here/0003.wav").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([PROMPT, "-o=a.wav"], "Is a directory: 'a.wav'"),
+        ([PROMPT, f"-o={'a' * 300}.wav"], "File name too long"),
+        ([PROMPT, "-o=closed/b.wav"], "Permission denied: 'closed/b.wav'"),
+        ([PROMPT, "-o=some.wav", "--num-waveforms-per-prompt=3"], "Is a directory: 'some-2.wav'"),
+        ([PROMPT, "--plot=picture.png"], "Is a directory: 'picture.png'"),
+        (["--batch=prompts.txt", "-o=closed"], "Permission denied: 'closed/0001.wav'"),
+        (["--batch=prompts.txt", "-o=made"], "Is a directory: 'made/0002.wav'"),
+    ],
+)
+def test_what_cannot_be_written_is_found_before_the_generation(arguments: list[str], message: str, url: str) -> None:
+    for folder in ("a.wav", "some-2.wav", "picture.png", "closed", "made/0002.wav"):
+        Path(folder).mkdir(parents=True)
+    Path("prompts.txt").write_text(f"!watch {Path('seen').absolute()}\nrain\n")
+    Path("closed").chmod(0o500)
+    before = sorted(Path().rglob("*"))
+    run = installed_as_nobody(*[f"!watch {Path('seen').absolute()}" if a == PROMPT else a for a in arguments], url)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert message in run.stderr
+    assert len(run.stderr.splitlines()) == 1
+    assert not Path("seen").exists(), "the server has had a request"
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_terminal_that_lacks_letters(encoding: str, url: str) -> None:
+    Path("prompts.txt").write_text("雨\nwind\n", encoding="utf-8")
+    run = installed("--batch=prompts.txt", "-o=生成", url, PYTHONIOENCODING=encoding)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert sorted(file.name for file in Path("生成").iterdir()) == ["0001.wav", "0002.wav"]
+    assert "\\u751f\\u6210/0001.wav" in run.stdout
+    assert installed(PROMPT, url, "-o=鐘.wav", PYTHONIOENCODING=encoding).returncode == 0
+
+
+def test_prompts_from_standard_input(url: str) -> None:
+    command = [environment("client") / "bin" / "audioldm2", "--batch", "-", "-o=made", url]
+    run = subprocess.run(command, input=b"rain\nbell\n", capture_output=True, timeout=60)
+    assert (run.returncode, run.stderr) == (0, b"")
+    assert len(list(Path("made").iterdir())) == 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"])
+def test_prompts_in_another_encoding_are_refused(encoding: str, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("prompts.txt").write_bytes("rain\nf\xfcr Elise\n".encode(encoding))
+    assert main(["--batch=prompts.txt", "-o=made", url]) == 1
+    assert "`--batch`: got 'prompts.txt' but expected text in UTF-8" in capsys.readouterr().err
+    assert not Path("made").exists()
+
+
+@pytest.mark.parametrize("fault", ["raise ImportError('none')", "raise OSError('cannot load libsndfile.so')"])
+def test_only_files_need_libsndfile(fault: str, url: str) -> None:
+    Path("soundfile.py").write_text(fault)
+    code = (
+        "import sys; from audioldm2_triton import AudioLDM2Client; from audioldm2_triton.cli import main\n"
+        "with AudioLDM2Client(sys.argv[1]) as client: print(client.generate('rain').num_samples)\n"
+        "sys.exit(main(['rain', '--url=' + sys.argv[1]]))"
+    )
+    command = [environment("client") / "bin" / "python3", "-c", code, url.removeprefix("--url=")]
+    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": "."}, capture_output=True, text=True, timeout=60)
+    assert int(run.stdout) > 0, run.stderr
+    assert run.returncode == 1
+    assert run.stderr.startswith("audioldm2: audio files need the package soundfile, and libsndfile: ")
 
 
 def test_a_batch_keeps_several_requests_in_flight(url: str) -> None:

@@ -102,7 +102,7 @@ def test_fetches_all_but_pickles(hub: Hub, fetch: Fetch, tiny_checkpoint: Path, 
     assert result.stdout == f"OK: {out}: {hub.repo_id} at {hub.sha}\n"
     fetched = contents(out)
     revision = json.loads(fetched.pop("revision.json"))
-    assert revision == {"repo_id": hub.repo_id, "revision": "main", "sha": hub.sha}
+    assert revision == {"repo_id": hub.repo_id, "revision": "main", "sha": hub.sha, "variant": ""}
     assert fetched == contents(tiny_checkpoint)
     asked = {name for name, _ in hub.ranges}
     assert asked == set(fetched)
@@ -111,6 +111,77 @@ def test_fetches_all_but_pickles(hub: Hub, fetch: Fetch, tiny_checkpoint: Path, 
     hub.sent.clear()
     assert fetch(hub, out).returncode == 0
     assert not hub.sent.keys() - {""}
+
+
+def rename_weights(directory: Path, suffix: str) -> None:
+    for path in directory.rglob("*.safetensors"):
+        path.rename(path.with_name(path.name.replace(".safetensors", suffix)))
+
+
+def test_weights_as_variants(hub: Hub, fetch: Fetch, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """All of them, as a repository with nothing else has them; named before anything is downloaded."""
+    rename_weights(hub.directory, ".fp16.safetensors")
+    out = tmp_path / "out"
+    assert_refused(fetch(hub, out), out, "language_model/model.fp16.safetensors only", "--variant fp16")
+    assert_refused(fetch(hub, out, "--variant=bf16"), out, "--variant fp16")
+    assert not hub.ranges
+    assert fetch(hub, out, "--variant=fp16").returncode == 0
+    fetched = contents(out)
+    assert json.loads(fetched.pop("revision.json"))["variant"] == "fp16"
+    assert fetched == contents(tiny_checkpoint)
+
+
+def test_a_variant_instead_of_the_plain_weights(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
+    """Where a component has both; the others have one. A change of mind half-way starts anew."""
+    other = (hub.directory / UNET).read_bytes()[:-4] + b"\0\0\0\0"
+    (hub.directory / UNET.replace(".safetensors", ".fp16.safetensors")).write_bytes(other)
+    hub.cut_after["vae/diffusion_pytorch_model.safetensors"] = 1000
+    assert fetch(hub, tmp_path / "out").returncode == 1
+    hub.cut_after.clear()
+    assert fetch(hub, tmp_path / "out", "--variant=fp16").returncode == 0
+    assert (tmp_path / "out" / UNET).read_bytes() == other
+    assert len(list((tmp_path / "out" / "unet").glob("*.safetensors"))) == 1
+
+
+def test_pickles_only_are_refused_with_a_way_out(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
+    rename_weights(hub.directory, ".bin")
+    out = tmp_path / "out"
+    assert_refused(fetch(hub, out), out, "language_model/model.bin only", "--revision refs/pr/3", "REPO_ID@refs/pr/3")
+    assert not hub.ranges
+
+
+def test_no_weights_at_all_are_refused_before_anything_is_downloaded(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
+    (hub.directory / "vocoder" / "model.safetensors").unlink()
+    assert_refused(fetch(hub, tmp_path / "out"), tmp_path / "out", "got no weights in vocoder/")
+    assert not hub.ranges
+
+
+def test_a_revision_of_a_pull_request(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
+    hub.branch = "refs/pr/3"
+    assert_refused(fetch(hub, tmp_path / "out"), tmp_path / "out", "has no revision 'main'")
+    assert fetch(hub, tmp_path / "out", "--revision=refs/pr/3").returncode == 0
+
+
+def test_serve_takes_a_revision(hub: Hub, tmp_path: Path) -> None:
+    hub.branch = "refs/pr/3"
+    arguments = [f"--checkpoint={hub.repo_id}@refs/pr/3", f"--cache-dir={tmp_path / 'cache'}", "--dtype=float8"]
+    command = [python("tools"), "-m", "serving", *arguments]
+    variables = {**environment(hub, tmp_path), "PYTHONPATH": str(ROOT / "scripts")}
+    # It does not start: the fetch comes first, and then a setting that it refuses.
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert (tmp_path / "cache" / f"{hub.repo_id}@refs--pr--3" / UNET).is_file(), run.stderr
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks(
+    number: int, hub: Hub, fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fetching.fcntl, "flock", refuse)
+    assert fetch(hub, tmp_path / "out").returncode == 0
 
 
 def test_goes_on_where_it_was_cut(hub: Hub, fetch: Fetch, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -313,7 +384,7 @@ def test_directory_in_use_is_left_alone(hub: Hub, fetch: Fetch, tmp_path: Path) 
 def test_disk_that_is_too_small_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free=999))
-    file = fetching._File("unet/config.json", 1000, None, None)
+    file = fetching._File("unet/config.json", "unet/config.json", 1000, None, None)
     with pytest.raises(OSError, match="expected") as raised:
         fetching._check_space(tmp_path, [file])
     assert raised.value.errno == errno.ENOSPC

@@ -1,5 +1,7 @@
-"""Weights that are on their device only while a stage works: the lease, the two homes, and an engine between them."""
+"""Weights that are on their device only while a stage works: the lease, the two stores, and an engine between them."""
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 from transformers import SpeechT5HifiGan
 
+from audioldm2_triton.server import device_lease
 from audioldm2_triton.server import residency as module
 from audioldm2_triton.server.device_lease import DeviceLease
 from audioldm2_triton.server.residency import MappedStore, PinnedStore, Residency, stage_residency
@@ -345,3 +348,12 @@ def test_a_turn_that_fails_fails_its_requests_only(
     assert_is_reference(outcomes.next()[1], request)
     assert engine.broken is None
     assert (2,) * 2 in unet.forwards
+
+
+def test_no_lease_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(device_lease.fcntl, "flock", refuse)
+    with pytest.raises(SettingsError, match=r"offload: .* has no locks .*; turn offload off"):
+        DeviceLease("cpu", tmp_path)

@@ -3,11 +3,15 @@
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from audioldm2_triton.server.threads import set_measured_threads
+from audioldm2_triton.server import threads
+from audioldm2_triton.server.threads import set_measured_threads, usable_cores
+
+QUOTA = threads._quota
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +19,7 @@ def _threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(threads, "_quota", lambda _: None)
     yield
     torch.set_num_threads(before)
 
@@ -36,3 +41,25 @@ def test_the_environment_decides_first(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("nothing is to be measured")
 
     assert set_measured_threads(fail) == 3
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "200000 100000"}, 2),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "10000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ({}, 8),
+    ],
+)
+def test_a_containers_quota_counts(
+    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "_quota", QUOTA)
+    (tmp_path / "cpu").mkdir()
+    for name, content in files.items():
+        (tmp_path / name).write_text(f"{content}\n")
+    assert usable_cores(tmp_path) == expected

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Final
 
+from audioldm2_triton.server.settings import SettingsError
+
 LEASES: Final = Path("/dev/shm")
 """The directory of the files: visible to all processes of the machine or container, and empty when it starts."""
 
@@ -18,6 +20,8 @@ class DeviceLease:
     First come, first served: the first to wait for the lease also holds the queue, so that a holder that yields is not
     the next to get it. Used by one thread at a time.
 
+    Raises `SettingsError` if the directory is in a file system without locks.
+
     Args:
         device: a name of the device that is the same in all processes, such as `cpu`.
     """
@@ -26,6 +30,11 @@ class DeviceLease:
         # One lease per user, because another user's files could not be opened.
         stem = f"audioldm2-{os.getuid()}-{device}"
         self._queue, self._lease = (_open(directory / f"{stem}.{kind}") for kind in ("queue", "lease"))
+        try:
+            self.is_wanted()
+        except OSError as error:
+            self.close()
+            raise SettingsError(f"offload: {directory} has no locks ({error.strerror}); turn offload off") from error
 
     def acquire(self) -> None:
         """Waits until the lease is free."""

@@ -4,10 +4,13 @@ Three stages share the cores. More threads than the work can use only take cores
 kernels of a small checkpoint are slower on two threads than on one.
 """
 
+import contextlib
 import logging
 import os
 import time
 from collections.abc import Callable
+from math import ceil
+from pathlib import Path
 from typing import Final
 
 logger = logging.getLogger(__name__)
@@ -27,7 +30,7 @@ def set_measured_threads(work: Callable[[], object]) -> int:
 
     if os.environ.get("OMP_NUM_THREADS"):
         return torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     torch.set_num_threads(1)
     work()  # the first call includes one-time costs
     threads, seconds = 1, _time(work)
@@ -41,6 +44,26 @@ def set_measured_threads(work: Callable[[], object]) -> int:
     torch.set_num_threads(threads)
     logger.info("%d of %d cores: %.1f ms", threads, cores, 1000 * seconds)
     return threads
+
+
+def usable_cores(control_groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Returns how many cores this process may keep busy: by its affinity, and by the quota of its container."""
+    cores = len(os.sched_getaffinity(0))
+    quota = _quota(control_groups)
+    return cores if quota is None else max(1, min(cores, ceil(quota)))
+
+
+def _quota(control_groups: Path) -> float | None:
+    """Returns the CPUs' worth of time that the control group allows, as `docker run --cpus` sets it; None: all."""
+    with contextlib.suppress(OSError, ValueError):  # version 2: "200000 100000" or "max 100000"
+        quota, period = (control_groups / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    with contextlib.suppress(OSError, ValueError):  # version 1: -1 for all
+        given, every = (
+            int((control_groups / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period")
+        )
+        return given / every if given > 0 else None
+    return None
 
 
 def _time(work: Callable[[], object]) -> float:

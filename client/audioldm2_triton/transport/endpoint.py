@@ -1,5 +1,6 @@
 """The address of a server, parsed from its URL."""
 
+import os
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final
@@ -31,6 +32,16 @@ class Endpoint:
         options = [(f"grpc.max_{way}_message_length", _LARGEST_MESSAGE) for way in ("send", "receive")]
         # gRPC obeys http_proxy for the loopback too, unless no_proxy names it. HTTP clients here obey neither.
         return [*options, ("grpc.enable_http_proxy", 0)] if self.is_loopback else options
+
+    @property
+    def proxy(self) -> str:
+        """The variable of the environment that names the proxy of a gRPC channel, in its order; empty: there is none.
+
+        HTTP clients here obey none.
+        """
+        if self.protocol != "grpc" or self.is_loopback:
+            return ""
+        return next((name for name in ("grpc_proxy", "https_proxy", "http_proxy") if os.environ.get(name)), "")
 
 
 def parse_url(url: str) -> Endpoint:

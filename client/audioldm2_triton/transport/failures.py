@@ -1,6 +1,7 @@
 """Translates the exceptions of `tritonclient`, gRPC and HTTP into the errors of the contract."""
 
 import asyncio
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +53,8 @@ _RAISED_IN_STAGE: Final = re.compile(
     r"Failed to process the request\(s\) for model(?: instance)? '(?P<stage>[^']*)', message: (?P<message>.*)",
     re.DOTALL,
 )
+_NO_CONNECTION: Final = re.compile(r"connect|DNS|socket|proxy|handshake", re.IGNORECASE)
+"""gRPC's own words, in messages that are not Triton's."""
 _HTTP_LIBRARIES: Final = ("aiohttp", "geventhttpclient", "http")
 _STACK: Final = re.compile(r"\n\s*\nAt:\n.*", re.DOTALL)
 
@@ -113,9 +116,12 @@ def _from_stream(message: str) -> AudioLDM2Error:
 
 def _located(error: AudioLDM2Error, endpoint: Endpoint) -> AudioLDM2Error:
     """Returns the error for a server that cannot be reached; its message names the address."""
-    if isinstance(error, UnavailableError) and not str(error).startswith(endpoint.url):
-        return UnavailableError(f"{endpoint.url}: {error}")
-    return error
+    if not isinstance(error, UnavailableError):
+        return error
+    message = str(error) if str(error).startswith(endpoint.url) else f"{endpoint.url}: {error}"
+    if endpoint.proxy and _NO_CONNECTION.search(message):
+        message += f" (gRPC goes through {endpoint.proxy}={os.environ[endpoint.proxy]}; no_proxy can except the host)"
+    return UnavailableError(message)
 
 
 def clean_message(message: str) -> str:
