@@ -130,13 +130,12 @@ def test_a_batch_goes_on_after_a_failure(url: str, capsys: pytest.CaptureFixture
         ([PROMPT, f"-o={'a' * 300}.wav"], "File name too long"),
         ([PROMPT, "-o=closed/b.wav"], "Permission denied: 'closed/b.wav'"),
         ([PROMPT, "-o=some.wav", "--num-waveforms-per-prompt=3"], "Is a directory: 'some-2.wav'"),
-        ([PROMPT, "--plot=picture.png"], "Is a directory: 'picture.png'"),
         (["--batch=prompts.txt", "-o=closed"], "Permission denied: 'closed/0001.wav'"),
         (["--batch=prompts.txt", "-o=made"], "Is a directory: 'made/0002.wav'"),
     ],
 )
 def test_what_cannot_be_written_is_found_before_the_generation(arguments: list[str], message: str, url: str) -> None:
-    for folder in ("a.wav", "some-2.wav", "picture.png", "closed", "made/0002.wav"):
+    for folder in ("a.wav", "some-2.wav", "closed", "made/0002.wav"):
         Path(folder).mkdir(parents=True)
     Path("prompts.txt").write_text(f"!watch {Path('seen').absolute()}\nrain\n")
     Path("closed").chmod(0o500)
@@ -147,6 +146,15 @@ def test_what_cannot_be_written_is_found_before_the_generation(arguments: list[s
     assert len(run.stderr.splitlines()) == 1
     assert not Path("seen").exists(), "the server has had a request"
     assert sorted(Path().rglob("*")) == before
+
+
+def test_a_picture_that_cannot_be_drawn_is_found_before_the_generation(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("picture.png").mkdir()
+    assert main([f"!watch {Path('seen').absolute()}", url, "--plot=picture.png"]) == 1
+    assert "Is a directory: 'picture.png'" in capsys.readouterr().err
+    assert not Path("seen").exists()
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])

@@ -240,8 +240,9 @@ def check_stalled(asking: Asking, directory: Path, point: str, request: Request)
             outcome = concerned.result()
         finally:
             file.unlink()
-    # An observer is also told by the thread that takes requests in, beside which the engine goes on.
-    if (point, STALL) in HARMLESS or (point == "denoiser.observer" and isinstance(outcome, np.ndarray)):
+    # Both are also told by the threads that take requests in, beside which the engine goes on.
+    beside_the_engine = point in ("denoiser.observer", "denoiser.listener") and isinstance(outcome, np.ndarray)
+    if (point, STALL) in HARMLESS or beside_the_engine:
         asking.check_right(request, outcome)
     else:
         check_expired(outcome, request)
