@@ -13,9 +13,16 @@ from tqdm import tqdm
 
 from audioldm2_triton import contract
 from audioldm2_triton.aio import AsyncAudioLDM2Client
-from audioldm2_triton.errors import AudioLDM2Error, invalid
+from audioldm2_triton.errors import AudioLDM2Error
 from audioldm2_triton.events import Progress
-from audioldm2_triton.files import check_audio_path, check_path, check_writable, import_soundfile
+from audioldm2_triton.files import (
+    check_audio_path,
+    check_path,
+    check_writable,
+    import_soundfile,
+    read_prompts,
+    waveform_files,
+)
 from audioldm2_triton.result import GenerationResult
 from audioldm2_triton.server_info import ServerInfo
 from audioldm2_triton.terminal import escape_unprintable
@@ -28,7 +35,6 @@ T = TypeVar("T")
 FAILED: Final = 1
 INTERRUPTED: Final = 130  # as shells report it: 128 plus the number of SIGINT
 REFRESH_IN_S: Final = 0.2
-STANDARD_INPUT: Final = "-"
 BATCH_MAX_RETRIES: Final = 100  # nobody waits, and a full server has room again
 
 EPILOG: Final = """\
@@ -182,7 +188,7 @@ async def _generate_one(client: AsyncAudioLDM2Client, arguments: argparse.Namesp
     # Before the server does any work.
     import_soundfile()
     check_audio_path(path)
-    for file in _files(path, arguments.num_waveforms_per_prompt):
+    for file in waveform_files(path, arguments.num_waveforms_per_prompt):
         check_writable(file)
     if arguments.plot is not None:
         from audioldm2_triton.plot import require_matplotlib
@@ -229,10 +235,10 @@ async def _refreshing(bar: "tqdm[NoReturn]", answer: Awaitable[T]) -> T:
 
 async def _generate_batch(client: AsyncAudioLDM2Client, arguments: argparse.Namespace) -> int:
     import_soundfile()
-    prompts = _read_prompts(arguments.batch)
+    prompts = read_prompts(arguments.batch)
     arguments.output.mkdir(parents=True, exist_ok=True)
     for line, _ in prompts:
-        for file in _files(_batch_file(arguments.output, line), arguments.num_waveforms_per_prompt):
+        for file in waveform_files(_batch_file(arguments.output, line), arguments.num_waveforms_per_prompt):
             check_writable(file)
     # Without a server the whole batch fails, with one message.
     await client.server_info(arguments.timeout)
@@ -267,22 +273,6 @@ async def _all(works: Iterable[Awaitable[None]]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _read_prompts(path: Path) -> list[tuple[int, str]]:
-    """Returns the prompts of a file, or of standard input for `-`, with their line numbers, from 1.
-
-    Raises `InvalidArgumentError` or `OSError`.
-    """
-    content = sys.stdin.buffer.read() if str(path) == STANDARD_INPUT else path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise invalid("--batch", str(path), "text in UTF-8") from None
-    if "\0" in text:
-        raise invalid("--batch", str(path), "text in UTF-8, not UTF-16 or UTF-32: it contains NUL characters")
-    lines = text.split("\n")
-    return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
-
-
 def _options(arguments: argparse.Namespace) -> GenerateOptions:
     return {
         "negative_prompt": arguments.negative_prompt,
@@ -298,17 +288,12 @@ def _options(arguments: argparse.Namespace) -> GenerateOptions:
     }
 
 
-def _files(path: Path, count: int) -> list[Path]:
-    """Returns the files of so many waveforms, the best first."""
-    return [path, *(path.with_stem(f"{path.stem}-{index}") for index in range(1, count))]
-
-
 def _batch_file(directory: Path, line: int) -> Path:
     return directory / f"{line:04}.wav"
 
 
 def _save(result: GenerationResult, path: Path, latency_in_s: float) -> None:
-    for index, target in enumerate(_files(path, result.num_waveforms)):
+    for index, target in enumerate(waveform_files(path, result.num_waveforms)):
         file = result.save(target, index)
         score = "-" if result.scores is None else f"{result.scores[index]:.4f}"
         tqdm.write(

@@ -1,11 +1,13 @@
-"""Checks where the client may write a file, before anything is generated."""
+"""The files of the client: where it may write, checked before anything is generated, and prompts to read."""
 
+import sys
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
 from audioldm2_triton.errors import invalid
 
+STANDARD_INPUT: Final = "-"
 AUDIO_FORMATS: Final = {".wav": "WAV", ".flac": "FLAC"}
 
 
@@ -43,3 +45,24 @@ def check_writable(path: Path) -> None:
         pass
     if is_new:
         path.unlink()
+
+
+def waveform_files(path: Path, count: int) -> list[Path]:
+    """Returns the files of so many waveforms, the best first."""
+    return [path, *(path.with_stem(f"{path.stem}-{index}") for index in range(1, count))]
+
+
+def read_prompts(path: Path) -> list[tuple[int, str]]:
+    """Returns the prompts of a file, or of standard input for `-`, with their line numbers, from 1.
+
+    Raises `InvalidArgumentError` or `OSError`.
+    """
+    content = sys.stdin.buffer.read() if str(path) == STANDARD_INPUT else path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise invalid("--batch", str(path), "text in UTF-8") from None
+    if "\0" in text:
+        raise invalid("--batch", str(path), "text in UTF-8, not UTF-16 or UTF-32: it contains NUL characters")
+    lines = text.split("\n")
+    return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
