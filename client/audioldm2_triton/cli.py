@@ -24,8 +24,7 @@ from audioldm2_triton.files import (
     waveform_files,
 )
 from audioldm2_triton.result import GenerationResult
-from audioldm2_triton.server_info import ServerInfo
-from audioldm2_triton.terminal import escape_unprintable
+from audioldm2_triton.terminal import escape_unprintable, print_info
 from audioldm2_triton.transport.endpoint import DEFAULT_URL
 from audioldm2_triton.transport.resending import DEFAULT_MAX_RETRIES
 from audioldm2_triton.transport.wire import GenerateOptions
@@ -156,31 +155,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _run(arguments: argparse.Namespace) -> int:
     async with AsyncAudioLDM2Client(arguments.url, model=arguments.model, max_retries=arguments.max_retries) as client:
         if arguments.info:
-            _print_info(await client.server_info(arguments.timeout))
+            print_info(await client.server_info(arguments.timeout))
             return 0
         if arguments.batch is not None:
             return await _generate_batch(client, arguments)
         return await _generate_one(client, arguments)
-
-
-def _print_info(info: ServerInfo) -> None:
-    unknown = "not published"
-    native, rate = info.native_audio_length_in_s, info.sampling_rate
-    lines = {
-        "checkpoint": info.checkpoint or unknown,
-        "native audio length": unknown if native is None else f"{native:g} s",
-        "sampling rate": unknown if rate is None else f"{rate} Hz",
-        "max audio length": f"{info.limits.max_audio_length_in_s:g} s",
-        "max inference steps": str(info.limits.max_num_inference_steps),
-        "max waveforms per prompt": str(info.limits.max_num_waveforms_per_prompt),
-        "max prompts per request": str(info.max_batch_size),
-        "transcription": info.transcription or unknown,
-        "schedulers": "\n".join(
-            f"{'' if index == 0 else ' ' * 26}{name}" for index, name in enumerate(info.schedulers)
-        ),
-    }
-    for name, value in lines.items():
-        print(f"{name + ':':26}{value}")
 
 
 async def _generate_one(client: AsyncAudioLDM2Client, arguments: argparse.Namespace) -> int:

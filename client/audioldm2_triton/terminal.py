@@ -1,7 +1,9 @@
-"""Makes the standard streams print any text, whatever the encoding of the terminal."""
+"""What the command line prints: any text, whatever the encoding of the terminal, and what a server accepts."""
 
 import io
 import sys
+
+from audioldm2_triton.server_info import ServerInfo
 
 
 def escape_unprintable() -> None:
@@ -12,3 +14,24 @@ def escape_unprintable() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def print_info(info: ServerInfo) -> None:
+    """Prints what a server accepts, a line each."""
+    unknown = "not published"
+    native, rate = info.native_audio_length_in_s, info.sampling_rate
+    lines = {
+        "checkpoint": info.checkpoint or unknown,
+        "native audio length": unknown if native is None else f"{native:g} s",
+        "sampling rate": unknown if rate is None else f"{rate} Hz",
+        "max audio length": f"{info.limits.max_audio_length_in_s:g} s",
+        "max inference steps": str(info.limits.max_num_inference_steps),
+        "max waveforms per prompt": str(info.limits.max_num_waveforms_per_prompt),
+        "max prompts per request": str(info.max_batch_size),
+        "transcription": info.transcription or unknown,
+        "schedulers": "\n".join(
+            f"{'' if index == 0 else ' ' * 26}{name}" for index, name in enumerate(info.schedulers)
+        ),
+    }
+    for name, value in lines.items():
+        print(f"{name + ':':26}{value}")
