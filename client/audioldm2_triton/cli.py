@@ -24,6 +24,7 @@ from audioldm2_triton.files import (
     waveform_files,
 )
 from audioldm2_triton.result import GenerationResult
+from audioldm2_triton.server_info import ServerInfo
 from audioldm2_triton.terminal import escape_unprintable, print_info
 from audioldm2_triton.transport.endpoint import DEFAULT_URL
 from audioldm2_triton.transport.resending import DEFAULT_MAX_RETRIES
@@ -167,14 +168,14 @@ async def _generate_one(client: AsyncAudioLDM2Client, arguments: argparse.Namesp
     # Before the server does any work.
     import_soundfile()
     check_audio_path(path)
-    for file in waveform_files(path, arguments.num_waveforms_per_prompt):
-        check_writable(file)
     if arguments.plot is not None:
         from audioldm2_triton.plot import require_matplotlib
 
         require_matplotlib()
         check_writable(check_path(arguments.plot, (".png",)))
     info = await client.server_info(arguments.timeout)
+    for file in waveform_files(path, _most_waveforms(arguments, info)):
+        check_writable(file)
     start = time.monotonic()
     with _progress_bar() as bar:
         # Through the stream, if there is one, so that Ctrl-C also stops the work on the server.
@@ -216,11 +217,11 @@ async def _generate_batch(client: AsyncAudioLDM2Client, arguments: argparse.Name
     import_soundfile()
     prompts = read_prompts(arguments.batch)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for line, _ in prompts:
-        for file in waveform_files(_batch_file(arguments.output, line), arguments.num_waveforms_per_prompt):
-            check_writable(file)
     # Without a server the whole batch fails, with one message.
-    await client.server_info(arguments.timeout)
+    info = await client.server_info(arguments.timeout)
+    for line, _ in prompts:
+        for file in waveform_files(_batch_file(arguments.output, line), _most_waveforms(arguments, info)):
+            check_writable(file)
     failed: list[int] = []
     waiting = iter(prompts)
     with tqdm(total=len(prompts), unit="prompt", mininterval=0, disable=None, file=sys.stderr) as bar:
@@ -265,6 +266,11 @@ def _options(arguments: argparse.Namespace) -> GenerateOptions:
         "window_length_in_s": arguments.window_length_in_s,
         "timeout": arguments.timeout,
     }
+
+
+def _most_waveforms(arguments: argparse.Namespace, info: ServerInfo) -> int:
+    """Returns the number of waveforms of a prompt, as far as the server accepts it: it refuses more by itself."""
+    return min(int(arguments.num_waveforms_per_prompt), info.limits.max_num_waveforms_per_prompt)
 
 
 def _batch_file(directory: Path, line: int) -> Path:

@@ -41,6 +41,8 @@ def import_soundfile() -> Any:
 def check_writable(path: Path) -> None:
     """Raises `OSError`, which names the path, if a file there cannot be written; leaves nothing behind."""
     is_new = not path.exists()
+    if not is_new and not path.is_file() and not path.is_dir():
+        return  # a device or a pipe, whose reader would take this for the end
     with path.open("ab"):
         pass
     if is_new:

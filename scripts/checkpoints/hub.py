@@ -117,15 +117,13 @@ def _list(repo_id: str, revision: str, variant: str) -> tuple[Revision, list[_Fi
         own = sorted(name for name in names if name.startswith(f"{component}/"))
         if not any(is_weights(renamed[name], stem) for name in own):
             raise FetchError(f"{repo_id}: {_explain_weights(component, own, stem)}")
-    # A component that has both, the variant and others, gives the variant.
-    chosen = {renamed[name] for name in names if renamed[name] != name}
-    wanted = [
-        _file(sibling, renamed[sibling.rfilename])
-        for sibling in siblings
-        if belongs(renamed[sibling.rfilename])
-        and (sibling.rfilename not in chosen or renamed[sibling.rfilename] != sibling.rfilename)
-    ]
-    return Revision(repo_id, revision, info.sha, variant), sorted(wanted, key=lambda file: file.path)
+    wanted: dict[str, _File] = {}
+    for sibling in siblings:
+        path = renamed[sibling.rfilename]
+        # A component that has both gives the variant.
+        if belongs(path) and (path not in wanted or path != sibling.rfilename):
+            wanted[path] = _file(sibling, path)
+    return Revision(repo_id, revision, info.sha, variant), [wanted[path] for path in sorted(wanted)]
 
 
 def _explain_weights(component: str, names: list[str], stem: str) -> str:

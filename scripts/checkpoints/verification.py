@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from audioldm2_triton.server.speech import END_TOKEN, SPEECH_ENCODER
+from audioldm2_triton.server.text_lengths import MAX_TOKENIZER_LENGTH
 
 from .layout import CLASSES, CONFIG_FILES, MODEL_INDEX, WEIGHTS, is_pickle
 
@@ -59,7 +60,6 @@ _OPTIONAL_PREFIXES: Final[Mapping[str, tuple[str, ...]]] = {"text_encoder_2": ("
 _VITS_READ: Final = "text_encoder."  # the only part of a VITS that AudioLDM 2 uses
 _VOCODER_STATISTICS: Final = ("mean", "scale")
 _OLD_ATTENTION: Final = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-_MAX_LENGTH: Final = 100_000  # a tokenizer that was saved without a length has 10 ** 30
 _FAULTS_SHOWN: Final = 3  # of one kind in one component
 
 
@@ -298,7 +298,7 @@ def _faults_of_speech(index: Mapping[str, Any], configs: Mapping[str, dict[str, 
         yield Fault("text_encoder_2", f"vocab_size: got {vocabulary} but expected more than {END_TOKEN}")
     projection, length = configs.get("projection_model", {}), configs["tokenizer_2"].get("model_max_length")
     positions = projection.get("max_seq_length")
-    has_length = isinstance(length, int) and length <= _MAX_LENGTH
+    has_length = isinstance(length, int) and length <= MAX_TOKENIZER_LENGTH
     if projection.get("use_learned_position_embedding") is not None and has_length and positions != length:
         message = f"max_seq_length: got {positions} but expected {length}, the model_max_length of tokenizer_2"
         yield Fault("projection_model", message)

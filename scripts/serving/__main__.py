@@ -171,7 +171,7 @@ def _with_local_checkpoint(given: dict[str, str], cache: Path, option: str) -> d
     # A hub id, with a revision or without: cvssp/audioldm2, cvssp/audioldm2@refs/pr/3.
     repository, _, revision = checkpoint.partition("@")
     if not path.exists() and repository.count("/") == 1 and not repository.startswith((".", "~", "/")):
-        path = cache / checkpoint if not revision else cache / f"{repository}@{revision.replace('/', '--')}"
+        path = cache / (f"{repository}@{revision.replace('/', '--')}" if revision else repository)
         if not path.exists():
             asked = ("--revision", revision) if revision else ()
             _run_checkpoint_command(option, "fetch", repository, *asked, "--out", str(path))

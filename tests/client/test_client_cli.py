@@ -98,6 +98,22 @@ def test_a_server_on_this_machine_is_reached_without_the_proxy(url: str) -> None
         assert (run.returncode, run.stderr) == (0, "")
 
 
+def test_a_proxy_on_the_way_is_named_without_its_password() -> None:
+    proxy = "http://user:secret@127.0.0.1:9"
+    variables = {"http_proxy": proxy, "https_proxy": "", "grpc_proxy": "", "no_proxy": "", "NO_PROXY": ""}
+    run = installed("--info", "--url=grpc://192.0.2.1:8001", "--max-retries=0", "--timeout=30", **variables)
+    assert run.returncode == 1
+    assert run.stderr.startswith("audioldm2: grpc://192.0.2.1:8001: ")
+    assert "(http_proxy is set, and gRPC uses that proxy unless no_proxy excepts the host)" in run.stderr
+    assert "secret" not in run.stderr
+
+
+def test_more_waveforms_than_a_server_makes_touch_no_file(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([PROMPT, url, "--num-waveforms-per-prompt=1000000000"]) == 1
+    assert "num_waveforms_per_prompt" in capsys.readouterr().err
+    assert list(Path().iterdir()) == []
+
+
 def test_every_argument_of_a_request_has_an_option() -> None:
     arguments = build_parser().parse_args([PROMPT])
     not_for_people = {"return_scores", "request_id"}

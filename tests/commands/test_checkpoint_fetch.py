@@ -3,87 +3,25 @@
 import errno
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
 import time
 from collections import namedtuple
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import constants
 
 from checkpoints import hub as fetching
-from checkpoints.__main__ import main
 from environments import python
-from hub_stand_in import Hub, serve
+from hub_fetching import Fetch, assert_refused, contents, hub_environment
+from hub_stand_in import Hub
 from namespaces import in_namespace
 from project import ROOT
 
 SCRIPT = ROOT / "scripts" / "checkpoint"
 FULL_DISK = ROOT / "tests" / "support" / "full_disk.py"
 UNET = "unet/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture
-def hub(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[Hub]:
-    directory = Path(shutil.copytree(tiny_checkpoint, tmp_path / "served"))
-    with serve(Hub(directory)) as running:
-        yield running
-
-
-@dataclass(frozen=True)
-class Result:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Fetch = Callable[..., Result]
-
-
-@pytest.fixture
-def fetch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fetch:
-    """The command, in this process: the libraries take seconds to import."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
-    monkeypatch.setattr(fetching, "time", SimpleNamespace(sleep=lambda _: None))  # nobody waits between attempts
-
-    def run(hub: Hub, out: Path, *arguments: str) -> Result:
-        # What HF_ENDPOINT sets when the library is imported.
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        code = main(["fetch", hub.repo_id, "--out", str(out), *arguments])
-        return Result(code, *capsys.readouterr())
-
-    return run
-
-
-def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
-    """Of a process that fetches from the stand-in."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    return inherited | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf_home")}
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }
-
-
-def assert_refused(result: Result, out: Path, *words: str) -> None:
-    assert result.returncode == 1
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("checkpoint: ")
-    assert "Traceback" not in result.stderr
-    for word in words:
-        assert word in last
-    assert not out.exists()
 
 
 def test_fetches_all_but_pickles(hub: Hub, fetch: Fetch, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -93,7 +31,7 @@ def test_fetches_all_but_pickles(hub: Hub, fetch: Fetch, tiny_checkpoint: Path, 
     out = tmp_path / "out"
     result = subprocess.run(
         [SCRIPT, "fetch", hub.repo_id, "--out", out],
-        env=environment(hub, tmp_path),
+        env=hub_environment(hub, tmp_path),
         capture_output=True,
         text=True,
         check=False,
@@ -111,77 +49,6 @@ def test_fetches_all_but_pickles(hub: Hub, fetch: Fetch, tiny_checkpoint: Path, 
     hub.sent.clear()
     assert fetch(hub, out).returncode == 0
     assert not hub.sent.keys() - {""}
-
-
-def rename_weights(directory: Path, suffix: str) -> None:
-    for path in directory.rglob("*.safetensors"):
-        path.rename(path.with_name(path.name.replace(".safetensors", suffix)))
-
-
-def test_weights_as_variants(hub: Hub, fetch: Fetch, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """All of them, as a repository with nothing else has them; named before anything is downloaded."""
-    rename_weights(hub.directory, ".fp16.safetensors")
-    out = tmp_path / "out"
-    assert_refused(fetch(hub, out), out, "language_model/model.fp16.safetensors only", "--variant fp16")
-    assert_refused(fetch(hub, out, "--variant=bf16"), out, "--variant fp16")
-    assert not hub.ranges
-    assert fetch(hub, out, "--variant=fp16").returncode == 0
-    fetched = contents(out)
-    assert json.loads(fetched.pop("revision.json"))["variant"] == "fp16"
-    assert fetched == contents(tiny_checkpoint)
-
-
-def test_a_variant_instead_of_the_plain_weights(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
-    """Where a component has both; the others have one. A change of mind half-way starts anew."""
-    other = (hub.directory / UNET).read_bytes()[:-4] + b"\0\0\0\0"
-    (hub.directory / UNET.replace(".safetensors", ".fp16.safetensors")).write_bytes(other)
-    hub.cut_after["vae/diffusion_pytorch_model.safetensors"] = 1000
-    assert fetch(hub, tmp_path / "out").returncode == 1
-    hub.cut_after.clear()
-    assert fetch(hub, tmp_path / "out", "--variant=fp16").returncode == 0
-    assert (tmp_path / "out" / UNET).read_bytes() == other
-    assert len(list((tmp_path / "out" / "unet").glob("*.safetensors"))) == 1
-
-
-def test_pickles_only_are_refused_with_a_way_out(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
-    rename_weights(hub.directory, ".bin")
-    out = tmp_path / "out"
-    assert_refused(fetch(hub, out), out, "language_model/model.bin only", "--revision refs/pr/3", "REPO_ID@refs/pr/3")
-    assert not hub.ranges
-
-
-def test_no_weights_at_all_are_refused_before_anything_is_downloaded(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
-    (hub.directory / "vocoder" / "model.safetensors").unlink()
-    assert_refused(fetch(hub, tmp_path / "out"), tmp_path / "out", "got no weights in vocoder/")
-    assert not hub.ranges
-
-
-def test_a_revision_of_a_pull_request(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
-    hub.branch = "refs/pr/3"
-    assert_refused(fetch(hub, tmp_path / "out"), tmp_path / "out", "has no revision 'main'")
-    assert fetch(hub, tmp_path / "out", "--revision=refs/pr/3").returncode == 0
-
-
-def test_serve_takes_a_revision(hub: Hub, tmp_path: Path) -> None:
-    hub.branch = "refs/pr/3"
-    arguments = [f"--checkpoint={hub.repo_id}@refs/pr/3", f"--cache-dir={tmp_path / 'cache'}", "--dtype=float8"]
-    command = [python("tools"), "-m", "serving", *arguments]
-    variables = {**environment(hub, tmp_path), "PYTHONPATH": str(ROOT / "scripts")}
-    # It does not start: the fetch comes first, and then a setting that it refuses.
-    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 1
-    assert (tmp_path / "cache" / f"{hub.repo_id}@refs--pr--3" / UNET).is_file(), run.stderr
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
-def test_a_file_system_without_locks(
-    number: int, hub: Hub, fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fetching.fcntl, "flock", refuse)
-    assert fetch(hub, tmp_path / "out").returncode == 0
 
 
 def test_goes_on_where_it_was_cut(hub: Hub, fetch: Fetch, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -240,7 +107,7 @@ def test_killed_process_leaves_no_checkpoint(hub: Hub, fetch: Fetch, tiny_checkp
     out, unfinished = tmp_path / "out", tmp_path / "out.partial" / (UNET + ".unfinished")
     process = subprocess.Popen(
         [python("product"), "-m", "checkpoints", "fetch", hub.repo_id, "--out", out],
-        env=environment(hub, tmp_path) | {"PYTHONPATH": str(SCRIPT.parent)},
+        env=hub_environment(hub, tmp_path) | {"PYTHONPATH": str(SCRIPT.parent)},
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
@@ -360,12 +227,6 @@ def test_hub_that_is_down(fetch: Fetch, tmp_path: Path) -> None:
     assert_refused(fetch(nobody, out), out, "no connection", "http://127.0.0.1:9")
 
 
-def test_weights_that_are_only_pickled(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
-    (hub.directory / "vae" / "diffusion_pytorch_model.safetensors").rename(hub.directory / "vae" / "model.bin")
-    assert_refused(fetch(hub, tmp_path / "out"), tmp_path / "out", "vae/model.bin")
-    assert not hub.ranges
-
-
 def test_incomplete_repository_is_not_taken_for_a_checkpoint(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
     shutil.rmtree(hub.directory / "vocoder")
     assert_refused(fetch(hub, tmp_path / "out"), tmp_path / "out", "vocoder")
@@ -402,7 +263,7 @@ def test_disk_that_fills_up_under_way(hub: Hub, tiny_checkpoint: Path, tmp_path:
     command = [*in_namespace("--mount"), python("product"), FULL_DISK, disk, str(total - 1_000_000), hub.repo_id]
     pythonpath = {"PYTHONPATH": str(SCRIPT.parent)}
     result = subprocess.run(
-        command, env=environment(hub, tmp_path) | pythonpath, capture_output=True, text=True, check=False
+        command, env=hub_environment(hub, tmp_path) | pythonpath, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])

@@ -36,6 +36,11 @@ def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
+def reference_48k(checkpoint: Path) -> Reference:
+    return Reference(checkpoint)
+
+
+@pytest.fixture(scope="module")
 def server_48k(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     with local_server(checkpoint, tmp_path_factory.mktemp("48000") / "log") as running:
         yield running
@@ -44,18 +49,17 @@ def server_48k(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 @pytest.mark.parametrize("ensemble", [True, False], ids=["audioldm2", "audioldm2_stream"])
 @pytest.mark.parametrize("length_in_s", LENGTHS_IN_S)
 def test_audio_is_the_references_and_silence_up_to_the_length(
-    length_in_s: float, ensemble: bool, checkpoint: Path, server_48k: LocalServer, tmp_path: Path
+    length_in_s: float, ensemble: bool, reference_48k: Reference, server_48k: LocalServer, tmp_path: Path
 ) -> None:
-    reference = Reference(checkpoint)
     call = Call("rain", audio_length_in_s=length_in_s, num_inference_steps=3, seed=5)
     with AudioLDM2Client(server_48k.grpc_url) as client:
         info = client.server_info()
         result = generate(client, call, ensemble)
-    expected = reference.generate(call)
+    expected = reference_48k.generate(call)
     made = expected.shape[1]
     assert np.abs(expected).max() > 0.01
     assert result.audio.shape[1] == int(length_in_s * RATE)
-    assert difference(result.audio[:, :made], expected) <= reference.tolerance(call)
+    assert difference(result.audio[:, :made], expected) <= reference_48k.tolerance(call)
     assert not result.audio[:, made:].any()
     assert info.sampling_rate == RATE
     assert info.native_audio_length_in_s == pytest.approx(10.24)
@@ -64,9 +68,9 @@ def test_audio_is_the_references_and_silence_up_to_the_length(
         assert (file.getframerate(), file.getnframes()) == (RATE, int(length_in_s * RATE))
 
 
-def test_scores_are_claps_own(checkpoint: Path, server_48k: LocalServer) -> None:
+def test_scores_are_claps_own(reference_48k: Reference, server_48k: LocalServer) -> None:
     with AudioLDM2Client(server_48k.grpc_url) as client:
         result = client.generate(
             "rain", audio_length_in_s=1.005, num_inference_steps=2, num_waveforms_per_prompt=2, seed=3
         )
-    np.testing.assert_allclose(result.scores, Reference(checkpoint).score("rain", result.audio), atol=2e-5)
+    np.testing.assert_allclose(result.scores, reference_48k.score("rain", result.audio), atol=2e-5)

@@ -1,7 +1,6 @@
 """Translates the exceptions of `tritonclient`, gRPC and HTTP into the errors of the contract."""
 
 import asyncio
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,7 +119,8 @@ def _located(error: AudioLDM2Error, endpoint: Endpoint) -> AudioLDM2Error:
         return error
     message = str(error) if str(error).startswith(endpoint.url) else f"{endpoint.url}: {error}"
     if endpoint.proxy and _NO_CONNECTION.search(message):
-        message += f" (gRPC goes through {endpoint.proxy}={os.environ[endpoint.proxy]}; no_proxy can except the host)"
+        # Not its value, which may hold a password.
+        message += f" ({endpoint.proxy} is set, and gRPC uses that proxy unless no_proxy excepts the host)"
     return UnavailableError(message)
 
 

@@ -10,7 +10,7 @@ import torch
 from audioldm2_triton.server.geometry import AudioGeometry
 from audioldm2_triton.server.residency import stage_residency
 from audioldm2_triton.server.settings import Settings, resolve_compile, resolve_device, resolve_dtype, uses_compiler
-from audioldm2_triton.server.speech import resolve_max_new_tokens
+from audioldm2_triton.server.text_lengths import resolve_max_new_tokens
 from engine.engine import Engine
 from engine.limits import EngineLimits, Observer
 from engine.pool import EnginePool

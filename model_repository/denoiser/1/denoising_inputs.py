@@ -12,8 +12,8 @@ from torch import Tensor
 from audioldm2_triton.contract import SCHEDULERS
 from audioldm2_triton.errors import invalid
 from audioldm2_triton.server.geometry import AudioGeometry, read_audio_geometry
-from audioldm2_triton.server.speech import resolve_max_new_tokens
 from audioldm2_triton.server.stage_tensors import COLUMNS, NEGATIVE_TEXT, OPTIONAL, TEXT
+from audioldm2_triton.server.text_lengths import resolve_max_new_tokens
 from stepping.request import DenoisingRequest, DenoisingRow, TextStates
 from stepping.windows import Windowing
 

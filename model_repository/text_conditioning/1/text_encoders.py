@@ -21,7 +21,8 @@ from transformers.models.vits.modeling_vits import VitsTextEncoder
 from audioldm2_triton.server.linear import replace_linear_layers
 from audioldm2_triton.server.residency import Residency
 from audioldm2_triton.server.settings import SettingsError
-from audioldm2_triton.server.speech import resolve_max_new_tokens, speaks
+from audioldm2_triton.server.speech import speaks
+from audioldm2_triton.server.text_lengths import MAX_TOKENIZER_LENGTH, resolve_max_new_tokens
 from state_generation import state_cache
 from text_buckets import TextBuckets
 from text_networks import TextNetworks, text_networks
@@ -31,7 +32,6 @@ MAX_TEXTS_PER_CALL = 64
 STANCE_OF_REQUESTS = "eager_on_recompile"
 # The projection adds a start and an end to CLAP's one position and to the second encoder's.
 NUM_ADDED_POSITIONS = 5
-_NO_LENGTH = 10**6  # a tokenizer that was saved without a length has 10 ** 30
 _T5_LENGTH = 512  # what T5 was trained on; its positions are relative
 
 
@@ -101,7 +101,8 @@ def load_text_encoders(
     del clap.audio_model, clap.audio_projection  # the decoder's
     second: Any
     second_tokenizer: Any
-    if speaks(checkpoint):
+    has_speech = speaks(checkpoint)
+    if has_speech:
         second, second_tokenizer = load_transcription_encoder(checkpoint, device, dtype)
     else:
         second = load(T5EncoderModel, "text_encoder_2", dtype=dtype)
@@ -114,8 +115,8 @@ def load_text_encoders(
     # RoBERTa's positions begin after the one of the padding token.
     _limit_length(clap_tokenizer, text_config.max_position_embeddings - text_config.pad_token_id - 1)
     room = language_model.config.n_positions - num_states - (NUM_ADDED_POSITIONS - 1)
-    if not speaks(checkpoint):
-        if second_tokenizer.model_max_length > _NO_LENGTH:
+    if not has_speech:
+        if second_tokenizer.model_max_length > MAX_TOKENIZER_LENGTH:
             _limit_length(second_tokenizer, getattr(second.config, "n_positions", None) or _T5_LENGTH)
         _limit_length(second_tokenizer, room)
     if not 0 < second_tokenizer.model_max_length <= room:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from transformers import VitsModel, VitsTokenizer
@@ -11,8 +11,7 @@ from transformers.utils.import_utils import is_phonemizer_available
 
 from audioldm2_triton.server.settings import SettingsError
 from audioldm2_triton.server.speech import END_TOKEN
-
-_MAX_LENGTH: Final = 100_000  # a tokenizer that was saved without a length has 10 ** 30
+from audioldm2_triton.server.text_lengths import MAX_TOKENIZER_LENGTH
 
 
 def load_transcription_encoder(
@@ -31,9 +30,9 @@ def load_transcription_encoder(
     projection = json.loads((checkpoint / "projection_model" / "config.json").read_text(encoding="utf-8"))
     positions = projection.get("max_seq_length")
     is_learned = projection.get("use_learned_position_embedding") is not None
-    if tokenizer.model_max_length > _MAX_LENGTH and is_learned and positions:
+    if tokenizer.model_max_length > MAX_TOKENIZER_LENGTH and is_learned and positions:
         tokenizer.model_max_length = positions
-    if not 0 < tokenizer.model_max_length <= _MAX_LENGTH:
+    if not 0 < tokenizer.model_max_length <= MAX_TOKENIZER_LENGTH:
         given = tokenizer.model_max_length
         raise SettingsError(f"checkpoint: model_max_length of tokenizer_2: got {given} but expected a length")
     try:

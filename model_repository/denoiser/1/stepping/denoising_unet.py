@@ -13,7 +13,7 @@ from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DCond
 from torch import Tensor
 
 from audioldm2_triton.server.compilation import for_fixed_shapes
-from audioldm2_triton.server.speech import DEFAULT_MAX_NEW_TOKENS
+from audioldm2_triton.server.text_lengths import DEFAULT_MAX_NEW_TOKENS
 from audioldm2_triton.server.threads import set_measured_threads
 from stepping.forward_plan import Bucket, ForwardCosts, LaunchBoundCost, LinearCost, fit_cost, fit_launch_bound
 from stepping.schedule_table import HISTORY, ScheduleTable
