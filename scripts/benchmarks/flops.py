@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 from audioldm2_triton.server.linear import PRODUCT, linear
-from audioldm2_triton.server.text_lengths import resolve_max_new_tokens
+from audioldm2_triton.server.text_lengths import DEFAULT_MAX_NEW_TOKENS
 from benchmarks.timing import time_repeatedly
 
 T5_TOKENS: Final = 16
@@ -32,7 +32,7 @@ def unet_gflop(checkpoint: Path, rows: int, latent_frames: int, latent_width: in
         inputs = {
             "sample": torch.empty(rows, config["in_channels"], latent_frames, latent_width),
             "timestep": torch.empty(rows),
-            "encoder_hidden_states": torch.empty(rows, resolve_max_new_tokens(checkpoint, 0), generated_dim),
+            "encoder_hidden_states": torch.empty(rows, DEFAULT_MAX_NEW_TOKENS, generated_dim),
             "encoder_hidden_states_1": torch.empty(rows, T5_TOKENS, prompt_dim),
             "encoder_attention_mask_1": torch.empty(rows, T5_TOKENS),
         }
