@@ -1,6 +1,7 @@
 """`scripts/serve`: a Triton server on this repository, in the foreground."""
 
 import argparse
+import compileall
 import logging
 import os
 import re
@@ -24,6 +25,7 @@ from audioldm2_triton.terminal import escape_unprintable
 from serving.diagnosis import Patience
 from serving.health import Health, health_server
 from serving.installation import InstallationError, find_triton
+from serving.model_control import models_may_change
 from serving.plain_paths import PlainPathError, with_plain_folders
 from serving.repository import write_repository
 from serving.run_directory import draining_file, run_directory
@@ -200,6 +202,8 @@ def _serve(
     """Runs a server with one set of models for each entry of `settings`, whose key is the prefix of their names."""
     triton = find_triton(directory)
     repository = directory / "models"
+    # Before Triton looks: it takes bytecode that appears beside a model's code later for a change of the model.
+    compileall.compile_dir(MODEL_REPOSITORY, quiet=2)
     for prefix, of_checkpoint in settings.items():
         write_repository(MODEL_REPOSITORY, repository, of_checkpoint, prefix)
     # The settings are in the configurations now; the environment would override them.
@@ -241,7 +245,16 @@ def _serve(
         f"--exit-timeout-secs={EXIT_TIMEOUT_IN_S}",
         *arguments.triton_arguments,
     ]
-    command = ServerCommand(words, environment, arguments.host, arguments.http_port, arguments.metrics_port, directory)
+    command = ServerCommand(
+        words,
+        environment,
+        arguments.host,
+        arguments.http_port,
+        arguments.metrics_port,
+        directory,
+        key,
+        models_may_change(arguments.triton_arguments),
+    )
     run_server(
         command,
         stop,

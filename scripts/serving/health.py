@@ -13,6 +13,7 @@ from typing import Final
 
 STARTING: Final = "starting"
 READY: Final = "ready"
+UNLOADED: Final = "unloaded"  # a model was unloaded by request, or a newly loaded one is not ready
 RESTARTING: Final = "restarting"
 DRAINING: Final = "draining"
 STOPPED: Final = "stopped"

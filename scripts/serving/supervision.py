@@ -25,6 +25,7 @@ from serving.diagnosis import Lasting, Observation, Patience, RestartLimit, diag
 from serving.health import Health
 from serving.loopback import read_page
 from serving.metrics import read_metrics
+from serving.model_control import read_states, was_unloaded
 from serving.run_directory import draining_file, end_server, note_server
 from serving.server_error import DRAIN_TIMEOUT_IN_S, ServerError
 from serving.stage_processes import find_stages, observe_stages
@@ -74,6 +75,8 @@ class ServerCommand:
     http_port: int
     metrics_port: int
     directory: Path  # of the run
+    admin_key: str = ""
+    models_may_change: bool = False  # while the server runs, by requests to load and unload them
 
 
 @dataclass
@@ -83,6 +86,7 @@ class _Running:
     process: subprocess.Popen[str]
     log: threading.Thread
     failures: list[str]  # of models that did not load
+    ready: bool = False  # was it ever?
     stages: dict[psutil.Process, str] = field(default_factory=dict)  # once it is ready
 
 
@@ -190,14 +194,17 @@ def _watch(
         now = time.monotonic()
         if now >= next_look:
             next_look = now + _OBSERVATION_INTERVAL_IN_S
-            if running.stages:
+            if running.ready:
+                if command.models_may_change:
+                    _follow_models(running, command)
+                    health.state = states.READY if _is_ready(command) else states.UNLOADED
                 observation = Observation(now, observe_stages(running.stages), _metrics(command))
                 reason, lasting = diagnose(observation, previous, lasting, patience)
                 if reason:
                     return reason
                 previous = observation
             elif _is_ready(command):
-                running.stages = find_stages(running.process.pid)
+                running.ready, running.stages = True, find_stages(running.process.pid)
                 health.state = states.READY
                 on_ready()
             else:
@@ -216,7 +223,7 @@ def _drain(running: _Running, command: ServerCommand, stop: StopSignals, timeout
     deadline = time.monotonic() + timeout_in_s
     idle_since = time.monotonic()
     inside = 0.0
-    while running.process.poll() is None and running.stages:
+    while running.process.poll() is None and running.ready:
         inside = (_metrics(command) or {}).get(STAGE_REQUESTS, 0.0)
         now = time.monotonic()
         if inside:
@@ -236,6 +243,26 @@ def _drain(running: _Running, command: ServerCommand, stop: StopSignals, timeout
     running.log.join(timeout=5)
     if inside:
         raise ServerError(f"stopped with {inside:g} requests inside")
+
+
+def _follow_models(running: _Running, command: ServerCommand) -> None:
+    """Watches the processes of models that were loaded since the last look, and forgets those of unloaded ones."""
+    running.stages |= find_stages(running.process.pid)
+    observed = dict(zip(running.stages, observe_stages(running.stages), strict=True))
+    if all(stage.alive for stage in observed.values()):
+        return
+    try:
+        models = read_states(command.http_port, command.host, command.admin_key, _PAGE_TIMEOUT_IN_S)
+    except (OSError, HTTPException, ValueError):  # of a server that has gone, or keeps it to itself
+        return
+    living: dict[str, float] = {}
+    for process, stage in observed.items():
+        if stage.alive:
+            living[stage.model] = max(process.create_time(), living.get(stage.model, 0.0))
+    for process, stage in observed.items():
+        if not stage.alive and was_unloaded(stage.model, process.create_time(), models, living):
+            logger.info("%s was unloaded", stage.model)
+            del running.stages[process]
 
 
 def _is_ready(command: ServerCommand) -> bool:

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -27,45 +26,11 @@ from plain_requests import Stream, infer_inputs
 from serving.local_server import LocalServer, free_ports, local_server
 from serving.server_error import ServerError
 from serving.stage_processes import find_stages
+from supervised_server import WAIT_IN_S, health, shared_memory, stage, triton, wait_until
 
-WAIT_IN_S = 120.0
 SHORT = {"prompt": "a dog", "audio_length_in_s": 0.3, "num_inference_steps": 2, "seed": 1}
 RESENT = SHORT | {"num_inference_steps": 150}
 LONG = {"prompt": [b"a dog"], "num_inference_steps": [200], "audio_length_in_s": [2.0], "seed": [1]}
-
-
-def wait_until(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + WAIT_IN_S
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.1)
-    return found
-
-
-def health(server: LocalServer, path: str = "/ready") -> tuple[int, dict[str, Any]]:
-    try:
-        with urllib.request.urlopen(f"http://localhost:{server.health_port}{path}", timeout=10) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-
-
-def triton(server: LocalServer) -> psutil.Process:
-    (found,) = (
-        child for child in psutil.Process(server.process.pid).children(recursive=True) if child.name() == "tritonserver"
-    )
-    return found
-
-
-def stage(server: LocalServer, model: str) -> psutil.Process:
-    (found,) = (process for process, name in find_stages(triton(server).pid).items() if name == model)
-    return found
-
-
-def shared_memory(server: LocalServer) -> set[Path]:
-    """The files of the server's run in /dev/shm, which begin with the name of its folder."""
-    (folder,) = {Path(word.partition("=")[2]).parent.name for word in triton(server).cmdline() if "repository=" in word}
-    return set(Path("/dev/shm").glob(f"{folder}*"))
 
 
 @pytest.fixture(scope="module")
