@@ -46,9 +46,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> "Iterator[LocalServer]":
+    from plain_requests import ADMIN_KEY
     from serving.local_server import local_server
 
-    with local_server(tiny_checkpoint, tmp_path_factory.mktemp("server") / "log") as running:
+    log = tmp_path_factory.mktemp("server") / "log"
+    with local_server(tiny_checkpoint, log, f"--admin-key={ADMIN_KEY}") as running:
         yield running
 
 

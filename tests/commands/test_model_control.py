@@ -14,14 +14,14 @@ from tritonclient.utils import InferenceServerException
 from audioldm2_triton import AudioLDM2Client, UnavailableError
 from environments import environment
 from metrics_page import wait_for_metrics
-from plain_requests import Stream, check_responses, streamed, whole
+from plain_requests import ADMIN_KEY, Stream, check_responses, streamed, whole
 from project import ROOT
 from serving.local_server import LocalServer, local_server
 from serving.model_control import models_may_change, was_unloaded
 from supervised_server import health, stage, stages, wait_until
 
 MODELS = ("audioldm2", "audioldm2_stream", "decoder", "denoiser", "text_conditioning")
-KEY = {"triton-grpc-protocol-admin-key": "key"}
+KEY = {"triton-grpc-protocol-admin-key": ADMIN_KEY}
 ROWS = {"prompt": [b"a dog"], "num_inference_steps": [100], "audio_length_in_s": [1.0], "seed": [1]}
 
 
@@ -35,7 +35,7 @@ def controlled(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUDIOLDM2_ENVIRONMENT", str(environment("product")))
         patch.setattr("serving.local_server.SERVE", folder / "scripts" / "serve")
-        options = ("--admin-key=key", "--", "--model-control-mode=explicit", "--load-model=*")
+        options = (f"--admin-key={ADMIN_KEY}", "--", "--model-control-mode=explicit", "--load-model=*")
         with local_server(tiny_checkpoint, folder / "log", *options) as server:
             yield server
 

@@ -12,6 +12,7 @@ from audioldm2_triton import contract
 from serving.local_server import LocalServer
 
 WAIT_IN_S = 60
+ADMIN_KEY = "key"
 NUMPY_TYPES = {"BYTES": np.object_, "FP32": np.float32, "INT32": np.int32, "INT64": np.int64, "BOOL": np.bool_}
 
 
