@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
@@ -17,6 +18,7 @@ from audioldm2_triton.transport import wire
 from audioldm2_triton.transport.aio_connection import AsyncGrpcConnection, AsyncHttpConnection
 from audioldm2_triton.transport.endpoint import DEFAULT_URL, parse_url
 from audioldm2_triton.transport.failures import known_failures
+from audioldm2_triton.transport.forks import check_not_forked, was_forked
 from audioldm2_triton.transport.resending import DEFAULT_MAX_RETRIES, Resending, check_max_retries
 from audioldm2_triton.transport.stream_reader import StreamReader
 from audioldm2_triton.transport.wire import GenerateOptions, InferRequest, PerRow
@@ -30,7 +32,8 @@ T = TypeVar("T")
 class AsyncAudioLDM2Client:
     """`AudioLDM2Client` for asyncio: the same arguments, results and errors.
 
-    Used in another event loop, as by a second `asyncio.run`, it opens new connections.
+    Used in another event loop, as by a second `asyncio.run`, it opens new connections. In a process that was forked it
+    raises RuntimeError.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class AsyncAudioLDM2Client:
         self._root_certificates = None if root_certificates is None else fspath(root_certificates)
         self._connection: AsyncGrpcConnection | AsyncHttpConnection | None = None
         self._opened_in: asyncio.AbstractEventLoop | None = None
+        self._process = os.getpid()
         self._info: ServerInfo | None = None
         self._closed = False
 
@@ -61,6 +65,8 @@ class AsyncAudioLDM2Client:
     async def close(self) -> None:
         """Closes the connections. Requests still running fail."""
         self._closed = True
+        if was_forked(self._process):
+            return  # even to forget the parent's connection ends the child, in gRPC
         connection, self._connection = self._connection, None
         if connection is not None and self._opened_in is asyncio.get_running_loop():
             await connection.close()
@@ -187,6 +193,7 @@ class AsyncAudioLDM2Client:
         """The connection, opened at the first call because it belongs to the running event loop."""
         if self._closed:
             raise RuntimeError("the client is closed")
+        check_not_forked(self._process)
         loop = asyncio.get_running_loop()
         if self._connection is None or self._opened_in is not loop:
             # What an earlier loop has opened died with it.

@@ -18,6 +18,7 @@ from audioldm2_triton.transport import wire
 from audioldm2_triton.transport.connection import GrpcConnection, HttpConnection
 from audioldm2_triton.transport.endpoint import DEFAULT_URL, parse_url
 from audioldm2_triton.transport.failures import known_failures
+from audioldm2_triton.transport.forks import check_not_forked, was_forked
 from audioldm2_triton.transport.resending import DEFAULT_MAX_RETRIES, Resending, check_max_retries
 from audioldm2_triton.transport.stream_reader import StreamReader
 from audioldm2_triton.transport.wire import GenerateOptions, InferRequest, PerRow
@@ -70,7 +71,8 @@ class AudioLDM2Client:
     def close(self) -> None:
         """Closes the connections. Requests still running in other threads fail."""
         self._closed = True
-        self._connection.close()
+        if not was_forked(self._process):
+            self._connection.close()
 
     def server_info(self, timeout: float | None = None) -> ServerInfo:
         """Asks the server for its limits, native length and schedulers; `timeout` is in seconds.
@@ -210,6 +212,7 @@ class AudioLDM2Client:
                 event = reader.read(tensors)
                 if event is not None:
                     yield event
+                    check_not_forked(self._process)
         reader.end()
 
     def _goes_by_stream(self, request: InferRequest) -> bool:
@@ -232,10 +235,4 @@ class AudioLDM2Client:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the client is closed")
-        if self._process != os.getpid():
-            # The connections are the parent's, and each would read the other's answers. Neither gRPC nor gevent, which
-            # carries HTTP, goes on in a child once the parent has used it.
-            raise RuntimeError(
-                "got a call in a forked process but expected one in the process that made the client: make a client in "
-                "each process, and start processes by `spawn`"
-            )
+        check_not_forked(self._process)

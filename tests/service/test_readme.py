@@ -19,7 +19,7 @@ def code_blocks(language: str) -> list[str]:
     return [code for page in PAGES for code in re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)]
 
 
-@pytest.mark.parametrize("code", code_blocks("python"), ids=["client", "tritonclient"])
+@pytest.mark.parametrize("code", code_blocks("python"), ids=["client", "tritonclient", "grpcio"])
 def test_python_examples(code: str, server: LocalServer, tmp_path: Path) -> None:
     run = subprocess.run(
         [python("client"), "-c", on_test_ports(code, server)], cwd=tmp_path, capture_output=True, text=True
@@ -29,7 +29,20 @@ def test_python_examples(code: str, server: LocalServer, tmp_path: Path) -> None
         assert (tmp_path / "rain.wav").stat().st_size == 44 + 2 * 5 * 16000
         assert run.stdout.rstrip().endswith(" 0")
     else:
-        assert run.stdout.startswith("(163840,) 16000 ")
+        assert run.stdout.startswith(("(163840,) 16000 ", "(8, 163840)"))
+
+
+def test_grpc_s_own_limit_is_the_one_described(server: LocalServer) -> None:
+    """Without the option of the page the same code fails, at the page's number of waveforms and not below."""
+    (code,) = (code for code in code_blocks("python") if "max_receive_message_length" in code)
+    unlimited = '("grpc.max_receive_message_length", -1)'
+    assert unlimited in code
+    limited = on_test_ports(code.replace(unlimited, ""), server)
+    for waveforms, passes in (("6", True), ("7", False)):
+        fewer = limited.replace("[8]", f"[{waveforms}]").replace("reshape(8", f"reshape({waveforms}")
+        run = subprocess.run([python("client"), "-c", fewer], capture_output=True, text=True)
+        assert (run.returncode == 0) is passes, run.stderr
+        assert passes or "RESOURCE_EXHAUSTED" in run.stderr
 
 
 def test_curl_returns_audio(server: LocalServer) -> None:

@@ -1,6 +1,7 @@
 """The connections of the client for ordinary programs: `tritonclient`, and the streams that it lacks."""
 
 import contextlib
+import os
 import ssl
 import threading
 import time
@@ -14,6 +15,7 @@ from tritonclient.utils import InferenceServerException
 from audioldm2_triton import contract
 from audioldm2_triton.transport import sse, wire
 from audioldm2_triton.transport.endpoint import Endpoint
+from audioldm2_triton.transport.forks import was_forked
 from audioldm2_triton.transport.stream_reader import Tensors
 from audioldm2_triton.transport.wire import InferRequest
 
@@ -65,6 +67,7 @@ class GrpcConnection:
         )
 
     def stream(self, request: InferRequest) -> Generator[Tensors, None, None]:
+        process = os.getpid()
         call = self._stub.ModelStreamInfer(
             iter([wire.stream_message(request, self._model)]),
             timeout=wire.client_timeout(request.timeout),
@@ -75,7 +78,8 @@ class GrpcConnection:
                     raise InferenceServerException(response.error_message)
                 yield wire.grpc_tensors(self._result_class(response.infer_response))
         finally:
-            call.cancel()  # does nothing if it has ended
+            if not was_forked(process):
+                call.cancel()  # does nothing if it has ended
 
     def close(self) -> None:
         self._channel.close()

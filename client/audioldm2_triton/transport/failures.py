@@ -35,6 +35,7 @@ _KINDS: Final[dict[str, type[AudioLDM2Error]]] = {
     "400": InvalidArgumentError,
     "404": UnavailableError,
     "408": DeadlineExceededError,
+    "413": InvalidArgumentError,
     "429": UnavailableError,
     "499": RequestCancelledError,
     "502": UnavailableError,
