@@ -78,7 +78,7 @@ class Stages:
         self.dtype = resolve_dtype(settings, self.device)
         self.geometry: AudioGeometry = read_audio_geometry(Path(settings.checkpoint))
         self.step_times = StepTimes()
-        self._shapes = read_tensor_shapes(Path(settings.checkpoint), settings.max_new_tokens)
+        self._shapes = read_tensor_shapes(settings)
         self._encoders = load_text_stage(settings, self.device)
         # None are kept: the same few texts come again and again here.
         self._embeddings = EmbeddingCache(0)

@@ -256,3 +256,51 @@ def test_latents_that_are_not_finite_fail_their_own_request(unet: WatchedUNet, d
     engine.close()
     assert isinstance(collected[1], InternalError)
     assert_is_reference(collected[2], make_request(2))
+
+
+def test_what_lacks_memory_is_retried_in_halves_and_only_a_request_too_large_alone_fails(unet: WatchedUNet) -> None:
+    """Items of guided waveforms come in twos: more than three at once do not fit, and waveforms of tag 9 never do."""
+
+    def lack_memory(tags: tuple[int, ...]) -> None:
+        if len(tags) > 3 or 9 in tags:
+            raise torch.OutOfMemoryError(f"no room for {len(tags)} items")
+
+    engine, outcomes = make_engine(unet, TABLES), Outcomes()
+    unet.gate, unet.fail = threading.Semaphore(0), lack_memory
+    requests = {tag: make_request(tag, steps=3 + tag % 3, frames=3 + tag % 4) for tag in range(1, 7)}
+    requests[9] = make_request(9)
+    for tag, request in requests.items():
+        engine.submit(request, outcomes.callback(tag))
+    unet.gate.release(10_000)
+    collected: dict[int, Tensor | Exception] = outcomes.collect(len(requests))
+    assert isinstance(collected.pop(9), torch.OutOfMemoryError)
+    for tag, outcome in collected.items():
+        assert_is_reference(outcome, requests[tag])
+    # Far fewer forwards fail than requests there are steps of: the size that fits is remembered.
+    assert sum(len(tags) > 3 for tags in unet.forwards) <= 4
+    # With memory again, and nothing in flight, the next are together again.
+    unet.forwards.clear()
+    unet.gate, unet.fail = threading.Semaphore(0), lambda _: None
+    for tag in (1, 2, 3):
+        engine.submit(make_request(tag), outcomes.callback(tag))
+    unet.gate.release(1000)
+    for tag, outcome in outcomes.collect(3).items():
+        assert_is_reference(outcome, make_request(tag))
+    assert max(map(len, unet.forwards)) == 6
+    assert engine.broken is None
+    engine.close()
+
+
+def test_no_lack_of_memory_breaks_an_engine(unet: WatchedUNet) -> None:
+    def lack_memory(tags: tuple[int, ...]) -> None:
+        raise torch.OutOfMemoryError(f"no room for {len(tags)} items")
+
+    engine, outcomes = make_engine(unet, TABLES), Outcomes()
+    unet.fail = lack_memory
+    for tag in range(2 * engine_module.MAX_FAILED_STEPS):
+        engine.submit(make_request(tag), outcomes.callback(tag))
+        assert isinstance(outcomes.collect(1)[tag], torch.OutOfMemoryError)
+    unet.fail = lambda _: None
+    engine.submit(make_request(20), outcomes.callback(20))
+    assert_is_reference(outcomes.collect(1)[20], make_request(20))
+    engine.close()

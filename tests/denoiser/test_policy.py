@@ -62,6 +62,15 @@ def test_a_bucket_is_taken_where_it_is_cheaper() -> None:
     assert plan_groups([InFlight(1, 2, 8, False)] * 2, costs) == [Group((0, 1), False, bucket)]
 
 
+def test_a_forward_is_cut_to_what_has_room() -> None:
+    waveforms = [InFlight(1, 2, 8, False), InFlight(2, 1, 6, False), InFlight(3, 2, 8, False), InFlight(4, 1, 4, False)]
+    cut = [group.indices for group in plan_groups(waveforms, ALWAYS_MIX, room=24)]
+    assert cut == [(0,), (2, 1), (3,)]
+    # One waveform is a forward of its own, with or without room.
+    assert [group.indices for group in plan_groups(waveforms, ALWAYS_MIX, room=1)] == [(0,), (2,), (1,), (3,)]
+    assert len(plan_groups(waveforms, ALWAYS_MIX)) == 1
+
+
 @dataclass
 class Simulated:
     """A request of one waveform."""

@@ -18,7 +18,7 @@ from tritonclient.utils import InferenceServerException
 from audioldm2_pipeline import difference
 from audioldm2_triton import contract
 from audioldm2_triton.server import faults
-from audioldm2_triton.server.faults import PANIC, POINTS, RAISE, STALL
+from audioldm2_triton.server.faults import MEMORY, PANIC, POINTS, RAISE, STALL
 from metrics_page import is_idle, wait_for_metrics
 from plain_requests import Stream, infer_inputs
 from project import ROOT
@@ -37,6 +37,8 @@ HARMLESS = {
 SHARED = {(f"denoiser.{point}", kind) for point in ("step", "regroup") for kind in (RAISE, PANIC)}
 # What fails here for several requests is done again for each of them alone.
 ISOLATED = {"text_conditioning.encode", "decoder.VAE", "decoder.vocoder", "decoder.score"}
+# What lacks memory here for several requests is done again for half of them.
+HALVED = {*ISOLATED, "denoiser.step", "denoiser.regroup"}
 FATAL = "denoiser.loop"
 ONLY_STREAMS = {
     "denoiser.listener",
@@ -163,8 +165,12 @@ def check_failure(outcome: np.ndarray | Exception, request: Request, codes: dict
         assert outcome.status() == codes[request.way], outcome
 
 
-def check_internal(outcome: np.ndarray | Exception, request: Request, point: str) -> None:
-    check_failure(outcome, request, {"grpc": "StatusCode.INTERNAL", "http": "500"}, point.partition(".")[0])
+def check_failed(outcome: np.ndarray | Exception, request: Request, point: str, kind: str) -> None:
+    """The stage is named, and a request that lacked memory may be sent again."""
+    codes = {"grpc": "StatusCode.INTERNAL", "http": "500"}
+    if kind == MEMORY:
+        codes = {"grpc": "StatusCode.UNAVAILABLE", "http": "503"}
+    check_failure(outcome, request, codes, point.partition(".")[0])
 
 
 def check_struck_in_a_crowd(asking: Asking, directory: Path, point: str, kind: str, steps: int) -> None:
@@ -175,14 +181,14 @@ def check_struck_in_a_crowd(asking: Asking, directory: Path, point: str, kind: s
     failed = [isinstance(outcome, Exception) for outcome in outcomes]
     for request, outcome in zip(crowd, outcomes, strict=True):
         if isinstance(outcome, Exception):
-            check_internal(outcome, request, point)
+            check_failed(outcome, request, point, kind)
             assert request.way == "stream" or point not in ONLY_STREAMS
         else:
             asking.check_right(request, outcome)
     least, most = (0, 0) if (point, kind) in HARMLESS else (1, 1)
     if (point, kind) in SHARED:
         most = len(crowd)
-    elif point in ISOLATED:
+    elif point in ISOLATED or (point in HALVED and kind == MEMORY):
         least = 0
     assert least <= sum(failed) <= most, outcomes
 
@@ -194,7 +200,7 @@ def check_struck_alone(asking: Asking, directory: Path, point: str, kind: str, r
     if (point, kind) in HARMLESS:
         asking.check_right(request, outcome)
     else:
-        check_internal(outcome, request, point)
+        check_failed(outcome, request, point, kind)
 
 
 def check_stalled(asking: Asking, directory: Path, point: str, request: Request) -> None:

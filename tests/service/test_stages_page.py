@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
+from tritonclient import grpc
 from tritonclient.utils import InferenceServerException
 
 from audioldm2_pipeline import Reference, difference, tolerance
@@ -129,8 +130,14 @@ REFUSED = [
     ("generated_prompt_embeds", np.full((1, 8, 32), np.inf, np.float32), "inf", "finite"),
     ("attention_mask", np.ones((1, 3), np.int32), "[1, 3]", "[1, "),
     ("scheduler", np.array([["AutoencoderKL"]], object), "'AutoencoderKL'", "DPMSolverMultistepScheduler"),
-    ("num_inference_steps", np.array([[0]], np.int32), "0", "at least 1"),
-    ("latent_frames", np.array([[0]], np.int32), "0", "at least 1"),
+    ("noise", np.full((1, 1, 8, 50, 16), 1e5, np.float32), "100000.0", "at most 10000"),
+    ("num_inference_steps", np.array([[0]], np.int32), "0", "from 1 to 200"),
+    ("num_inference_steps", np.array([[2**31 - 1]], np.int32), "2147483647", "from 1 to 200"),
+    ("latent_frames", np.array([[0]], np.int32), "0", "from 1 to 7500"),
+    ("latent_frames", np.array([[2**31 - 1]], np.int32), "2147483647", "from 1 to 7500"),
+    ("num_waveforms_per_prompt", np.array([[9]], np.int32), "9", "from 1 to 8"),
+    ("guidance_scale", np.array([[50.5]], np.float32), "50.5", "from 0 to 50"),
+    ("seed", np.array([[-1]]), "-1", "from 0 to"),
     ("window_frames", np.array([[-8]], np.int32), "-8", "0, or"),
     ("overlap_frames", np.array([[13]], np.int32), "13", "from 0 to half of the window, 12"),
 ]
@@ -147,6 +154,40 @@ def test_what_does_not_fit_is_refused_by_name(
     assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
     assert f"`{name}`: got {got}" in caught.value.message()
     assert accepted in caught.value.message().partition("but expected")[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "got", "accepted"),
+    [
+        ("latents", np.zeros((1, 1, 7, 50, 16), np.float32), "[1, 1, 7, 50, 16]", "[1, any, 8, any, 16]"),
+        ("latents", np.zeros((1, 0, 8, 50, 16), np.float32), "[1, 0, 8, 50, 16]", "[1, any, 8, any, 16]"),
+        ("latents", np.full((1, 1, 8, 50, 16), 1e38, np.float32), "9.99", "at most 10000"),
+        ("num_samples", np.array([[0]], np.int32), "0", "from 1"),
+        ("num_samples", np.array([[2**31 - 1]], np.int32), "2147483647", "at most"),
+        ("text_embeds", np.zeros((1, 512), np.float32), "[1, 512]", "[1, 40]"),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_what_does_not_decode_is_refused_by_name(
+    name: str, value: np.ndarray, got: str, accepted: str, example: dict[str, Any]
+) -> None:
+    given = {"latents": example["turned"], **example["decoding"], name: value}
+    with pytest.raises(InferenceServerException) as caught:
+        example["call"]("decoder", given, ["audio"])
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+    assert f"`{name}`: got {got}" in caught.value.message()
+    assert accepted in caught.value.message().partition("but expected")[2]
+
+
+def test_a_request_for_progress_without_its_number_is_one_of_an_unknown_job(example: dict[str, Any]) -> None:
+    """Triton passes the parameters of a request on to the steps of an ensemble, so anybody may send these."""
+    inputs = [grpc.InferInput("deadline_ns", [1, 1], "INT64")]
+    inputs[0].set_data_from_numpy(np.zeros((1, 1), np.int64))
+    answer = example["client"].infer("denoiser", inputs, parameters={"ctl": "progress", "job": "nobody's"})
+    assert answer.as_numpy("num_steps").tolist() == [[0]]
+    with pytest.raises(InferenceServerException, match="`after`: got 'soon'") as caught:
+        example["client"].infer("denoiser", inputs, parameters={"ctl": "progress", "job": "", "after": "soon"})
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
 @pytest.mark.parametrize("missing", ["prompt_embeds", "negative_generated_prompt_embeds", "scheduler", "seed"])

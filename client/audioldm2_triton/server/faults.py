@@ -19,12 +19,13 @@ DIRECTORY_VARIABLE: Final = "TEST_FAULTS_DIRECTORY"
 RAISE: Final = "raise"  # a RuntimeError
 PANIC: Final = "panic"  # not an `Exception`, like the panics of Rust libraries
 STALL: Final = "stall"  # until the file is gone
+MEMORY: Final = "memory"  # a MemoryError
 NAN: Final = "nan"  # instead of what was computed
 _ANYWHERE: Final = (RAISE, PANIC, STALL)
 
 POINTS: Final[Mapping[str, tuple[str, ...]]] = {
     "text_conditioning.parse": _ANYWHERE,
-    "text_conditioning.encode": (*_ANYWHERE, NAN),
+    "text_conditioning.encode": (*_ANYWHERE, MEMORY, NAN),
     "denoiser.parse": _ANYWHERE,
     "denoiser.control": (RAISE, PANIC),  # a request for progress, or to cancel
     "denoiser.schedule": _ANYWHERE,  # on the thread that builds those that are new
@@ -32,17 +33,17 @@ POINTS: Final[Mapping[str, tuple[str, ...]]] = {
     "denoiser.loop": _ANYWHERE,  # in the engine's thread, where nobody is to blame
     "denoiser.is_cancelled": _ANYWHERE,
     "denoiser.admit": _ANYWHERE,
-    "denoiser.regroup": (*_ANYWHERE, NAN),
-    "denoiser.step": _ANYWHERE,
-    "denoiser.collect": _ANYWHERE,
+    "denoiser.regroup": (*_ANYWHERE, MEMORY, NAN),
+    "denoiser.step": (*_ANYWHERE, MEMORY),
+    "denoiser.collect": (*_ANYWHERE, MEMORY),
     "denoiser.listener": _ANYWHERE,
     "denoiser.observer": _ANYWHERE,
     "denoiser.callback": _ANYWHERE,
     "denoiser.answer": _ANYWHERE,
     "decoder.parse": _ANYWHERE,
-    "decoder.VAE": (*_ANYWHERE, NAN),
-    "decoder.vocoder": (*_ANYWHERE, NAN),
-    "decoder.score": (*_ANYWHERE, NAN),
+    "decoder.VAE": (*_ANYWHERE, MEMORY, NAN),
+    "decoder.vocoder": (*_ANYWHERE, MEMORY, NAN),
+    "decoder.score": (*_ANYWHERE, MEMORY, NAN),
     "audioldm2_stream.parse": _ANYWHERE,
     "audioldm2_stream.start": _ANYWHERE,  # of its thread
     "audioldm2_stream.serve": _ANYWHERE,
@@ -112,6 +113,8 @@ def _strike(directory: Path, point: str, value: Any) -> Any:
         return value
     if kind == NAN:
         return value * float("nan")
+    if kind == MEMORY:
+        raise MemoryError(f"fault at {point}")
     if kind == PANIC:
         raise Panic(f"fault at {point}")
     raise RuntimeError(f"fault at {point}")

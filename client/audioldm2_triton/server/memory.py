@@ -1,10 +1,18 @@
-"""The most memory that a process has held."""
+"""The most memory that a process has held, and what to do when there is no more."""
 
+import re
+import sys
+import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import torch
+
+# PyTorch has an exception of its own for a GPU's allocator only; a CPU's raises RuntimeError, as do CUDA's libraries.
+_OUT_OF_MEMORY: Final = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA error: out of memory|ALLOC_FAILED|std::bad_alloc"
+)
 
 
 def peak_memory_bytes(device: "torch.device") -> int:
@@ -27,3 +35,26 @@ def peak_resident_bytes(process: int | str = "self") -> int:
         return 0
     lines = status.read_text().splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was lacking, on the host or on a GPU: then less work at once may succeed."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+def release_memory(error: BaseException) -> None:
+    """Frees what an error keeps alive: the tensors in its frames, and PyTorch's unused memory on the GPUs."""
+    clear_frames(error)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def clear_frames(error: BaseException) -> None:
+    """Keeps an error, but not the variables of the functions that it passed through."""
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__

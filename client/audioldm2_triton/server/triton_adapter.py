@@ -18,6 +18,7 @@ import triton_python_backend_utils as pb_utils
 
 from audioldm2_triton.errors import AudioLDM2Error, InternalError, UnavailableError, stream_message
 from audioldm2_triton.server import draining
+from audioldm2_triton.server.memory import is_out_of_memory, release_memory
 from audioldm2_triton.server.settings import Settings, read_settings
 from audioldm2_triton.server.settlement import AnsweredError, Settlement, Settlements
 from audioldm2_triton.server.stage_tensors import CODED, CONTROL
@@ -135,7 +136,8 @@ def as_known_error(error: BaseException, stage: str) -> AudioLDM2Error:
     """Maps out of memory to unavailable, and any error outside the contract to internal, which is logged in full."""
     if isinstance(error, AudioLDM2Error):
         return error
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
+        logger.warning("%s is out of memory: %s", stage, error)
         return UnavailableError(f"{stage} is out of memory; try again later, or ask for less")
     logger.error("%s failed\n%s", stage, "".join(traceback.format_exception(error)))
     return InternalError(f"{stage} failed: {type(error).__name__}: {error}")
@@ -237,8 +239,9 @@ def answer_together(
 ) -> None:
     """Answers each request; those that parse are computed together in one call.
 
-    A request that does not parse fails alone. If the common call fails, each is computed alone, so that only the faulty
-    one fails. Raises nothing: an exception out of `execute()` would make Triton fail all of them.
+    A request that does not parse fails alone. If the common call fails, it is repeated in halves, so that only the
+    faulty one fails, and what lacked memory gets by with less. Raises nothing: an exception out of `execute()` would
+    make Triton fail all of them.
     """
     try:
         items: list[T] = []
@@ -264,10 +267,13 @@ def _compute_isolated(
     results = _caught(compute, items) if items else []
     if not isinstance(results, BaseException):
         return list(results)
+    if is_out_of_memory(results):
+        release_memory(results)
     if len(items) == 1:
         return [results]
-    logger.warning("a batch of %d requests failed (%s); computing each alone", len(items), results)
-    return [result for item in items for result in _compute_isolated(compute, [item])]
+    logger.warning("a batch of %d requests failed (%s); computing its halves", len(items), results)
+    half = len(items) // 2
+    return [result for part in (items[:half], items[half:]) for result in _compute_isolated(compute, part)]
 
 
 def _caught(function: Callable[[T], R], argument: T) -> R | BaseException:

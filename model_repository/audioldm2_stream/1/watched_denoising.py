@@ -12,7 +12,7 @@ import numpy as np
 
 from audioldm2_triton.errors import AudioLDM2Error, as_exception
 from audioldm2_triton.server import faults
-from audioldm2_triton.server.stage_tensors import CANCEL, CONTROL, DENOISED, JOB, PROGRESS
+from audioldm2_triton.server.stage_tensors import AFTER, CANCEL, CONTROL, DENOISED, JOB, PROGRESS
 from stage_calls import CallStage, Interruption, Send, StageCall, Tensors
 
 DENOISER: Final = "denoiser"
@@ -118,7 +118,7 @@ def _watch(
     try:
         faults.at("audioldm2_stream.watch")
         while not over.is_set():
-            step, num_steps = _control(call, PROGRESS, job, after=seen)
+            step, num_steps = _control(call, PROGRESS, job, seen)
             if step > seen:
                 seen = step
                 outcomes.put((step, num_steps))
@@ -129,8 +129,8 @@ def _watch(
         logger.exception("the progress of a request cannot be reported")
 
 
-def _control(call: CallStage, control: str, job: str, **parameters: int) -> tuple[int, int]:
+def _control(call: CallStage, control: str, job: str, after: int = 0) -> tuple[int, int]:
     # Triton needs at least one input.
     inputs = {"deadline_ns": np.zeros((1, 1), np.int64)}
-    answer = call(StageCall(DENOISER, inputs, ["step", "num_steps"], {CONTROL: control, JOB: job, **parameters}))
+    answer = call(StageCall(DENOISER, inputs, ["step", "num_steps"], {CONTROL: control, JOB: job, AFTER: after}))
     return int(answer["step"][0, 0]), int(answer["num_steps"][0, 0])

@@ -31,6 +31,11 @@ class ClapScorer:
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def text_dim(self) -> int:
+        """D of the text embeddings [D]."""
+        return int(self.clap.config.projection_dim)
+
 
 def load_clap_scorer(checkpoint: Path, device: torch.device, dtype: torch.dtype) -> ClapScorer:
     """Raises ValueError for a feature extractor with options that `clap_front_end` does not follow."""

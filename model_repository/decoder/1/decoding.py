@@ -107,7 +107,6 @@ def in_order(values: np.ndarray, order: np.ndarray) -> np.ndarray:
 def warm_up(decoder: WaveformDecoder, scorer: ClapScorer, geometry: AudioGeometry) -> None:
     """Decodes and scores one short clip, so that the first request does not bear one-time costs."""
     shape = (1, 1, geometry.latent_channels, geometry.latent_frames(1.0), geometry.latent_width)
-    text_dim = scorer.clap.config.projection_dim
     decode(
         decoder,
         scorer,
@@ -116,7 +115,7 @@ def warm_up(decoder: WaveformDecoder, scorer: ClapScorer, geometry: AudioGeometr
                 "latents": np.zeros(shape, np.float32),
                 "num_samples": np.array([[geometry.num_samples(1.0)]], np.int32),
                 "return_scores": np.array([[True]]),
-                "text_embeds": np.ones((1, text_dim), np.float32),
+                "text_embeds": np.ones((1, scorer.text_dim), np.float32),
             }
         ],
     )

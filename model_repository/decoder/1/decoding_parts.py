@@ -13,7 +13,9 @@ import numpy as np
 import torch
 
 from audioldm2_triton.errors import invalid
+from audioldm2_triton.server.geometry import AudioGeometry
 from audioldm2_triton.server.stage_tensors import CONTROL, DECODED, MEL, SCORE, VOCODE, WHOLE
+from audioldm2_triton.server.tensor_checks import check_equal, check_floats, check_range, check_shape
 from clap_scores import ClapScorer
 from decoding import decode, fit_length, rank_all, score_all
 from vocoder_chunks import VocoderChunk
@@ -22,20 +24,40 @@ from waveform_decoder import WaveformDecoder, decode_mels, vocode
 Tensors: TypeAlias = Mapping[str, np.ndarray]
 
 
-def check_decodable(control: str, inputs: Tensors) -> None:
-    """Checks a request, since this stage can be called directly. Raises `InvalidArgumentError`."""
+def check_decodable(control: str, inputs: Tensors, geometry: AudioGeometry, text_dim: int) -> None:
+    """Checks a request, since this stage can be called directly. Raises `InvalidArgumentError`.
+
+    Args:
+        text_dim: D of `text_embeds` [B, D].
+    """
     if control not in DECODED:
         raise invalid(CONTROL, control, "mel, vocode, score or none")
     for name in DECODED[control]:
         if name not in inputs:
             raise invalid(name, None, "a tensor; it is optional only for the server's internal requests")
-    if "num_samples" in inputs:
-        samples = inputs["num_samples"][:, 0]
-        if len(set(samples.tolist())) > 1:
-            raise invalid("num_samples", samples.tolist(), "the same value in all rows of one request")
-    for name, array in inputs.items():
-        if array.dtype == np.float32 and not np.isfinite(array).all():
-            raise invalid(name, array[~np.isfinite(array)][0].item(), "finite values")
+    mel_bins = geometry.latent_width * geometry.vae_scale_factor
+    rows = len(inputs[DECODED[control][0]])
+    shapes: Mapping[str, tuple[int | None, ...]] = {
+        "latents": (rows, None, geometry.latent_channels, None, geometry.latent_width),
+        "num_samples": (rows, 1),
+        "return_scores": (rows, 1),
+        "text_embeds": (rows, text_dim),
+        "mel_window": (rows, None, None, mel_bins),
+        "kept_samples": (rows, 2),
+        "audio": (rows, None, None),
+    }
+    for name in DECODED[control]:
+        check_shape(name, inputs[name], shapes[name])
+        check_floats(name, inputs[name])
+    if "num_samples" in DECODED[control]:
+        # How many the latents give, `fit_length` knows.
+        check_range("num_samples", inputs["num_samples"], 1, np.inf)
+        check_equal("num_samples", inputs["num_samples"])
+    if control == VOCODE:
+        check_range("kept_samples", np.diff(inputs["kept_samples"], prepend=0), 0, np.inf)
+    # The requests of a stream are for one row.
+    if control != WHOLE and rows != 1:
+        raise invalid(DECODED[control][0], rows, "one row")
 
 
 def decode_parts(

@@ -21,21 +21,20 @@ class TritonPythonModel:
         settings = adapter.model_settings(args)
         self.default_timeout_in_s = settings.default_timeout_in_s
         device = resolve_device(settings, args["model_instance_kind"], int(args["model_instance_device_id"]))
-        geometry = read_audio_geometry(Path(settings.checkpoint))
-        self.decoder, self.scorer = load_decoder_stage(settings, geometry, device)
+        self.geometry = read_audio_geometry(Path(settings.checkpoint))
+        self.decoder, self.scorer = load_decoder_stage(settings, self.geometry, device)
         self.memory = MemoryGauge(args["model_name"], device)
         self.settlements = adapter.open_settlements(args["model_name"])
 
     def execute(self, requests: Sequence[Any]) -> None:
         taken = adapter.take(requests, adapter.unchanged, self.settlements, self.default_timeout_in_s)
-        adapter.answer_together(taken, _parse, partial(decode_parts, self.decoder, self.scorer))
+        adapter.answer_together(taken, self._parse, partial(decode_parts, self.decoder, self.scorer))
         self.memory.update()
 
     def finalize(self) -> None:
         self.settlements.close()
 
-
-def _parse(request: adapter.ReadRequest) -> tuple[str, dict[str, np.ndarray]]:
-    faults.at("decoder.parse")
-    check_decodable(request.control, request.inputs)
-    return request.control, request.inputs
+    def _parse(self, request: adapter.ReadRequest) -> tuple[str, dict[str, np.ndarray]]:
+        faults.at("decoder.parse")
+        check_decodable(request.control, request.inputs, self.geometry, self.scorer.text_dim)
+        return request.control, request.inputs

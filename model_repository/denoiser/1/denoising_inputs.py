@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audioldm2_triton.contract import SCHEDULERS
+from audioldm2_triton.contract import MAX_GUIDANCE_SCALE, MAX_SEED, SCHEDULERS, Limits
 from audioldm2_triton.errors import invalid
 from audioldm2_triton.server.geometry import AudioGeometry, read_audio_geometry
+from audioldm2_triton.server.settings import Settings
 from audioldm2_triton.server.stage_tensors import COLUMNS, NEGATIVE_TEXT, OPTIONAL, TEXT
+from audioldm2_triton.server.tensor_checks import check_equal, check_floats, check_range, check_shape
 from audioldm2_triton.server.text_lengths import resolve_max_new_tokens
 from stepping.request import DenoisingRequest, DenoisingRow, TextStates
 from stepping.windows import Windowing
@@ -26,15 +28,20 @@ class TensorShapes:
     prompt_dim: int  # D1
     generated_dim: int  # D0
     generated_tokens: int  # T
+    limits: Limits
+
+    @property
+    def max_latent_frames(self) -> int:
+        return self.geometry.latent_frames(self.limits.max_audio_length_in_s)
 
 
-def read_tensor_shapes(checkpoint: Path, max_new_tokens: int = 0) -> TensorShapes:
+def read_tensor_shapes(settings: Settings) -> TensorShapes:
     """Reads the components' `config.json`. Raises `OSError` and `KeyError` for an incomplete checkpoint."""
+    checkpoint = Path(settings.checkpoint)
     unet = json.loads((checkpoint / "unet" / "config.json").read_text())
     generated_dim, prompt_dim = [dim for dim in unet["cross_attention_dim"][0] if dim is not None]
-    return TensorShapes(
-        read_audio_geometry(checkpoint), prompt_dim, generated_dim, resolve_max_new_tokens(checkpoint, max_new_tokens)
-    )
+    tokens = resolve_max_new_tokens(checkpoint, settings.max_new_tokens)
+    return TensorShapes(read_audio_geometry(checkpoint), prompt_dim, generated_dim, tokens, settings.limits)
 
 
 def draw_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
@@ -50,8 +57,6 @@ def parse_denoising_request(inputs: Mapping[str, np.ndarray], shapes: TensorShap
     """
     _check(inputs, shapes)
     rows = tuple(_parse_row(inputs, row, shapes.geometry) for row in range(len(inputs["latent_frames"])))
-    _check_equal("num_waveforms_per_prompt", [row.num_waveforms for row in rows])
-    _check_equal("latent_frames", [row.latent_frames for row in rows])
     return DenoisingRequest(rows, int(inputs["deadline_ns"][0, 0]) if "deadline_ns" in inputs else 0)
 
 
@@ -62,14 +67,25 @@ def _check(inputs: Mapping[str, np.ndarray], shapes: TensorShapes) -> None:
         if name not in inputs:
             raise invalid(name, None, "a tensor; direct calls to this stage must provide it")
     rows = len(inputs["latent_frames"])
+    # The counts first, because shapes follow from them.
+    for name, high in (
+        ("latent_frames", shapes.max_latent_frames),
+        ("num_inference_steps", shapes.limits.max_num_inference_steps),
+        ("num_waveforms_per_prompt", shapes.limits.max_num_waveforms_per_prompt),
+    ):
+        check_shape(name, inputs[name], (rows, 1))
+        check_range(name, inputs[name], 1, high)
+    for name in ("num_waveforms_per_prompt", "latent_frames"):
+        check_equal(name, inputs[name])
     # The states before the masks, whose length follows from them.
     for name in sorted((*TEXT, *NEGATIVE_TEXT, *COLUMNS, *OPTIONAL), key=lambda name: name.endswith("mask")):
         if name not in inputs:
             continue
-        array = inputs[name]
-        _check_shape(name, array, _expected_shape(name, inputs, rows, shapes))
-        if array.dtype == np.float32 and not np.isfinite(array).all():
-            raise invalid(name, array[~np.isfinite(array)][0].item(), "finite values")
+        check_shape(name, inputs[name], _expected_shape(name, inputs, rows, shapes))
+        check_floats(name, inputs[name])
+    check_range("guidance_scale", inputs["guidance_scale"], 0, MAX_GUIDANCE_SCALE)
+    if source == "seed":
+        check_range("seed", inputs["seed"], 0, MAX_SEED)
 
 
 def _expected_shape(
@@ -90,20 +106,6 @@ def _expected_shape(
     return rows, 1
 
 
-def _check_shape(name: str, array: np.ndarray, expected: tuple[int | None, ...]) -> None:
-    fits = len(array.shape) == len(expected) and all(
-        size == wanted or (wanted is None and size > 0) for size, wanted in zip(array.shape, expected, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join("any" if size is None else str(size) for size in expected)
-        raise invalid(name, list(array.shape), f"the shape [{wanted}]")
-
-
-def _check_equal(name: str, given: list[int]) -> None:
-    if len(set(given)) > 1:
-        raise invalid(name, given, "the same value in all rows of one request")
-
-
 def _parse_row(inputs: Mapping[str, np.ndarray], row: int, geometry: AudioGeometry) -> DenoisingRow:
     guidance_scale = float(inputs["guidance_scale"][row, 0])
     scheduler = inputs["scheduler"][row, 0].decode(errors="replace")
@@ -113,23 +115,16 @@ def _parse_row(inputs: Mapping[str, np.ndarray], row: int, geometry: AudioGeomet
         positive=_text_states(inputs, row, TEXT),
         negative=_text_states(inputs, row, NEGATIVE_TEXT) if guidance_scale > 1.0 else None,
         guidance_scale=guidance_scale,
-        num_inference_steps=_positive(inputs, "num_inference_steps", row),
+        num_inference_steps=int(inputs["num_inference_steps"][row, 0]),
         scheduler=scheduler,
         noise=_noise(inputs, row, geometry),
         windowing=_windowing(inputs, row),
     )
 
 
-def _positive(inputs: Mapping[str, np.ndarray], name: str, row: int) -> int:
-    value = int(inputs[name][row, 0])
-    if value < 1:
-        raise invalid(name, value, "an integer of at least 1")
-    return value
-
-
 def _noise(inputs: Mapping[str, np.ndarray], row: int, geometry: AudioGeometry) -> Tensor:
     """Returns the caller's own noise, or draws it from the seed."""
-    waveforms, frames = (_positive(inputs, name, row) for name in ("num_waveforms_per_prompt", "latent_frames"))
+    waveforms, frames = (int(inputs[name][row, 0]) for name in ("num_waveforms_per_prompt", "latent_frames"))
     if "noise" in inputs:
         return torch.tensor(inputs["noise"][row])
     shape = (waveforms, geometry.latent_channels, frames, geometry.latent_width)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,7 +12,7 @@ from audioldm2_triton.errors import invalid
 from audioldm2_triton.server import faults
 from audioldm2_triton.server import triton_adapter as adapter
 from audioldm2_triton.server.settlement import Settlement
-from audioldm2_triton.server.stage_tensors import CANCEL, CONTROL, JOB, PROGRESS
+from audioldm2_triton.server.stage_tensors import AFTER, CANCEL, CONTROL, JOB, PROGRESS
 from denoiser_metrics import DenoiserMetrics
 from denoiser_stage import load_engines
 from denoising_inputs import parse_denoising_request, read_tensor_shapes
@@ -34,7 +33,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         settings = adapter.model_settings(args)
         self.default_timeout_in_s = settings.default_timeout_in_s
-        self.shapes = read_tensor_shapes(Path(settings.checkpoint), settings.max_new_tokens)
+        self.shapes = read_tensor_shapes(settings)
         self.metrics = DenoiserMetrics(self.shapes.geometry, args["model_name"])
         self.engines = load_engines(settings, self.shapes.geometry, self.metrics.observer)
         self.settlements = adapter.open_settlements(args["model_name"])
@@ -62,8 +61,11 @@ class TritonPythonModel:
         job = str(read.parameters.get(JOB, ""))
         faults.at("denoiser.control" if read.control else "denoiser.parse")
         if read.control == PROGRESS:
+            after = read.parameters.get(AFTER, 0)
+            if not isinstance(after, int):
+                raise invalid(AFTER, after, "a number of evaluations")
             settlement.expect_by(self.engines.deadline_ns(job))
-            self.engines.listen(job, int(read.parameters["after"]), partial(_settle_progress, settlement))
+            self.engines.listen(job, after, partial(_settle_progress, settlement))
         elif read.control == CANCEL:
             self.engines.cancel(job)
             settlement.settle((0, 0))

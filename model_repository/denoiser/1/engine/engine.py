@@ -8,7 +8,6 @@ that is the cheapest, else groups of them take turns.
 import logging
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from audioldm2_triton.errors import UnavailableError, as_exception
 from audioldm2_triton.server import faults
+from audioldm2_triton.server.memory import clear_frames, is_out_of_memory
 from audioldm2_triton.server.residency import Residency
 from engine.device import RunAhead, device_works
 from engine.job import Job, JobStatus, OnProgress, call_all, start_waveforms
@@ -175,11 +175,7 @@ class Engine:
             self.broken = error
             self._changed.notify_all()
         logger.error("the engine on %s is broken and takes no more requests", self._device, exc_info=error)
-        # Keep the error but not its frames: a request that only a frame still holds is answered once it is released.
-        cause: BaseException | None = error
-        while cause is not None:
-            traceback.clear_frames(cause.__traceback__)
-            cause = cause.__cause__ or cause.__context__
+        clear_frames(error)  # a request that only a frame still holds is answered once it is released
         self._observer.broke(error)
 
     def _fail_all(self) -> None:
@@ -196,6 +192,7 @@ class Engine:
     def _wait_for_work(self) -> bool:
         if not self._roster.jobs:
             self._residency.leave()
+            self._groups.room = None
         with self._changed:
             if not self._roster.jobs:
                 self._changed.wait_for(lambda: self._roster.jobs or self._closed)
@@ -244,7 +241,8 @@ class Engine:
             self._account(group, items)
             self._failed_steps = 0
         except BaseException as error:
-            self._fail_step(waveforms, as_exception(error))
+            if not (is_out_of_memory(error) and self._groups.halve(waveforms, error)):
+                self._fail_step(waveforms, as_exception(error))
 
     def _account(self, group: StepGroup, items: int) -> None:
         now = time.perf_counter()
@@ -276,7 +274,7 @@ class Engine:
             self._finish(job, error)
         if not self._roster.in_flight:
             self._groups.clear()  # unstacking could fail too
-        self._failed_steps += 1
+        self._failed_steps += not is_out_of_memory(error)  # which says nothing of the engine
         if self._failed_steps >= MAX_FAILED_STEPS or not device_works(self._device):
             self._break(error)
 

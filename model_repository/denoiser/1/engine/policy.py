@@ -3,10 +3,10 @@
 Pure functions over plain data, which a simulator can run as well. Nothing here needs a UNet, a lock, a clock or torch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from stepping.forward_plan import Bucket, ForwardCosts, PlannedWaveform, plan_forwards
+from stepping.forward_plan import Bucket, Forward, ForwardCosts, PlannedWaveform, plan_forwards
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,12 @@ def admit(waiting: Iterable[Waiting], room: int, is_empty: bool) -> list[int]:
     return entering
 
 
-def plan_groups(waveforms: Sequence[InFlight], costs: ForwardCosts) -> list[Group]:
-    """Returns the cheapest groups, and one more for each request whose windows take several forwards a step."""
+def plan_groups(waveforms: Sequence[InFlight], costs: ForwardCosts, room: int | None = None) -> list[Group]:
+    """Returns the cheapest groups, and one more for each request whose windows take several forwards a step.
+
+    Args:
+        room: latent frames of all items of a forward, at most, unless it has only one waveform; None: any number.
+    """
     whole = [
         PlannedWaveform(index, waveform.items, waveform.frames)
         for index, waveform in enumerate(waveforms)
@@ -71,8 +75,29 @@ def plan_groups(waveforms: Sequence[InFlight], costs: ForwardCosts) -> list[Grou
     for index, waveform in enumerate(waveforms):
         if waveform.in_turns:
             turns.setdefault(waveform.request, []).append(index)
-    groups = [Group(forward.indices, False, forward.bucket) for forward in plan_forwards(whole, costs)]
+    groups = [
+        Group(part.indices, False, part.bucket)
+        for forward in plan_forwards(whole, costs)
+        for part in _cut(forward, waveforms, costs, room)
+    ]
     return groups + [Group(tuple(indices), True) for indices in turns.values()]
+
+
+def _cut(forward: Forward, waveforms: Sequence[InFlight], costs: ForwardCosts, room: int | None) -> Iterator[Forward]:
+    """Yields a forward, or several that have room."""
+    if room is None:
+        yield forward
+        return
+    parts: list[list[int]] = [[]]
+    for index in forward.indices:
+        if parts[-1] and sum(waveforms[each].items for each in [*parts[-1], index]) * forward.frames > room:
+            parts.append([])
+        parts[-1].append(index)
+    for part in parts:
+        lengths = {waveforms[index].frames for index in part}
+        items = sum(waveforms[index].items for index in part)
+        bucket = costs.cheapest(items, max(lengths), len(lengths) > 1)[1]
+        yield Forward(tuple(part), max(lengths), len(lengths) > 1, bucket)
 
 
 def next_group(last_steps: Sequence[float]) -> int:

@@ -41,6 +41,11 @@ class StepGroup:
         """The time at which the waveform that has waited longest took its last step."""
         return min(waveform.last_step for waveform in self.waveforms)
 
+    @property
+    def state(self) -> StepBatch | None:
+        """The state between two forwards, another object after each; None with several forwards a step."""
+        return self._batch
+
     def advance(self, unet: UNet) -> int:
         """Runs one forward. Returns the number of its UNet batch items."""
         if self._batch is not None:

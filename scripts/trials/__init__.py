@@ -1,0 +1,1 @@
+"""Trials of a server: hostile requests, long mixed load, and faults under load."""

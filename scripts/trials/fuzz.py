@@ -1,0 +1,140 @@
+"""`scripts/fuzz`: hostile requests by every way into a server; each must be answered, and none may harm the others."""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Final
+
+import numpy as np
+
+from audioldm2_triton import AudioLDM2Client
+from benchmarks.run import build_if_missing
+from project import CACHE
+from serving.local_server import LocalServer, local_server
+from serving.loopback import read_page
+from serving.metrics import read_metrics
+from trials.hostile import Hostile, hostile, hostile_body
+from trials.sending import INTERNAL, LEFT_OUT, NONE, Answer, Ways
+
+# So that no accepted request takes long.
+LIMITS: Final = (
+    "--max-audio-length-in-s=1",
+    "--max-num-inference-steps=4",
+    "--max-num-waveforms-per-prompt=2",
+    "--default-timeout-in-s=30",
+)
+_BODY_SHARE: Final = 0.05  # of the requests that are no requests at all
+_CHECK_EVERY: Final = 100
+_TOLERANCE: Final = 1e-4  # of audio in [-1, 1] in float32, whatever shares a forward with it
+_SHOWN: Final = 160
+
+
+@dataclass
+class Tally:
+    """What has come back so far; one for each thread."""
+
+    kinds: Counter[str] = field(default_factory=Counter)  # by way and kind
+    failures: Counter[str] = field(default_factory=Counter)
+    checks: int = 0
+
+    def add(self, way: str, done: tuple[str, ...], answer: Answer) -> None:
+        self.kinds[f"{way}: {answer.kind}"] += 1
+        if answer.kind in (INTERNAL, NONE):
+            self.failures[f"{way}: {answer.kind}: {'+'.join(done)}: {answer.message[:_SHOWN]}"] += 1
+
+
+def attack(server: LocalServer, count: int, random: Random, right: np.ndarray) -> Tally:
+    """Sends `count` requests, one after the other, with a check of a right one's audio after every hundred."""
+    tally, ways = Tally(), Ways(server)
+    protocols = [AudioLDM2Client(url, max_retries=0) for url in (server.grpc_url, server.http_url)]
+    try:
+        for sent in range(count):
+            if sent % _CHECK_EVERY == 0:
+                _check(protocols[tally.checks % 2], right, tally)
+            if random.random() < _BODY_SHARE:
+                tally.add("HTTP body", (), ways.post("/v2/models/audioldm2/infer", hostile_body(random), {}))
+                continue
+            way, send = random.choice(list(ways.all.items()))
+            request = hostile(random)
+            tally.add(way, request.done, _sent(send, request))
+    finally:
+        ways.close()
+        for client in protocols:
+            client.close()
+    return tally
+
+
+def _sent(send: Callable[[Hostile], Answer], request: Hostile) -> Answer:
+    try:
+        return send(request)
+    except (ValueError, TypeError, UnicodeError) as error:  # it cannot even be written down in this protocol
+        return Answer(LEFT_OUT, str(error))
+
+
+def _right_audio(client: AudioLDM2Client) -> np.ndarray:
+    return client.generate("rain", audio_length_in_s=0.3, num_inference_steps=3, seed=1).audio
+
+
+def _check(client: AudioLDM2Client, right: np.ndarray, tally: Tally) -> None:
+    tally.checks += 1
+    distance = float(np.abs(_right_audio(client) - right).max())
+    if distance > _TOLERANCE:
+        tally.failures[f"a valid request's audio is {distance:.1e} off"] += 1
+
+
+def fuzz(checkpoint: Path, log: Path, count: int, seed: int, clients: int) -> tuple[Tally, list[str]]:
+    """Returns what has come back, and what is wrong with the server afterwards."""
+    with local_server(checkpoint, log, *LIMITS) as server:
+        with AudioLDM2Client(server.grpc_url) as client:
+            right = _right_audio(client)
+        with ThreadPoolExecutor(clients) as pool:
+            share = -(-count // clients)
+            tallies = list(pool.map(lambda n: attack(server, share, Random(seed * 1000 + n), right), range(clients)))
+        total = Tally()
+        for tally in tallies:
+            total.kinds += tally.kinds
+            total.failures += tally.failures
+            total.checks += tally.checks
+        return total, _left_behind(server)
+
+
+def _left_behind(server: LocalServer) -> list[str]:
+    page = read_metrics(server.metrics_port)
+    wrong = [
+        f"{name} is {value:g}"
+        for name in ("audioldm2_stage_requests", "audioldm2_rows_in_flight")
+        if (value := page[name])
+    ]
+    health = read_page(server.health_port, "/live", 10).decode()
+    return wrong if '"restarts": 0' in health else [*wrong, f"the server was restarted: {health}"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--requests", type=int, default=100_000, help="how many to send (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=8, help="how many send at a time (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the requests follow from it (default: %(default)s)")
+    parser.add_argument("--log", type=Path, default=CACHE / "trials" / "fuzz.log", help="of the server")
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Raises `SystemExit` if a request was not answered, or a stage failed."""
+    checkpoint = CACHE / "checkpoints" / "tiny"
+    build_if_missing(checkpoint)
+    arguments.log.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    tally, wrong = fuzz(checkpoint, arguments.log, arguments.requests, arguments.seed, arguments.clients)
+    for name, count in sorted(tally.kinds.items()):
+        print(f"{count:8} {name}")
+    print(f"{tally.checks:8} valid requests between them, {time.monotonic() - started:.0f} s in all")
+    for failure, count in tally.failures.most_common(50):
+        print(f"FAILED {count} times: {failure}")
+    for what in wrong:
+        print(f"FAILED: {what}")
+    if tally.failures or wrong:
+        sys.exit(f"scripts/fuzz: got the failures above but expected none; the server's log is {arguments.log}")
