@@ -95,8 +95,8 @@ def parse_arguments() -> argparse.Namespace:
         "--stall-timeout-in-s",
         type=float,
         default=Patience.stalled_in_s,
-        help="after how long without a step, with waveforms in flight, the server is restarted; longer than the "
-        f"longest step (default: {Patience.stalled_in_s:g})",
+        help="after how long without a step, with waveforms in flight, or without a stage taking what waits for it, the "
+        f"server is restarted; longer than the longest step and decoding (default: {Patience.stalled_in_s:g})",
     )
     parser.add_argument(
         "--cache-dir", default=DEFAULT_CACHE, help=f"where hub checkpoints are stored (default: {DEFAULT_CACHE})"

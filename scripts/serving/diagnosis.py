@@ -7,6 +7,9 @@ from typing import Final
 from audioldm2_triton.server import metric_names
 
 _BROKEN: Final = f"{metric_names.ENGINE_BROKEN}{{"
+# Triton's own: requests that wait for a model to take them, and how often it has taken some.
+_PENDING: Final = "nv_inference_pending_request_count{"
+_EXECUTIONS: Final = "nv_inference_exec_count{"
 _IN_FLIGHT: Final = f"{metric_names.ROWS_IN_FLIGHT}{{"
 
 
@@ -77,6 +80,10 @@ def _symptoms(
             steps = name.replace(_IN_FLIGHT, f"{metric_names.STEP_COUNT}{{")
             if observation.metrics.get(steps) == previous.metrics.get(steps):
                 yield f"the engine{{{name.removeprefix(_IN_FLIGHT)} makes no step", patience.stalled_in_s
+        if name.startswith(_PENDING) and rows > 0 and previous.metrics.get(name, 0) > 0:
+            executions = name.replace(_PENDING, _EXECUTIONS)
+            if observation.metrics.get(executions) == previous.metrics.get(executions):
+                yield f"the model{{{name.removeprefix(_PENDING)} takes no request", patience.stalled_in_s
 
 
 @dataclass(frozen=True)

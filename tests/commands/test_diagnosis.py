@@ -60,6 +60,18 @@ def test_an_engine_without_a_step_stalls_only_with_rows_in_flight() -> None:
     assert first_failure(*series(*slow)) is None
 
 
+def test_a_model_that_takes_no_request_stalls_only_while_some_wait() -> None:
+    labels = '{model="decoder",version="1"}'
+
+    def waiting(requests: float, executions: float) -> dict[str, float]:
+        return {f"nv_inference_pending_request_count{labels}": requests, f"nv_inference_exec_count{labels}": executions}
+
+    assert first_failure(*series(*[waiting(0, 7)] * 60)) is None
+    assert first_failure(*series(*[waiting(2, 7)] * 60)) == (21.0, f"the model{labels} takes no request")
+    slow = [waiting(2, second // 15) for second in range(200)]  # an execution every 15 s
+    assert first_failure(*series(*slow)) is None
+
+
 def test_a_silent_metrics_page_is_a_failure_in_time() -> None:
     assert first_failure(*series(*[None] * 60)) == (10.0, "the metrics page does not answer")
     assert first_failure(*series(*[*[None] * 9, page(0, 0)] * 5)) is None

@@ -21,6 +21,7 @@ from tritonclient.utils import InferenceServerException
 
 from audioldm2_pipeline import difference
 from audioldm2_triton import AudioLDM2Client, AudioLDM2Error, UnavailableError
+from audioldm2_triton.server import faults
 from metrics_page import wait_for_metrics
 from plain_requests import Stream, infer_inputs
 from serving.local_server import LocalServer, free_ports, local_server
@@ -111,6 +112,32 @@ def test_a_stage_that_dies_or_stops_is_replaced(
     assert (code, state["state"], state["restarts"]) == (200, "ready", before + 1)
     assert model in state["reason"]
     assert not old & set(Path("/dev/shm").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["text_conditioning.encode", "denoiser.step", "decoder.VAE"])
+def test_a_stage_that_hangs_is_replaced(
+    point: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(faults.DIRECTORY_VARIABLE, str(tmp_path))
+    with (
+        local_server(tiny_checkpoint, tmp_path / "log", "--stall-timeout-in-s=3") as server,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        file = faults.arm(tmp_path, point, faults.STALL)
+        calls = [pool.submit(_long_call, server) for _ in range(4)]
+        wait_until(lambda: health(server)[1]["restarts"] == 1, "the hanging stage to be noticed")
+        file.unlink()
+        assert all(isinstance(call.result(timeout=WAIT_IN_S), Exception) for call in calls)
+        wait_until(lambda: health(server)[0] == 200, "readiness")
+        assert point.partition(".")[0] in health(server)[1]["reason"]
+        with AudioLDM2Client(server.grpc_url) as client:
+            client.generate(**SHORT)
+
+
+def _long_call(server: LocalServer) -> Any:
+    with grpc.InferenceServerClient(f"localhost:{server.grpc_port}") as client:
+        return outcome(lambda: client.infer("audioldm2", infer_inputs(grpc, LONG), client_timeout=WAIT_IN_S))
 
 
 def test_administration_is_refused_and_other_machines_too(supervised: LocalServer) -> None:

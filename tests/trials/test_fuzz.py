@@ -3,32 +3,41 @@
 from pathlib import Path
 from random import Random
 
+import numpy as np
+import pytest
+
 from audioldm2_triton import contract
-from trials.fuzz import fuzz
+from audioldm2_triton.server import faults
+from serving.local_server import LocalServer
+from trials.fuzz import Tally, attack, fuzz
 from trials.hostile import hostile, hostile_body, valid
-from trials.sending import ANSWERED, INTERNAL, NONE, REFUSED
+from trials.sending import ANSWERED, NONE, REFUSED
 
 
 def test_hostile_requests_by_every_way_are_answered(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    tally, wrong = fuzz(tiny_checkpoint, tmp_path / "log", count=1200, seed=7, clients=4)
+    tally, wrong = fuzz(tiny_checkpoint, tmp_path / "log", count=800, seed=7, clients=4)
     assert not tally.failures
     assert not wrong
-    assert tally.checks == 4 * 3  # of the valid requests between them
+    assert tally.checks == 4 * 2  # of the valid requests between them
     for way in ("gRPC", "gRPC stream", "HTTP binary", "HTTP JSON", "generate"):
         assert tally.kinds[f"{way}: {ANSWERED}"] > 0
-        assert tally.kinds[f"{way}: {REFUSED}"] > 50
-    assert tally.kinds[f"HTTP body: {REFUSED}"] > 20
+        assert tally.kinds[f"{way}: {REFUSED}"] > 30
+    assert tally.kinds[f"HTTP body: {REFUSED}"] > 10
 
 
-def test_what_is_wrong_would_be_seen(tiny_checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
-    """A negative control: a server with a fault, which the same requests must find."""
-    from audioldm2_triton.server import faults
+def test_what_is_wrong_is_seen(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A negative control: a stage that fails a few times after the first right audio."""
+
+    def attack_what_fails(server: LocalServer, count: int, random: Random, right: np.ndarray) -> Tally:
+        faults.arm(tmp_path, "decoder.parse", faults.RAISE, times=3)
+        return attack(server, count, random, right)
 
     monkeypatch.setenv(faults.DIRECTORY_VARIABLE, str(tmp_path))
-    faults.arm(tmp_path, "decoder.parse", faults.RAISE, times=3)
-    tally, _ = fuzz(tiny_checkpoint, tmp_path / "log", count=120, seed=7, clients=1)
-    assert sum(count for failure, count in tally.failures.items() if INTERNAL in failure) == 3
+    monkeypatch.setattr("trials.fuzz.attack", attack_what_fails)
+    tally, wrong = fuzz(tiny_checkpoint, tmp_path / "log", count=100, seed=7, clients=1)
+    assert sum(count for failure, count in tally.failures.items() if "fault at decoder.parse" in failure) == 3
     assert not any(NONE in failure for failure in tally.failures)
+    assert not wrong
 
 
 def test_a_seed_gives_the_same_requests() -> None:

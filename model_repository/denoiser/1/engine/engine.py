@@ -270,13 +270,13 @@ class Engine:
 
     def _fail_step(self, waveforms: Sequence[WaveformState], error: Exception) -> None:
         """Fails the requests of a failed step; the others resume from their last good state."""
+        self._failed_steps += not is_out_of_memory(error)  # which says nothing of the engine
+        if self._failed_steps >= MAX_FAILED_STEPS or not device_works(self._device):
+            self._break(error)  # first: whoever sends again must not meet this engine
         for job in self._roster.owners_of(waveforms):
             self._finish(job, error)
         if not self._roster.in_flight:
             self._groups.clear()  # unstacking could fail too
-        self._failed_steps += not is_out_of_memory(error)  # which says nothing of the engine
-        if self._failed_steps >= MAX_FAILED_STEPS or not device_works(self._device):
-            self._break(error)
 
     def _leave(self, waveforms: Iterable[WaveformState]) -> None:
         """Removes waveforms from flight; the next step regroups the rest."""
