@@ -22,7 +22,7 @@ from audioldm2_triton.server.settings import (
     read_settings,
 )
 from audioldm2_triton.terminal import escape_unprintable
-from serving.diagnosis import Patience
+from serving.diagnosis import Patience, RestartLimit
 from serving.health import Health, health_server
 from serving.installation import InstallationError, find_triton
 from serving.model_control import models_may_change
@@ -95,8 +95,21 @@ def parse_arguments() -> argparse.Namespace:
         "--stall-timeout-in-s",
         type=float,
         default=Patience.stalled_in_s,
-        help="after how long without a step, with waveforms in flight, or without a stage taking what waits for it, the "
-        f"server is restarted; longer than the longest step and decoding (default: {Patience.stalled_in_s:g})",
+        help="after how long without a step, with waveforms in flight, or with a stage taking none of its requests, "
+        f"the server is restarted; longer than the longest step and decoding (default: {Patience.stalled_in_s:g})",
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=RestartLimit.count,
+        help=f"within ten minutes, after which it gives up (default: {RestartLimit.count})",
+    )
+    parser.add_argument(
+        "--max-restart-delay-in-s",
+        type=float,
+        default=RestartLimit.longest_delay_in_s,
+        help="the delay before a restart doubles each time within ten minutes, up to this "
+        f"(default: {RestartLimit.longest_delay_in_s:g})",
     )
     parser.add_argument(
         "--cache-dir", default=DEFAULT_CACHE, help=f"where hub checkpoints are stored (default: {DEFAULT_CACHE})"
@@ -262,6 +275,7 @@ def _serve(
         lambda: _report_ready(arguments, health),
         arguments.drain_timeout_in_s,
         Patience(stalled_in_s=arguments.stall_timeout_in_s),
+        RestartLimit(arguments.max_restarts, longest_delay_in_s=arguments.max_restart_delay_in_s),
     )
 
 

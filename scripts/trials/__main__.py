@@ -1,4 +1,4 @@
-"""`scripts/fuzz`: what a server must survive, each one command with a verdict."""
+"""`scripts/chaos`, `scripts/fuzz`, `scripts/soak`: what a server must survive, each one command with a verdict."""
 
 import sys
 from typing import Final
@@ -6,6 +6,8 @@ from typing import Final
 from command_line import measure
 
 COMMANDS: Final = {
+    "chaos": "stages killed and stopped under load, over a bad network",
+    "soak": "mixed load for as long as wanted, part of it cancelled, late or cut off",
     "fuzz": "hostile requests by every way into a server",
 }
 

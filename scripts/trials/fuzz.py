@@ -18,9 +18,9 @@ from benchmarks.run import build_if_missing
 from project import CACHE
 from serving.local_server import LocalServer, local_server
 from serving.loopback import read_page
-from serving.metrics import read_metrics
 from trials.hostile import Hostile, hostile, hostile_body
 from trials.sending import INTERNAL, LEFT_OUT, NONE, Answer, Ways
+from trials.watching import left_behind
 
 # So that no accepted request takes long.
 LIMITS: Final = (
@@ -109,14 +109,9 @@ def fuzz(checkpoint: Path, log: Path, count: int, seed: int, clients: int) -> tu
 
 
 def _left_behind(server: LocalServer) -> list[str]:
-    page = read_metrics(server.metrics_port)
-    wrong = [
-        f"{name} is {value:g}"
-        for name in ("audioldm2_stage_requests", "audioldm2_rows_in_flight")
-        if (value := page[name])
-    ]
     health = read_page(server.health_port, "/live", 10).decode()
-    return wrong if '"restarts": 0' in health else [*wrong, f"the server was restarted: {health}"]
+    held = left_behind(server)
+    return held if '"restarts": 0' in health else [*held, f"the server was restarted: {health}"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

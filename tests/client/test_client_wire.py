@@ -235,6 +235,9 @@ def test_other_urls_are_refused_with_what_is_accepted(url: str) -> None:
         ("413", "Request Entity Too Large", errors.InvalidArgumentError),
         ("429", "slow down", errors.UnavailableError),
         ("StatusCode.UNIMPLEMENTED", "no", errors.InternalError),
+        ("500", "in ensemble 'a', Stub process 'decoder_0_0' is not healthy.", errors.UnavailableError),
+        ("StatusCode.INTERNAL", "Stub process 'decoder_0_0' is not healthy.", errors.UnavailableError),
+        (None, "Failed to process the request: Stub process 'x' is not healthy.", errors.UnavailableError),
         (None, "malformed", errors.InternalError),
         # As in a stream, whose errors have no status.
         (None, "INVALID_ARG: `seed`: got -1 but expected more", errors.InvalidArgumentError),

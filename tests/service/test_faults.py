@@ -18,7 +18,7 @@ from tritonclient.utils import InferenceServerException
 from audioldm2_pipeline import difference
 from audioldm2_triton import contract
 from audioldm2_triton.server import faults
-from audioldm2_triton.server.faults import MEMORY, PANIC, POINTS, RAISE, STALL
+from audioldm2_triton.server.faults import LEAK, MEMORY, PANIC, POINTS, RAISE, STALL
 from metrics_page import is_idle, wait_for_metrics
 from plain_requests import Stream, infer_inputs
 from project import ROOT
@@ -238,7 +238,7 @@ def check_expired(outcome: np.ndarray | Exception, request: Request) -> None:
 
 
 def test_every_fault_is_answered(asking: Asking, fault_directory: Path) -> None:
-    cases = [(point, kind) for point, kinds in POINTS.items() for kind in kinds if point != FATAL]
+    cases = [(point, kind) for point, kinds in POINTS.items() for kind in kinds if point != FATAL and kind != LEAK]
     new_steps = iter(range(STEPS + 1, 1000))
     for number, (point, kind) in enumerate(cases):
         # Only schedules that are new are built.

@@ -48,6 +48,9 @@ _KINDS: Final[dict[str, type[AudioLDM2Error]]] = {
 # stages carry their code in the message; these are Triton's own words for a model that is not there (yet).
 _MODEL_MISSING: Final = re.compile(r"Request for unknown model: |.*\bModel '?\w+'? is not ready")
 
+# Triton's words about a model's process that has died or is stopped, with the code INTERNAL.
+_PROCESS_GONE: Final = re.compile(r".*Stub process '[^']*' is not healthy")
+
 _WRAPPING: Final = re.compile(r"(?:in ensemble '[^']*', |\[request id: [^\]]*\] )+")
 _RAISED_IN_STAGE: Final = re.compile(
     r"Failed to process the request\(s\) for model(?: instance)? '(?P<stage>[^']*)', message: (?P<message>.*)",
@@ -55,7 +58,7 @@ _RAISED_IN_STAGE: Final = re.compile(
 )
 _NO_CONNECTION: Final = re.compile(r"connect|DNS|socket|proxy|handshake", re.IGNORECASE)
 """gRPC's own words, in messages that are not Triton's."""
-_HTTP_LIBRARIES: Final = ("aiohttp", "geventhttpclient", "http")
+_HTTP_LIBRARIES: Final = ("_parser", "aiohttp", "geventhttpclient", "http")  # the first: geventhttpclient's, in C
 _STACK: Final = re.compile(r"\n\s*\nAt:\n.*", re.DOTALL)
 
 
@@ -95,7 +98,7 @@ def _from_triton(error: InferenceServerException, endpoint: Endpoint, timeout: f
         message = clean_message(error.message() or "")
     if not status:
         return _located(_from_stream(message), endpoint)
-    kind = _KINDS.get(status, InternalError)
+    kind = UnavailableError if _PROCESS_GONE.match(message) else _KINDS.get(status, InternalError)
     if kind in (InvalidArgumentError, RequestCancelledError):
         if message.startswith(DEADLINE_EXCEEDED):
             kind = DeadlineExceededError
@@ -111,7 +114,8 @@ def _from_stream(message: str) -> AudioLDM2Error:
     own = read_stream_message(message)
     if own is not None:
         return own
-    return UnavailableError(message) if _MODEL_MISSING.match(message) else InternalError(message)
+    temporary = _MODEL_MISSING.match(message) or _PROCESS_GONE.match(message)
+    return UnavailableError(message) if temporary else InternalError(message)
 
 
 def _located(error: AudioLDM2Error, endpoint: Endpoint) -> AudioLDM2Error:

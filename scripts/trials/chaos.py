@@ -1,0 +1,225 @@
+"""`scripts/chaos`: one stage after the other is killed or stopped under load, and the network is bad.
+
+No audio may be wrong, no call may hang, and the next server must serve soon.
+"""
+
+import argparse
+import itertools
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from signal import SIGKILL, SIGSTOP, Signals
+from typing import Final
+
+import psutil
+
+from audioldm2_triton import AudioLDM2Client, AudioLDM2Error
+from benchmarks.run import build_if_missing
+from project import CACHE
+from serving.local_server import LocalServer, local_server
+from serving.loopback import read_page
+from serving.stage_processes import find_stages
+from trials.proxy import Toxics, proxy
+from trials.requests import Known, generate, known_requests
+from trials.watching import left_behind
+
+MODELS: Final = ("denoiser", "text_conditioning", "decoder", "audioldm2_stream")
+IN_FLIGHT: Final = 16  # plain calls at the moment of each fault, over gRPC, HTTP and as streams
+ENDED_WITHIN_IN_S: Final = {SIGKILL: 5.0, SIGSTOP: 15.0}
+SERVED_WITHIN_IN_S: Final = {SIGKILL: 20.0, SIGSTOP: 30.0}
+_PATIENCE_IN_S: Final = 120.0
+# The network of the clients that send again; it changes with every round.
+_TOXICS: Final = (Toxics(), Toxics(latency_in_s=0.02), Toxics(slicer_bytes=100), Toxics(limit_bytes=200_000))
+
+
+@dataclass
+class Round:
+    """A fault, and what followed; seconds after it."""
+
+    model: str
+    signal: Signals
+    calls_ended_in_s: float = 0.0
+    hung: int = 0
+    served_in_s: float = 0.0
+    noticed_in_s: float = 0.0
+
+    def failures(self) -> list[str]:
+        found = [f"{self.hung} calls hung"] if self.hung else []
+        if self.calls_ended_in_s > ENDED_WITHIN_IN_S[self.signal]:
+            found.append(f"the last call ended after {self.calls_ended_in_s:.1f} s")
+        if self.served_in_s > SERVED_WITHIN_IN_S[self.signal]:
+            found.append(f"the next right answer came after {self.served_in_s:.1f} s")
+        return [f"{self.signal.name} of {self.model}: {what}" for what in found]
+
+
+@dataclass
+class Resent:
+    """What has become of the requests of the clients that send again."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    ended: list[tuple[float, bool]] = field(default_factory=list)  # when, and whether with right audio
+    wrong: list[str] = field(default_factory=list)
+
+    def note(self, right: bool, wrong: str = "") -> None:
+        with self.lock:
+            self.ended.append((time.monotonic(), right))
+            if wrong:
+                self.wrong.append(wrong)
+
+
+def chaos(
+    server: LocalServer, known: Sequence[Known], minutes: float, stops_every: int, random: Random
+) -> tuple[list[Round], Resent, list[float]]:
+    """Strikes for so many minutes, 10 to 20 s after the server is ready each time; returns also when it struck.
+
+    Args:
+        stops_every: every so many rounds the stage is stopped instead of killed.
+    """
+    rounds: list[Round] = []
+    struck: list[float] = []
+    resent, over = Resent(), threading.Event()
+    until = time.monotonic() + 60 * minutes
+    with ExitStack() as stack:
+        grpc_proxy, http_proxy = (stack.enter_context(proxy(port)) for port in (server.grpc_port, server.http_port))
+        pool = stack.enter_context(ThreadPoolExecutor(4 + IN_FLIGHT))
+        urls = [f"grpc://localhost:{grpc_proxy.port}", f"http://localhost:{http_proxy.port}"] * 2
+        loads = [pool.submit(_keep_sending, url, known, resent, over, Random(random.random())) for url in urls]
+        try:
+            for number in itertools.count():
+                if time.monotonic() > until:
+                    break
+                grpc_proxy.toxics = http_proxy.toxics = _TOXICS[number % len(_TOXICS)]
+                time.sleep(random.uniform(10, 20))
+                signal = SIGSTOP if stops_every and number % stops_every == stops_every - 1 else SIGKILL
+                struck.append(time.monotonic())
+                rounds.append(_strike(server, pool, known, MODELS[number % len(MODELS)], signal))
+                print(rounds[-1], flush=True)
+        finally:
+            over.set()
+            for load in loads:
+                load.result()
+    return rounds, resent, struck
+
+
+def _keep_sending(url: str, known: Sequence[Known], resent: Resent, over: threading.Event, random: Random) -> None:
+    with AudioLDM2Client(url, max_retries=1000) as client:
+        while not over.is_set():
+            chosen = random.choice(known)
+            try:
+                # Not as a stream of the caller's, which is never sent again.
+                right = chosen.is_right(client.generate(**chosen.arguments, timeout=_PATIENCE_IN_S).audio)
+                resent.note(right, "" if right else f"the audio of {chosen.arguments}")
+            except AudioLDM2Error as error:
+                resent.note(False)
+                print(f"{type(error).__name__}: {error}", file=sys.stderr)
+
+
+def _strike(
+    server: LocalServer, pool: ThreadPoolExecutor, known: Sequence[Known], model: str, signal: Signals
+) -> Round:
+    """Strikes with 16 calls inside that nobody sends again."""
+    calls = [pool.submit(_call, server, known[number % len(known)], number) for number in range(IN_FLIGHT)]
+    time.sleep(0.3)
+    (stage,) = (process for process, name in find_stages(server.process.pid).items() if name == model)
+    old = _restarts(server)
+    stage.send_signal(signal)
+    at = time.monotonic()
+    found = Round(model, signal)
+    while _restarts(server) == old and time.monotonic() - at < _PATIENCE_IN_S:
+        time.sleep(0.05)
+    found.noticed_in_s = round(time.monotonic() - at, 1)
+    with AudioLDM2Client(server.grpc_url, max_retries=1000) as client:
+        # A new server's audio: of the old one, nothing may come any more.
+        while not known[0].is_right(client.generate(**known[0].arguments, timeout=_PATIENCE_IN_S).audio):
+            pass
+    found.served_in_s = round(time.monotonic() - at, 1)
+    ends = [_end_of(call) for call in calls]
+    found.hung = sum(end is None for end in ends)
+    found.calls_ended_in_s = round(max([end - at for end in ends if end is not None], default=0.0), 1)
+    return found
+
+
+def _call(server: LocalServer, known: Known, number: int) -> float:
+    """Returns when a call has ended, however it did."""
+    url = (server.grpc_url, server.http_url)[number % 2]
+    with AudioLDM2Client(url, max_retries=0) as client, suppress(AudioLDM2Error):
+        generate(client, known, Random(number))
+    return time.monotonic()
+
+
+def _end_of(call: Future[float]) -> float | None:
+    try:
+        return call.result(timeout=_PATIENCE_IN_S)
+    except TimeoutError:
+        return None
+
+
+def _restarts(server: LocalServer) -> str:
+    return read_page(server.health_port, "/live", 10).decode().partition('"restarts": ')[2].partition(",")[0]
+
+
+def success_rates(resent: Resent, struck: Sequence[float]) -> dict[bool, tuple[int, int]]:
+    """Returns right and all answers, by whether they came within 20 s after a fault."""
+    rates = {True: (0, 0), False: (0, 0)}
+    for ended, right in resent.ended:
+        within = any(0 <= ended - at <= SERVED_WITHIN_IN_S[SIGKILL] for at in struck)
+        rates[within] = (rates[within][0] + right, rates[within][1] + 1)
+    return rates
+
+
+def orphans() -> list[str]:
+    """Returns stages and shared memory of this user that no server has any more."""
+    stubs = [
+        process.pid
+        for process in psutil.process_iter(["name", "ppid"])
+        if process.info["name"].startswith("triton_python") and process.info["ppid"] == 1
+    ]
+    return [f"process {stub} is an orphan" for stub in stubs]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=float, default=30, help="default: %(default)s")
+    parser.add_argument("--stops-every", type=int, default=5, help="rounds; 0: kills only (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the times and the requests (default: %(default)s)")
+    parser.add_argument("--log", type=Path, default=CACHE / "trials" / "chaos.log", help="of the server")
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Raises `SystemExit` if audio was wrong, a call hung or took too long, or something was left behind."""
+    checkpoint = CACHE / "checkpoints" / "tiny"
+    build_if_missing(checkpoint)
+    arguments.log.parent.mkdir(parents=True, exist_ok=True)
+    memory = set(Path("/dev/shm").iterdir())
+    options = ("--max-restarts=100000", "--max-restart-delay-in-s=0")
+    with local_server(checkpoint, arguments.log, *options) as server:
+        known = known_requests(server)
+        result = chaos(server, known, arguments.minutes, arguments.stops_every, Random(arguments.seed))
+        rounds, resent, struck = result
+        held = left_behind(server)
+    for model, signal in itertools.product(MODELS, ENDED_WITHIN_IN_S):
+        those = [each for each in rounds if (each.model, each.signal) == (model, signal)]
+        if those:
+            calls, served = (max(getattr(each, f"{what}_in_s") for each in those) for what in ("calls_ended", "served"))
+            noticed = max(each.noticed_in_s for each in those)
+            print(
+                f"{len(those):4} {signal.name} of {model}: noticed within {noticed} s, calls ended within {calls} s, "
+                f"the next right answer within {served} s"
+            )
+    for within, (right, count) in success_rates(resent, struck).items():
+        print(f"{right} of {count} requests right {'within 20 s of a fault' if within else 'outside'}")
+    wrong = [*resent.wrong, *(failure for each in rounds for failure in each.failures()), *held, *orphans()]
+    outside_right, outside = success_rates(resent, struck)[False]
+    if outside_right < outside:
+        wrong.append(f"{outside - outside_right} requests failed though no fault was near")
+    new = {file for file in set(Path("/dev/shm").iterdir()) - memory if file.name.startswith("audioldm2-triton-")}
+    wrong += [f"{file} was left behind" for file in sorted(new)]
+    for what in wrong:
+        print(f"FAILED: {what}")
+    if wrong:
+        sys.exit(f"scripts/chaos: got the failures above but expected none; the server's log is {arguments.log}")
