@@ -1,5 +1,6 @@
 """The errors of a request, as the server reports them and as the client raises them."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -61,6 +62,25 @@ def read_stream_message(message: str) -> AudioLDM2Error | None:
     """Returns the error of a `stream_message`; None for any other message, which is Triton's own."""
     code, colon, rest = message.partition(": ")
     return error_of(code, rest) if colon and code in _BY_CODE else None
+
+
+# Triton's own words for a model that is not loaded (yet), and for one whose process has died or is stopped.
+_MODEL_AWAY: Final = re.compile(
+    r"Request for unknown model: |.*\bModel '?\w+'? is not ready|.*Stub process '[^']*' is not healthy"
+)
+
+
+def is_model_away(message: str) -> bool:
+    """Whether Triton says that a model cannot be reached at the moment, whatever code it gives to that."""
+    return bool(_MODEL_AWAY.match(message))
+
+
+def read_message(message: str) -> AudioLDM2Error:
+    """Returns the error of a message without a status, from a stage or Triton's own."""
+    own = read_stream_message(message)
+    if own is not None:
+        return own
+    return UnavailableError(message) if is_model_away(message) else InternalError(message)
 
 
 def invalid(argument: str, got: Any, expected: str) -> InvalidArgumentError:

@@ -17,7 +17,8 @@ from audioldm2_triton.errors import (
     InvalidArgumentError,
     RequestCancelledError,
     UnavailableError,
-    read_stream_message,
+    is_model_away,
+    read_message,
 )
 from audioldm2_triton.transport.endpoint import Endpoint
 
@@ -42,14 +43,6 @@ _KINDS: Final[dict[str, type[AudioLDM2Error]]] = {
     "503": UnavailableError,
     "504": DeadlineExceededError,
 }
-
-# Errors in a stream have no status. Over HTTP there is none; over gRPC Triton sends one if the client's metadata have
-# `triton_grpc_error`, but 24.10 dies of it (SIGSEGV) within a few hundred failing or cancelled streams. Those of the
-# stages carry their code in the message; these are Triton's own words for a model that is not there (yet).
-_MODEL_MISSING: Final = re.compile(r"Request for unknown model: |.*\bModel '?\w+'? is not ready")
-
-# Triton's words about a model's process that has died or is stopped, with the code INTERNAL.
-_PROCESS_GONE: Final = re.compile(r".*Stub process '[^']*' is not healthy")
 
 _WRAPPING: Final = re.compile(r"(?:in ensemble '[^']*', |\[request id: [^\]]*\] )+")
 _RAISED_IN_STAGE: Final = re.compile(
@@ -97,8 +90,11 @@ def _from_triton(error: InferenceServerException, endpoint: Endpoint, timeout: f
     else:
         message = clean_message(error.message() or "")
     if not status:
-        return _located(_from_stream(message), endpoint)
-    kind = UnavailableError if _PROCESS_GONE.match(message) else _KINDS.get(status, InternalError)
+        # In a stream. Over HTTP it has none; over gRPC Triton sends one if the client's metadata have
+        # `triton_grpc_error`, but 24.10 dies of that (SIGSEGV) within a few hundred failing or cancelled streams. The
+        # stages' errors carry their code in the message.
+        return _located(read_message(message), endpoint)
+    kind = UnavailableError if is_model_away(message) else _KINDS.get(status, InternalError)
     if kind in (InvalidArgumentError, RequestCancelledError):
         if message.startswith(DEADLINE_EXCEEDED):
             kind = DeadlineExceededError
@@ -108,14 +104,6 @@ def _from_triton(error: InferenceServerException, endpoint: Endpoint, timeout: f
         # The words of gRPC or of a gateway; the server's own deadline travels as a cancellation.
         message = _no_answer(endpoint, timeout)
     return _located(kind(message), endpoint)
-
-
-def _from_stream(message: str) -> AudioLDM2Error:
-    own = read_stream_message(message)
-    if own is not None:
-        return own
-    temporary = _MODEL_MISSING.match(message) or _PROCESS_GONE.match(message)
-    return UnavailableError(message) if temporary else InternalError(message)
 
 
 def _located(error: AudioLDM2Error, endpoint: Endpoint) -> AudioLDM2Error:

@@ -7,13 +7,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from audioldm2_triton.errors import (
-    AudioLDM2Error,
-    InternalError,
-    RequestCancelledError,
-    UnavailableError,
-    read_stream_message,
-)
+from audioldm2_triton.errors import AudioLDM2Error, RequestCancelledError, UnavailableError, read_message
 from audioldm2_triton.server import faults
 from audioldm2_triton.server import triton_adapter as adapter
 from audioldm2_triton.server.settings import read_default_timeout
@@ -80,11 +74,7 @@ def _call_stage(prefix: str, request_id: str, call: StageCall) -> Tensors:
         timeout=call.timeout_us,
     ).exec()
     if response.has_error():
-        raise _stage_error(response.error())
+        # Triton calls all errors internal here.
+        raise read_message(response.error().message())
     # Copies, because the buffers are freed with the response.
     return {tensor.name(): tensor.as_numpy().copy() for tensor in response.output_tensors()}
-
-
-def _stage_error(error: Any) -> AudioLDM2Error:
-    """Converts the error of a stage back to the stage's own exception, since Triton calls all of them internal here."""
-    return read_stream_message(error.message()) or InternalError(error.message())
