@@ -37,6 +37,10 @@ class InternalError(AudioLDM2Error):
     """The server failed; the message names the stage."""
 
 
+class NonFiniteError(InternalError):
+    """A network of the server gave NaN or infinity. Travels as INTERNAL."""
+
+
 DEADLINE_EXCEEDED = "deadline exceeded"
 """The message of a `DeadlineExceededError` begins like this, which distinguishes it from a cancellation on the wire."""
 

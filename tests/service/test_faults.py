@@ -18,8 +18,8 @@ from tritonclient.utils import InferenceServerException
 from audioldm2_pipeline import difference
 from audioldm2_triton import contract
 from audioldm2_triton.server import faults
-from audioldm2_triton.server.faults import LEAK, MEMORY, PANIC, POINTS, RAISE, STALL
-from metrics_page import is_idle, wait_for_metrics
+from audioldm2_triton.server.faults import LEAK, MEMORY, NAN, PANIC, POINTS, RAISE, STALL
+from metrics_page import is_idle, read_metrics, wait_for_metrics
 from plain_requests import Stream, infer_inputs
 from project import ROOT
 from serving.local_server import LocalServer, local_server
@@ -193,10 +193,17 @@ def check_struck_in_a_crowd(asking: Asking, directory: Path, point: str, kind: s
     assert least <= sum(failed) <= most, outcomes
 
 
+REASONS = {NAN: "non_finite", MEMORY: "out_of_memory", RAISE: "internal", PANIC: "internal"}
+
+
 def check_struck_alone(asking: Asking, directory: Path, point: str, kind: str, request: Request) -> None:
+    counter = f'audioldm2_stage_failures{{model="{point.partition(".")[0]}",reason="{REASONS[kind]}"}}'
+    before = read_metrics(asking.server).get(counter, 0)
     file = faults.arm(directory, point, kind)
     outcome = asking.audio(request)
     assert faults.has_struck(file), "nobody came by"
+    if kind in (NAN, MEMORY):
+        assert read_metrics(asking.server)[counter] == before + 1
     if (point, kind) in HARMLESS:
         asking.check_right(request, outcome)
     else:

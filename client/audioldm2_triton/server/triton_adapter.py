@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from audioldm2_triton.errors import AudioLDM2Error, InternalError, UnavailableError, stream_message
+from audioldm2_triton.errors import AudioLDM2Error, InternalError, NonFiniteError, UnavailableError, stream_message
 from audioldm2_triton.server import draining
 from audioldm2_triton.server.memory import is_out_of_memory, release_memory
 from audioldm2_triton.server.settings import Settings, read_settings
 from audioldm2_triton.server.settlement import AnsweredError, Settlement, Settlements
 from audioldm2_triton.server.stage_tensors import CODED, CONTROL
-from audioldm2_triton.server.triton_metrics import requests_gauge
+from audioldm2_triton.server.triton_metrics import failure_counter, requests_gauge
 
 if TYPE_CHECKING:
     pass
@@ -133,12 +133,19 @@ def error_response(error: BaseException, stage: str, say: Callable[[AudioLDM2Err
 
 
 def as_known_error(error: BaseException, stage: str) -> AudioLDM2Error:
-    """Maps out of memory to unavailable, and any error outside the contract to internal, which is logged in full."""
+    """Maps out of memory to unavailable, and any error outside the contract to internal, which is logged in full.
+
+    Counts both, and values that are not finite.
+    """
+    if isinstance(error, NonFiniteError):
+        failure_counter(stage, "non_finite").add()
     if isinstance(error, AudioLDM2Error):
         return error
     if is_out_of_memory(error):
+        failure_counter(stage, "out_of_memory").add()
         logger.warning("%s is out of memory: %s", stage, error)
         return UnavailableError(f"{stage} is out of memory; try again later, or ask for less")
+    failure_counter(stage, "internal").add()
     logger.error("%s failed\n%s", stage, "".join(traceback.format_exception(error)))
     return InternalError(f"{stage} failed: {type(error).__name__}: {error}")
 

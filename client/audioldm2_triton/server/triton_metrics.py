@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import triton_python_backend_utils as pb_utils
 
 from audioldm2_triton.server.memory import peak_memory_bytes
-from audioldm2_triton.server.metric_names import PEAK_MEMORY_BYTES, STAGE_REQUESTS
+from audioldm2_triton.server.metric_names import PEAK_MEMORY_BYTES, STAGE_FAILURES, STAGE_REQUESTS
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,34 @@ class RequestsGauge:
 
 
 requests_gauge = cache(RequestsGauge)
+
+
+@cache
+def _failures_family() -> Any:
+    return pb_utils.MetricFamily(
+        name=STAGE_FAILURES,
+        description="Requests that failed in a stage through no fault of their own",
+        kind=pb_utils.MetricFamily.COUNTER,
+    )
+
+
+class FailureCounter:
+    """Counter of the requests that a stage has failed for one reason."""
+
+    def __init__(self, model: str, reason: str) -> None:
+        self._metric = _failures_family().Metric(labels={"model": model, "reason": reason})
+        self._lock = threading.Lock()
+
+    def add(self) -> None:
+        """Raises nothing, because a count must not cost a request its answer."""
+        try:
+            with self._lock:  # as `RequestsGauge`
+                self._metric.increment(1)
+        except Exception:
+            logger.exception("a failure cannot be counted")
+
+
+failure_counter = cache(FailureCounter)
 
 
 @cache

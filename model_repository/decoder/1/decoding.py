@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from audioldm2_triton.errors import InternalError, invalid
+from audioldm2_triton.errors import NonFiniteError, invalid
 from audioldm2_triton.server import faults
 from audioldm2_triton.server.geometry import AudioGeometry
 from clap_scores import ClapScorer, score_waveforms
@@ -19,7 +19,7 @@ def decode(
 ) -> list[dict[str, np.ndarray]]:
     """Returns the output tensors of each ordinary request, by name; see the table in `model_repository/README.md`.
 
-    All waveforms of all requests are decoded together, equal lengths in one call. Raises `InternalError` for
+    All waveforms of all requests are decoded together, equal lengths in one call. Raises `NonFiniteError` for
     non-finite audio.
     """
     audios = _decode_all(decoder, requests)
@@ -75,7 +75,7 @@ def score_all(
         given = np.array(score_waveforms(scorer, waveforms, texts, sampling_rate), np.float32)
         given = faults.at("decoder.score", given)
         if not np.isfinite(given).all():
-            raise InternalError("decoder: CLAP returned non-finite scores")
+            raise NonFiniteError("decoder: CLAP returned non-finite scores")
         values = iter(given)
         for index, row in wanted:
             scores[index][row] = [next(values) for _ in audios[index][row]]

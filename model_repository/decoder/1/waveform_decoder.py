@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import SpeechT5HifiGan
 
-from audioldm2_triton.errors import InternalError
+from audioldm2_triton.errors import NonFiniteError
 from audioldm2_triton.server import faults
 from audioldm2_triton.server.linear import replace_linear_layers
 from audioldm2_triton.server.residency import Residency
@@ -82,7 +82,7 @@ def load_waveform_decoder(checkpoint: Path, device: torch.device, dtype: torch.d
 def decode_waveforms(decoder: WaveformDecoder, latents: Sequence[Tensor]) -> list[Tensor]:
     """Decodes M latents [C, H, W] of any lengths.
 
-    Returns M waveforms, float32 on the host, each as long as the vocoder makes it. Raises `InternalError` for
+    Returns M waveforms, float32 on the host, each as long as the vocoder makes it. Raises `NonFiniteError` for
     non-finite values.
     """
     mels = decode_mels(decoder, latents)
@@ -99,7 +99,7 @@ def decode_mels(decoder: WaveformDecoder, latents: Sequence[Tensor]) -> list[Ten
     """Decodes latents [C, H, W] to as many mel spectrograms [T, M], in the decoder's dtype and on its device.
 
     Equal lengths share a call; with a compiled VAE, all lengths of a bucket do. Beyond `MAX_WHOLE_FRAMES`, each is
-    decoded alone, in chunks. Raises `InternalError` for non-finite values.
+    decoded alone, in chunks. Raises `NonFiniteError` for non-finite values.
     """
 
     def decode(batch: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def decode_mels(decoder: WaveformDecoder, latents: Sequence[Tensor]) -> list[Ten
 def vocode(decoder: WaveformDecoder, windows: Sequence[Tensor]) -> list[Tensor]:
     """Turns windows [L, M] of mel spectrograms into as many waveforms, float32 on the host.
 
-    Raises `InternalError` for non-finite values.
+    Raises `NonFiniteError` for non-finite values.
     """
 
     def decode(batch: Tensor) -> Tensor:
@@ -201,4 +201,4 @@ def _map_equal_shapes(
 def _check_finite(values: Tensor, part: str) -> None:
     values = faults.at(f"decoder.{part}", values)
     if not bool(torch.isfinite(values).all()):
-        raise InternalError(f"decoder: the {part} gave non-finite values")
+        raise NonFiniteError(f"decoder: the {part} gave non-finite values")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audioldm2_triton.errors import InternalError
+from audioldm2_triton.errors import NonFiniteError
 from audioldm2_triton.server import faults
 from audioldm2_triton.server.generation_row import GenerationRow
 from audioldm2_triton.server.geometry import AudioGeometry
@@ -29,7 +29,7 @@ def condition(
     """Returns the output tensors of each request, by name; see the table in `model_repository/README.md`.
 
     All texts of all requests that are not in `cache` are encoded together, equal ones once. Texts that are cut are
-    logged. For `full_negative_prompt` see `row_texts`. Raises `InternalError` if an encoder returns non-finite values.
+    logged. For `full_negative_prompt` see `row_texts`. Raises `NonFiniteError` if an encoder returns non-finite values.
     """
     texts = [[row_texts(encoders, row, full_negative_prompt) for row in request] for request in requests]
     for request_texts in texts:
@@ -70,7 +70,7 @@ def _split(encoded: EncodedTexts, lengths: Sequence[int]) -> list[EncodedTexts]:
     text_embeds = faults.at("text_conditioning.encode", encoded.text_embeds)
     on_host = [_to_host(tensor) for tensor in (text_embeds, encoded.prompt_embeds, encoded.generated_prompt_embeds)]
     if not all(bool(torch.isfinite(tensor).all()) for tensor in on_host):
-        raise InternalError("text_conditioning: an encoder returned non-finite values")
+        raise NonFiniteError("text_conditioning: an encoder returned non-finite values")
     text_embeds, prompt_embeds, generated = on_host
     mask = encoded.attention_mask.cpu()
     # Copies, so that a text in the cache does not keep its whole batch alive.

@@ -13,8 +13,8 @@ from torch import Tensor
 from audioldm2_triton.errors import (
     DEADLINE_EXCEEDED,
     DeadlineExceededError,
-    InternalError,
     InvalidArgumentError,
+    NonFiniteError,
     RequestCancelledError,
     as_exception,
 )
@@ -126,7 +126,7 @@ class Job:
             faults.at("denoiser.collect")
             latents = torch.stack([waveform.latents for waveform in self.waveforms]).to("cpu")
             if not bool(torch.isfinite(latents).all()):
-                return InternalError("denoiser: the latents are not finite")
+                return NonFiniteError("denoiser: the latents are not finite")
             return latents.unflatten(0, (len(self.request.rows), -1))
         except BaseException as error:
             return as_exception(error)
