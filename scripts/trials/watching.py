@@ -15,6 +15,7 @@ from serving.metrics import read_metrics
 from serving.stage_processes import find_stages
 
 INTERVAL_IN_S: Final = 1.0
+# How far the memory may rise above its mean: by at most this share, and this much.
 _MEMORY_SHARE: Final = 0.05
 _MEMORY_BYTES: Final = 100 * 2**20
 _SPREAD: Final = {"threads": 8, "handles": 16, "shared memory": 64 * 2**20}
@@ -85,7 +86,7 @@ def growth(samples: Sequence[Sample]) -> list[str]:
             continue
         resident = [sample.resident_bytes for sample in second]
         spread, mean = max(resident) - min(resident), sum(resident) / len(resident)
-        if max(resident) - mean > max(_MEMORY_SHARE * mean, _MEMORY_BYTES):
+        if max(resident) - mean > min(_MEMORY_SHARE * mean, _MEMORY_BYTES):
             found.append(f"{process}: resident memory spreads by {spread / 2**20:.0f} of {mean / 2**20:.0f} MiB")
         for what in ("threads", "handles"):
             more = max(getattr(sample, what) for sample in second) - max(getattr(sample, what) for sample in first)
