@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         DeadlineExceededError,
         InternalError,
         InvalidArgumentError,
+        PermissionDeniedError,
         RequestCancelledError,
         UnavailableError,
     )
@@ -30,6 +31,7 @@ __all__ = [
     "InternalError",
     "InvalidArgumentError",
     "Limits",
+    "PermissionDeniedError",
     "Progress",
     "RequestCancelledError",
     "ServerInfo",

@@ -42,9 +42,10 @@ class AsyncAudioLDM2Client:
         *,
         model: str = contract.ENSEMBLE,
         root_certificates: str | PathLike[str] | None = None,
+        api_key: str | None = None,
         max_retries: int = DEFAULT_MAX_RETRIES,
     ) -> None:
-        self._endpoint = parse_url(url)
+        self._endpoint = parse_url(url, api_key)
         self._max_retries = check_max_retries(max_retries)
         self._model = model
         self._root_certificates = None if root_certificates is None else fspath(root_certificates)

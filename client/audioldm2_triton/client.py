@@ -38,6 +38,7 @@ class AudioLDM2Client:
         url: grpc://HOST[:8001], grpcs://HOST[:8001], http://HOST[:8000] or https://HOST[:443].
         model: the ensemble to ask, for a server with several checkpoints; its stream's name is derived from it.
         root_certificates: a PEM file with the certificate authorities to trust over TLS; by default the system's.
+        api_key: for a server that has one (`scripts/serve --api-key`); by default AUDIOLDM2_API_KEY of the environment.
         max_retries: how often `generate` sends a request again if the server is full or cannot be reached, within the
             request's `timeout`; it waits longer each time. The audio is the same. 0: never. A `stream` is never sent
             again.
@@ -49,9 +50,10 @@ class AudioLDM2Client:
         *,
         model: str = contract.ENSEMBLE,
         root_certificates: str | PathLike[str] | None = None,
+        api_key: str | None = None,
         max_retries: int = DEFAULT_MAX_RETRIES,
     ) -> None:
-        self._endpoint = parse_url(url)
+        self._endpoint = parse_url(url, api_key)
         self._max_retries = check_max_retries(max_retries)
         certificates = None if root_certificates is None else fspath(root_certificates)
         open_connection = GrpcConnection if self._endpoint.protocol == "grpc" else HttpConnection

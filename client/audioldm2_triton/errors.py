@@ -23,6 +23,10 @@ class UnavailableError(AudioLDM2Error):
     code = "UNAVAILABLE"
 
 
+class PermissionDeniedError(AudioLDM2Error):
+    """The server has an API key, and the request had another or none. Only a client raises it."""
+
+
 class RequestCancelledError(AudioLDM2Error):
     """The client cancelled the request."""
 

@@ -22,6 +22,7 @@ from audioldm2_triton.server.settings import (
     read_settings,
 )
 from audioldm2_triton.terminal import escape_unprintable
+from audioldm2_triton.transport.endpoint import API_KEY_HEADER, API_KEY_VARIABLE
 from serving.diagnosis import Patience, RestartLimit
 from serving.health import Health, health_server
 from serving.installation import InstallationError, find_triton
@@ -50,6 +51,7 @@ _SUPERVISED: Final = {
 }
 # Triton's interfaces that change the server, or read its memory and its files.
 _RESTRICTED: Final = "model-repository,shared-memory,trace,logging"
+_GUARDED: Final = "inference,metadata,model-config,statistics"
 _KEEPALIVE_IN_MS: Final = 10_000
 
 
@@ -84,6 +86,12 @@ def parse_arguments() -> argparse.Namespace:
         default="",
         help="the value of the header `admin-key` without which the endpoints for repositories, shared memory, traces "
         "and logging refuse (default: a random one, so that nobody may)",
+    )
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get(API_KEY_VARIABLE, ""),
+        help=f"the value of the header `{API_KEY_HEADER}` without which requests are refused (default: "
+        f"{API_KEY_VARIABLE} of the environment; otherwise everybody may)",
     )
     parser.add_argument(
         "--drain-timeout-in-s",
@@ -242,6 +250,7 @@ def _serve(
         f"--metrics-port={arguments.metrics_port}",
         f"--http-restricted-api={_RESTRICTED}:admin-key={key}",
         f"--grpc-restricted-protocol={_RESTRICTED}:admin-key={key}",
+        *_restricted_to(arguments.api_key),
         # A client that vanished, with its network, is noticed in seconds; by default after two hours.
         f"--grpc-keepalive-time={_KEEPALIVE_IN_MS}",
         f"--grpc-keepalive-timeout={_KEEPALIVE_IN_MS}",
@@ -277,6 +286,14 @@ def _serve(
         Patience(stalled_in_s=arguments.stall_timeout_in_s),
         RestartLimit(arguments.max_restarts, longest_delay_in_s=arguments.max_restart_delay_in_s),
     )
+
+
+def _restricted_to(api_key: str) -> list[str]:
+    """Triton's options that keep all but health for those who have the key."""
+    if not api_key:
+        return []
+    guarded = f"{_GUARDED}:{API_KEY_HEADER}={api_key}"
+    return [f"--http-restricted-api={guarded}", f"--grpc-restricted-protocol={guarded}"]
 
 
 def _report_ready(arguments: argparse.Namespace, health: Health) -> None:

@@ -3,9 +3,7 @@
 import asyncio
 import contextlib
 import inspect
-import shutil
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ import audioldm2_triton
 from audioldm2_triton import AsyncAudioLDM2Client, AudioLDM2Client, ServerInfo, contract, errors
 from audioldm2_triton.contract import Limits
 from audioldm2_triton.transport import wire
+from certificates import make_certificate
 from contract_stand_in.both_clients import Client, open_client
 from contract_stand_in.stand_in_audio import NATIVE_AUDIO_LENGTH_IN_S, SAMPLING_RATE, stand_in_audio, stand_in_scores
 from contract_stand_in.stand_in_server import StandInServer, stand_in_server
@@ -81,18 +80,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandInServer]:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("openssl") is None:
-        pytest.skip("needs openssl")
-    directory = tmp_path_factory.mktemp("certificate")
-    subprocess.run(
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost "
-        "-keyout key.pem -out certificate.pem",
-        shell=True,
-        check=True,
-        capture_output=True,
-        cwd=directory,
-    )
-    return directory / "certificate.pem"
+    return make_certificate(tmp_path_factory.mktemp("certificate"))
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ class AsyncGrpcConnection:
         from tritonclient.grpc import aio
 
         self._model = model
+        self._endpoint = endpoint
         self._input_class = aio.InferInput
         self._client = aio.InferenceServerClient(
             endpoint.address,
@@ -32,7 +33,7 @@ class AsyncGrpcConnection:
 
     async def model_config(self, timeout: float | None) -> Mapping[str, Any]:
         answer = await self._client.get_model_config(
-            self._model, as_json=True, client_timeout=wire.client_timeout(timeout)
+            self._model, headers=self._endpoint.headers, as_json=True, client_timeout=wire.client_timeout(timeout)
         )
         config: Mapping[str, Any] = answer["config"]
         return config
@@ -44,12 +45,15 @@ class AsyncGrpcConnection:
             request_id=request.request_id,
             timeout=request.timeout_us,
             client_timeout=wire.client_timeout(request.timeout),
+            headers=self._endpoint.headers,
         )
 
     async def is_stream_ready(self, timeout: float | None) -> bool:
         return bool(
             await self._client.is_model_ready(
-                contract.stream_of(self._model), client_timeout=wire.client_timeout(timeout)
+                contract.stream_of(self._model),
+                headers=self._endpoint.headers,
+                client_timeout=wire.client_timeout(timeout),
             )
         )
 
@@ -62,7 +66,9 @@ class AsyncGrpcConnection:
                 "timeout": request.timeout_us,
             }
 
-        call = self._client.stream_infer(requests(), stream_timeout=wire.client_timeout(request.timeout))
+        call = self._client.stream_infer(
+            requests(), stream_timeout=wire.client_timeout(request.timeout), headers=self._endpoint.headers
+        )
         try:
             async for result, error in call:
                 if error is not None:
@@ -80,6 +86,7 @@ class AsyncHttpConnection:
         from tritonclient.http import aio
 
         self._model = model
+        self._endpoint = endpoint
         self._scheme = "https" if endpoint.tls else "http"
         self._address = endpoint.address
         self._ssl = ssl.create_default_context(cafile=root_certificates) if endpoint.tls else True
@@ -95,7 +102,7 @@ class AsyncHttpConnection:
         )
 
     async def model_config(self, timeout: float | None) -> Mapping[str, Any]:
-        return await _within(timeout, self._client.get_model_config(self._model))
+        return await _within(timeout, self._client.get_model_config(self._model, headers=self._endpoint.headers))
 
     async def infer(self, request: InferRequest) -> Any:
         answer = self._client.infer(
@@ -103,11 +110,16 @@ class AsyncHttpConnection:
             wire.infer_inputs(request, self._input_class),
             request_id=request.request_id,
             timeout=request.timeout_us,
+            headers=self._endpoint.headers,
         )
         return await _within(request.timeout, answer)
 
     async def is_stream_ready(self, timeout: float | None) -> bool:
-        return bool(await _within(timeout, self._client.is_model_ready(contract.stream_of(self._model))))
+        return bool(
+            await _within(
+                timeout, self._client.is_model_ready(contract.stream_of(self._model), headers=self._endpoint.headers)
+            )
+        )
 
     async def stream(self, request: InferRequest) -> AsyncGenerator[Tensors, None]:
         from aiohttp import ClientSession, ClientTimeout, TCPConnector
@@ -117,7 +129,7 @@ class AsyncHttpConnection:
         response = await self._session.post(
             f"{self._scheme}://{self._address}{sse.path(self._model)}",
             data=sse.request_body(request),
-            headers=sse.HEADERS,
+            headers={**sse.HEADERS, **self._endpoint.headers},
             timeout=ClientTimeout(total=wire.client_timeout(request.timeout)),
         )
         try:

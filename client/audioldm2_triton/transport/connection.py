@@ -33,6 +33,7 @@ class GrpcConnection:
         from tritonclient import grpc as triton
 
         self._model = model
+        self._endpoint = endpoint
         self._input_class = triton.InferInput
         self._result_class = triton.InferResult
         options = endpoint.channel_options
@@ -48,7 +49,9 @@ class GrpcConnection:
         self._stub = triton.service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def model_config(self, timeout: float | None) -> Mapping[str, Any]:
-        answer = self._client.get_model_config(self._model, as_json=True, client_timeout=wire.client_timeout(timeout))
+        answer = self._client.get_model_config(
+            self._model, headers=self._endpoint.headers, as_json=True, client_timeout=wire.client_timeout(timeout)
+        )
         config: Mapping[str, Any] = answer["config"]
         return config
 
@@ -59,11 +62,16 @@ class GrpcConnection:
             request_id=request.request_id,
             timeout=request.timeout_us,
             client_timeout=wire.client_timeout(request.timeout),
+            headers=self._endpoint.headers,
         )
 
     def is_stream_ready(self, timeout: float | None) -> bool:
         return bool(
-            self._client.is_model_ready(contract.stream_of(self._model), client_timeout=wire.client_timeout(timeout))
+            self._client.is_model_ready(
+                contract.stream_of(self._model),
+                headers=self._endpoint.headers,
+                client_timeout=wire.client_timeout(timeout),
+            )
         )
 
     def stream(self, request: InferRequest) -> Generator[Tensors, None, None]:
@@ -71,6 +79,7 @@ class GrpcConnection:
         call = self._stub.ModelStreamInfer(
             iter([wire.stream_message(request, self._model)]),
             timeout=wire.client_timeout(request.timeout),
+            metadata=tuple(self._endpoint.headers.items()),
         )
         try:
             for response in call:
@@ -96,7 +105,7 @@ class HttpConnection:
         self._local = threading.local()
 
     def model_config(self, timeout: float | None) -> Mapping[str, Any]:
-        config: Mapping[str, Any] = self._client(timeout).get_model_config(self._model)
+        config: Mapping[str, Any] = self._client(timeout).get_model_config(self._model, headers=self._endpoint.headers)
         return config
 
     def infer(self, request: InferRequest) -> Any:
@@ -107,10 +116,13 @@ class HttpConnection:
             wire.infer_inputs(request, http.InferInput),
             request_id=request.request_id,
             timeout=request.timeout_us,
+            headers=self._endpoint.headers,
         )
 
     def is_stream_ready(self, timeout: float | None) -> bool:
-        return bool(self._client(timeout).is_model_ready(contract.stream_of(self._model)))
+        return bool(
+            self._client(timeout).is_model_ready(contract.stream_of(self._model), headers=self._endpoint.headers)
+        )
 
     def stream(self, request: InferRequest) -> Generator[Tensors, None, None]:
         # `tritonclient.http` has no streams. Each gets its own connection; closing it is the cancellation.
@@ -118,7 +130,9 @@ class HttpConnection:
         host, slash, base = self._endpoint.address.partition("/")
         with contextlib.closing(self._open_connection(host, next(remaining))) as connection:
             body = sse.request_body(request)
-            connection.request("POST", f"{slash}{base}{sse.path(self._model)}", body, sse.HEADERS)
+            connection.request(
+                "POST", f"{slash}{base}{sse.path(self._model)}", body, {**sse.HEADERS, **self._endpoint.headers}
+            )
             socket = connection.sock  # kept, because the connection drops it
             with connection.getresponse() as response:
                 if response.status != 200:

@@ -8,6 +8,9 @@ from urllib.parse import urlsplit
 
 from audioldm2_triton.errors import invalid
 
+API_KEY_HEADER: Final = "api-key"
+API_KEY_VARIABLE: Final = "AUDIOLDM2_API_KEY"
+
 DEFAULT_URL: Final = "grpc://localhost:8001"
 
 # Triton itself speaks no TLS over HTTP, so behind https:// there is a gateway, on the usual port.
@@ -25,6 +28,14 @@ class Endpoint:
     tls: bool
     address: str  # HOST:PORT, for HTTP with the base path if there is one
     is_loopback: bool  # whether the host is this machine
+    api_key: str = ""  # without which the server refuses; empty: none
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of a request; another dictionary each time, because `tritonclient` adds its own to it."""
+        # Triton takes a header for a key over gRPC with this prefix.
+        prefix = "triton-grpc-protocol-" if self.protocol == "grpc" else ""
+        return {f"{prefix}{API_KEY_HEADER}": self.api_key} if self.api_key else {}
 
     @property
     def channel_options(self) -> list[tuple[str, int]]:
@@ -44,8 +55,12 @@ class Endpoint:
         return next((name for name in ("grpc_proxy", "https_proxy", "http_proxy") if os.environ.get(name)), "")
 
 
-def parse_url(url: str) -> Endpoint:
-    """Parses a URL. Raises `InvalidArgumentError` for another scheme, no host, or parts that have no meaning."""
+def parse_url(url: str, api_key: str | None = None) -> Endpoint:
+    """Parses a URL. Raises `InvalidArgumentError` for another scheme, no host, or parts that have no meaning.
+
+    Args:
+        api_key: by default what the environment says.
+    """
     try:
         parts = urlsplit(url)
         port = parts.port or _DEFAULT_PORTS.get(parts.scheme)
@@ -64,6 +79,7 @@ def parse_url(url: str) -> Endpoint:
         tls=parts.scheme.endswith("s"),
         address=f"{host}:{port}{path}",
         is_loopback=_is_loopback(parts.hostname),
+        api_key=os.environ.get(API_KEY_VARIABLE, "") if api_key is None else api_key,
     )
 
 

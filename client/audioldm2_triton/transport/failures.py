@@ -15,6 +15,7 @@ from audioldm2_triton.errors import (
     DeadlineExceededError,
     InternalError,
     InvalidArgumentError,
+    PermissionDeniedError,
     RequestCancelledError,
     UnavailableError,
     is_model_away,
@@ -33,7 +34,11 @@ _KINDS: Final[dict[str, type[AudioLDM2Error]]] = {
     "StatusCode.NOT_FOUND": UnavailableError,
     "StatusCode.CANCELLED": RequestCancelledError,
     "StatusCode.DEADLINE_EXCEEDED": DeadlineExceededError,
+    "StatusCode.PERMISSION_DENIED": PermissionDeniedError,
+    "StatusCode.UNAUTHENTICATED": PermissionDeniedError,
     "400": InvalidArgumentError,
+    "401": PermissionDeniedError,
+    "403": PermissionDeniedError,
     "404": UnavailableError,
     "408": DeadlineExceededError,
     "413": InvalidArgumentError,
@@ -43,6 +48,9 @@ _KINDS: Final[dict[str, type[AudioLDM2Error]]] = {
     "503": UnavailableError,
     "504": DeadlineExceededError,
 }
+
+# Triton's words, over gRPC with the status UNAVAILABLE.
+_RESTRICTED: Final = re.compile(r"This (protocol|API) is restricted")
 
 _WRAPPING: Final = re.compile(r"(?:in ensemble '[^']*', |\[request id: [^\]]*\] )+")
 _RAISED_IN_STAGE: Final = re.compile(
@@ -95,6 +103,8 @@ def _from_triton(error: InferenceServerException, endpoint: Endpoint, timeout: f
         # stages' errors carry their code in the message.
         return _located(read_message(message), endpoint)
     kind = UnavailableError if is_model_away(message) else _KINDS.get(status, InternalError)
+    if _RESTRICTED.match(message):
+        return PermissionDeniedError(f"{endpoint.url}: {message}")
     if kind in (InvalidArgumentError, RequestCancelledError):
         if message.startswith(DEADLINE_EXCEEDED):
             kind = DeadlineExceededError
