@@ -92,23 +92,23 @@ def _check(client: AudioLDM2Client, right: np.ndarray, tally: Tally) -> None:
         tally.failures[f"a valid request's audio is {distance:.1e} off"] += 1
 
 
-def fuzz(checkpoint: Path, log: Path, count: int, seed: int, clients: int) -> tuple[Tally, list[str]]:
-    """Returns what has come back, and what is wrong with the server afterwards."""
-    with local_server(checkpoint, log, *LIMITS) as server:
-        with AudioLDM2Client(server.grpc_url) as client:
-            right = _right_audio(client)
-        with ThreadPoolExecutor(clients) as pool:
-            share = -(-count // clients)
-            tallies = list(pool.map(lambda n: attack(server, share, Random(seed * 1000 + n), right), range(clients)))
-        total = Tally()
-        for tally in tallies:
-            total.kinds += tally.kinds
-            total.failures += tally.failures
-            total.checks += tally.checks
-        return total, _left_behind(server)
+def fuzz(server: LocalServer, count: int, seed: int, clients: int) -> Tally:
+    """Sends `count` requests, `clients` at a time, and returns what has come back."""
+    with AudioLDM2Client(server.grpc_url) as client:
+        right = _right_audio(client)
+    with ThreadPoolExecutor(clients) as pool:
+        share = -(-count // clients)
+        tallies = list(pool.map(lambda n: attack(server, share, Random(seed * 1000 + n), right), range(clients)))
+    total = Tally()
+    for tally in tallies:
+        total.kinds += tally.kinds
+        total.failures += tally.failures
+        total.checks += tally.checks
+    return total
 
 
-def _left_behind(server: LocalServer) -> list[str]:
+def wrong_afterwards(server: LocalServer) -> list[str]:
+    """Returns what is wrong with a server that has been attacked."""
     health = read_page(server.health_port, "/live", 10).decode()
     held = left_behind(server)
     return held if '"restarts": 0' in health else [*held, f"the server was restarted: {health}"]
@@ -127,7 +127,9 @@ def measure(arguments: argparse.Namespace) -> None:
     build_if_missing(checkpoint)
     arguments.log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    tally, wrong = fuzz(checkpoint, arguments.log, arguments.requests, arguments.seed, arguments.clients)
+    with local_server(checkpoint, arguments.log, *LIMITS) as server:
+        tally = fuzz(server, arguments.requests, arguments.seed, arguments.clients)
+        wrong = wrong_afterwards(server)
     for name, count in sorted(tally.kinds.items()):
         print(f"{count:8} {name}")
     print(f"{tally.checks:8} valid requests between them, {time.monotonic() - started:.0f} s in all")

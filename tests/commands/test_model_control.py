@@ -90,6 +90,7 @@ def test_unloading_answers_what_is_inside_and_loading_serves_again(
     assert health(controlled)[1]["restarts"] == 0
 
 
+@pytest.mark.slow
 def test_a_model_that_was_loaded_later_is_watched_too(
     controlled: LocalServer, control: grpc.InferenceServerClient
 ) -> None:

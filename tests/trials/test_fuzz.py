@@ -1,5 +1,6 @@
 """A short run of `scripts/fuzz`, and what its requests are made of."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -8,16 +9,31 @@ import pytest
 
 from audioldm2_triton import contract
 from audioldm2_triton.server import faults
-from serving.local_server import LocalServer
-from trials.fuzz import Tally, attack, fuzz
+from serving.local_server import LocalServer, local_server
+from trials.fuzz import LIMITS, Tally, attack, fuzz, wrong_afterwards
 from trials.hostile import hostile, hostile_body, valid
 from trials.sending import ANSWERED, NONE, REFUSED
 
 
-def test_hostile_requests_by_every_way_are_answered(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    tally, wrong = fuzz(tiny_checkpoint, tmp_path / "log", count=800, seed=7, clients=4)
+@pytest.fixture(scope="module")
+def fault_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def limited(
+    tiny_checkpoint: Path, fault_directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalServer]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(faults.DIRECTORY_VARIABLE, str(fault_directory))
+        with local_server(tiny_checkpoint, tmp_path_factory.mktemp("limited") / "log", *LIMITS) as server:
+            yield server
+
+
+def test_hostile_requests_by_every_way_are_answered(limited: LocalServer) -> None:
+    tally = fuzz(limited, count=800, seed=7, clients=4)
     assert not tally.failures
-    assert not wrong
+    assert not wrong_afterwards(limited)
     assert tally.checks == 4 * 2  # of the valid requests between them
     for way in ("gRPC", "gRPC stream", "HTTP binary", "HTTP JSON", "generate"):
         assert tally.kinds[f"{way}: {ANSWERED}"] > 0
@@ -25,19 +41,18 @@ def test_hostile_requests_by_every_way_are_answered(tiny_checkpoint: Path, tmp_p
     assert tally.kinds[f"HTTP body: {REFUSED}"] > 10
 
 
-def test_what_is_wrong_is_seen(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_is_seen(limited: LocalServer, fault_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A negative control: a stage that fails a few times after the first right audio."""
 
     def attack_what_fails(server: LocalServer, count: int, random: Random, right: np.ndarray) -> Tally:
-        faults.arm(tmp_path, "decoder.parse", faults.RAISE, times=3)
+        faults.arm(fault_directory, "decoder.parse", faults.RAISE, times=3)
         return attack(server, count, random, right)
 
-    monkeypatch.setenv(faults.DIRECTORY_VARIABLE, str(tmp_path))
     monkeypatch.setattr("trials.fuzz.attack", attack_what_fails)
-    tally, wrong = fuzz(tiny_checkpoint, tmp_path / "log", count=100, seed=7, clients=1)
+    tally = fuzz(limited, count=100, seed=7, clients=1)
     assert sum(count for failure, count in tally.failures.items() if "fault at decoder.parse" in failure) == 3
     assert not any(NONE in failure for failure in tally.failures)
-    assert not wrong
+    assert not wrong_afterwards(limited)
 
 
 def test_a_seed_gives_the_same_requests() -> None:
