@@ -61,11 +61,13 @@ def test_served_sounds_are_the_right_ones(judge: Judge, demo_server: LocalServer
     assert np.mean(named) >= 0.9
 
 
+@pytest.mark.slow
 def test_a_negative_prompt_lowers_the_share_of_the_sound_that_it_names(judge: Judge, demo_server: LocalServer) -> None:
     comparison = experiments.compare_negative(judge, demo_server.grpc_url, len(KINDS))
     assert comparison.difference.value < -0.1, comparison
 
 
+@pytest.mark.slow
 def test_guidance_makes_the_right_sound_likelier(judge: Judge, demo_server: LocalServer) -> None:
     guided = experiments.make_requests(len(KINDS))
     kinds = [request.kind for request in guided]

@@ -124,6 +124,7 @@ def test_sigterm_lets_a_running_request_finish_and_exits_with_0(tiny_checkpoint:
     assert result.audio.shape == (1, 16000)
 
 
+@pytest.mark.slow
 def test_ctrl_c_exits_with_0(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with local_server(tiny_checkpoint, tmp_path / "log") as server:
         server.process.send_signal(signal.SIGINT)
