@@ -23,11 +23,10 @@ from audioldm2_triton import AudioLDM2Client, AudioLDM2Error
 from benchmarks.run import build_if_missing
 from project import CACHE
 from serving.local_server import LocalServer, local_server
-from serving.loopback import read_page
 from serving.stage_processes import find_stages
 from trials.proxy import Toxics, proxy
 from trials.requests import Known, generate, known_requests
-from trials.watching import left_behind
+from trials.watching import left_behind, restarts
 
 MODELS: Final = ("denoiser", "text_conditioning", "decoder", "audioldm2_stream")
 IN_FLIGHT: Final = 16  # plain calls at the moment of each fault, over gRPC, HTTP and as streams
@@ -46,11 +45,14 @@ class Round:
     signal: Signals
     calls_ended_in_s: float = 0.0
     hung: int = 0
+    wrong: int = 0  # answers with audio that is not their own
     served_in_s: float = 0.0
     noticed_in_s: float = 0.0
 
     def failures(self) -> list[str]:
         found = [f"{self.hung} calls hung"] if self.hung else []
+        if self.wrong:
+            found.append(f"the audio of {self.wrong} answers was wrong")
         if self.calls_ended_in_s > ENDED_WITHIN_IN_S[self.signal]:
             found.append(f"the last call ended after {self.calls_ended_in_s:.1f} s")
         if self.served_in_s > SERVED_WITHIN_IN_S[self.signal]:
@@ -127,41 +129,45 @@ def _strike(
     calls = [pool.submit(_call, server, known[number % len(known)], number) for number in range(IN_FLIGHT)]
     time.sleep(0.3)
     (stage,) = (process for process, name in find_stages(server.process.pid).items() if name == model)
-    old = _restarts(server)
+    old = restarts(server)
     stage.send_signal(signal)
     at = time.monotonic()
     found = Round(model, signal)
-    while _restarts(server) == old and time.monotonic() - at < _PATIENCE_IN_S:
+    while restarts(server) == old and time.monotonic() - at < _PATIENCE_IN_S:
         time.sleep(0.05)
     found.noticed_in_s = round(time.monotonic() - at, 1)
     with AudioLDM2Client(server.grpc_url, max_retries=1000) as client:
-        # A new server's audio: of the old one, nothing may come any more.
-        while not known[0].is_right(client.generate(**known[0].arguments, timeout=_PATIENCE_IN_S).audio):
-            pass
+        found.wrong += not known[0].is_right(client.generate(**known[0].arguments, timeout=_PATIENCE_IN_S).audio)
     found.served_in_s = round(time.monotonic() - at, 1)
     ends = [_end_of(call) for call in calls]
     found.hung = sum(end is None for end in ends)
-    found.calls_ended_in_s = round(max([end - at for end in ends if end is not None], default=0.0), 1)
+    found.wrong += sum(not end.right for end in ends if end is not None)
+    found.calls_ended_in_s = round(max([end.time_s - at for end in ends if end is not None], default=0.0), 1)
     return found
 
 
-def _call(server: LocalServer, known: Known, number: int) -> float:
-    """Returns when a call has ended, however it did."""
+@dataclass(frozen=True)
+class _End:
+    """The end of a call: an error, or audio."""
+
+    time_s: float
+    right: bool  # unless it was audio, and not its own
+
+
+def _call(server: LocalServer, known: Known, number: int) -> _End:
+    """Makes a call that nobody sends again."""
     url = (server.grpc_url, server.http_url)[number % 2]
+    right = True
     with AudioLDM2Client(url, max_retries=0) as client, suppress(AudioLDM2Error):
-        generate(client, known, Random(number))
-    return time.monotonic()
+        right = known.is_right(generate(client, known, Random(number)))
+    return _End(time.monotonic(), right)
 
 
-def _end_of(call: Future[float]) -> float | None:
+def _end_of(call: Future[_End]) -> _End | None:
     try:
         return call.result(timeout=_PATIENCE_IN_S)
     except TimeoutError:
         return None
-
-
-def _restarts(server: LocalServer) -> str:
-    return read_page(server.health_port, "/live", 10).decode().partition('"restarts": ')[2].partition(",")[0]
 
 
 def success_rates(resent: Resent, struck: Sequence[float]) -> dict[bool, tuple[int, int]]:
@@ -174,7 +180,7 @@ def success_rates(resent: Resent, struck: Sequence[float]) -> dict[bool, tuple[i
 
 
 def orphans() -> list[str]:
-    """Returns stages and shared memory of this user that no server has any more."""
+    """Returns the stages that no server has any more."""
     stubs = [
         process.pid
         for process in psutil.process_iter(["name", "ppid"])

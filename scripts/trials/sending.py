@@ -23,7 +23,6 @@ ANSWERED: Final = "answered"
 REFUSED: Final = "refused"
 INTERNAL: Final = "INTERNAL"
 NONE: Final = "no answer"
-
 LEFT_OUT: Final = "left out"  # because Triton itself dies of it, or the protocol cannot say it
 
 # Triton before 25.06 allocates what the shape in a request's JSON says, and ends by std::bad_alloc: upstream #8174.
@@ -31,6 +30,7 @@ _TRITON_ALLOCATES: Final = 2**20
 _HEADER_LENGTH: Final = "Inference-Header-Content-Length"
 # Triton gives JSON that it cannot read, and values of a wrong kind, the status 500.
 _TRITON_PARSING: Final = re.compile(r'{"error":"(Unable|[Ff]ailed) to parse ')
+_NO_CONNECTION: Final = re.compile("connect|socket", re.IGNORECASE)  # gRPC's own words
 _INTERNAL_CODES: Final = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS)
 
 
@@ -136,7 +136,7 @@ class Ways:
 
 
 def _of_status(error: Any) -> Answer:
-    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED or "onnect" in error.details():
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED or _NO_CONNECTION.search(error.details()):
         return Answer(NONE, error.details())
     kind = INTERNAL if error.code() in _INTERNAL_CODES else REFUSED
     return Answer(kind, f"{error.code().name} {error.details()}")

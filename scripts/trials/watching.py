@@ -1,5 +1,6 @@
 """What the processes of a server hold over time, and whether any of it grows."""
 
+import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Final
 import psutil
 
 from serving.local_server import LocalServer
+from serving.loopback import read_page
 from serving.metrics import read_metrics
 from serving.stage_processes import find_stages
 
@@ -117,3 +119,9 @@ def left_behind(server: LocalServer, patience_in_s: float = 60.0) -> list[str]:
         if not held or time.monotonic() > deadline:
             return held
         time.sleep(0.2)
+
+
+def restarts(server: LocalServer) -> int:
+    """Returns how often the supervisor has replaced the server."""
+    count: int = json.loads(read_page(server.health_port, "/live", 10))["restarts"]
+    return count

@@ -232,6 +232,8 @@ def test_other_urls_are_refused_with_what_is_accepted(url: str) -> None:
         ("StatusCode.CANCELLED", "deadline exceeded: 3 s", errors.DeadlineExceededError),
         ("StatusCode.CANCELLED", "anything else", errors.RequestCancelledError),
         ("StatusCode.DEADLINE_EXCEEDED", "Deadline Exceeded", errors.DeadlineExceededError),
+        ("400", "`prompt`: got \"Stub process 'x' is not healthy\" but expected less", errors.InvalidArgumentError),
+        ("400", "Request JSON size exceeds it. Use --http-max-input-size to increase", errors.InvalidArgumentError),
         ("413", "Request Entity Too Large", errors.InvalidArgumentError),
         ("429", "slow down", errors.UnavailableError),
         ("StatusCode.UNIMPLEMENTED", "no", errors.InternalError),

@@ -13,6 +13,7 @@ from trials.watching import left_behind
 
 
 def test_what_takes_too_long_or_hangs_is_named() -> None:
+    assert Round("decoder", SIGKILL, wrong=2).failures() == ["SIGKILL of decoder: the audio of 2 answers was wrong"]
     assert Round("decoder", SIGKILL, calls_ended_in_s=4.9, served_in_s=19.9).failures() == []
     assert Round("decoder", SIGSTOP, calls_ended_in_s=14.9, served_in_s=29.9).failures() == []
     assert Round("decoder", SIGKILL, calls_ended_in_s=5.1, hung=1, served_in_s=20.1).failures() == [
@@ -34,6 +35,6 @@ def test_a_minute_of_chaos(tiny_checkpoint: Path, tmp_path: Path) -> None:
         assert not left_behind(server)
     assert len(rounds) == len(struck) >= 2
     assert {each.signal for each in rounds} == {SIGKILL, SIGSTOP}
-    assert not any(each.hung for each in rounds)
+    assert not any(each.hung or each.wrong for each in rounds)
     assert not resent.wrong
     assert all(right for _, right in resent.ended)

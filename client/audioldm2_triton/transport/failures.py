@@ -102,7 +102,9 @@ def _from_triton(error: InferenceServerException, endpoint: Endpoint, timeout: f
         # `triton_grpc_error`, but 24.10 dies of that (SIGSEGV) within a few hundred failing or cancelled streams. The
         # stages' errors carry their code in the message.
         return _located(read_message(message), endpoint)
-    kind = UnavailableError if is_model_away(message) else _KINDS.get(status, InternalError)
+    kind = _KINDS.get(status, InternalError)
+    if kind is InternalError and is_model_away(message):
+        kind = UnavailableError
     if _RESTRICTED.match(message):
         return PermissionDeniedError(f"{endpoint.url}: {message}")
     if kind in (InvalidArgumentError, RequestCancelledError):

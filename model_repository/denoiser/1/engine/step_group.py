@@ -28,6 +28,7 @@ class StepGroup:
         self._rows = _cut_rows(waveforms)
         self._forwards = _split(self._rows, self._room)
         self._next = 0
+        self._steps = 0
         # The batches of several forwards would grow with the length, so each is made when it is due.
         self._batch = stack(self._rows) if len(self._forwards) == 1 else None
 
@@ -42,14 +43,15 @@ class StepGroup:
         return min(waveform.last_step for waveform in self.waveforms)
 
     @property
-    def state(self) -> StepBatch | None:
-        """The state between two forwards, another object after each; None with several forwards a step."""
-        return self._batch
+    def steps_taken(self) -> int | None:
+        """The number of steps since it was grouped; None with several forwards a step."""
+        return None if self._batch is None else self._steps
 
     def advance(self, unet: UNet) -> int:
         """Runs one forward. Returns the number of its UNet batch items."""
         if self._batch is not None:
             self._batch = step(unet, self._batch)
+            self._steps += 1
             self._blend_batch(self._batch)
             return self._batch.items
         if self._next == 0:

@@ -28,14 +28,14 @@ class StepGroups:
         self._device = device
         self._dtype = dtype
         self._groups: list[StepGroup] = []
-        self._current: tuple[StepGroup, StepBatch | None] | None = None  # whose turn it is, and its state before
+        self._current: tuple[StepGroup, int | None] | None = None  # whose turn it is, and its steps before
 
     def next(self) -> StepGroup | None:
         """Returns the group whose turn it is: lengths that cannot share a forward take turns."""
         if not self._groups:
             return None
         group = self._groups[next_group([group.last_step for group in self._groups])]
-        self._current = group, group.state
+        self._current = group, group.steps_taken
         return group
 
     def regroup(self, request_of: Mapping[WaveformState, int]) -> None:
@@ -71,7 +71,7 @@ class StepGroups:
         release_memory(error)
         if self._current is not None:
             group, before = self._current
-            if before is None or group.state is not before:
+            if before is None or group.steps_taken != before:
                 return False
         sizes = [waveform.step_items * waveform.row_frames for waveform in waveforms]
         if len(sizes) < 2 or (self.room is not None and self.room <= min(sizes)):
