@@ -20,10 +20,9 @@ from typing import Final
 import psutil
 
 from audioldm2_triton import AudioLDM2Client, AudioLDM2Error
-from benchmarks.run import build_if_missing
-from project import CACHE
 from serving.local_server import LocalServer, local_server
 from serving.stage_processes import find_stages
+from trials.command import add_common_arguments, end, tiny_checkpoint
 from trials.proxy import Toxics, proxy
 from trials.requests import Known, generate, known_requests
 from trials.watching import left_behind, restarts
@@ -192,15 +191,12 @@ def orphans() -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=30, help="default: %(default)s")
     parser.add_argument("--stops-every", type=int, default=5, help="rounds; 0: kills only (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the times and the requests (default: %(default)s)")
-    parser.add_argument("--log", type=Path, default=CACHE / "trials" / "chaos.log", help="of the server")
+    add_common_arguments(parser, "chaos")
 
 
 def measure(arguments: argparse.Namespace) -> None:
     """Raises `SystemExit` if audio was wrong, a call hung or took too long, or something was left behind."""
-    checkpoint = CACHE / "checkpoints" / "tiny"
-    build_if_missing(checkpoint)
-    arguments.log.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint = tiny_checkpoint(arguments)
     memory = set(Path("/dev/shm").iterdir())
     options = ("--max-restarts=100000", "--max-restart-delay-in-s=0")
     with local_server(checkpoint, arguments.log, *options) as server:
@@ -225,7 +221,4 @@ def measure(arguments: argparse.Namespace) -> None:
         wrong.append(f"{outside - outside_right} requests failed though no fault was near")
     new = {file for file in set(Path("/dev/shm").iterdir()) - memory if file.name.startswith("audioldm2-triton-")}
     wrong += [f"{file} was left behind" for file in sorted(new)]
-    for what in wrong:
-        print(f"FAILED: {what}")
-    if wrong:
-        sys.exit(f"scripts/chaos: got the failures above but expected none; the server's log is {arguments.log}")
+    end("chaos", wrong, arguments.log)

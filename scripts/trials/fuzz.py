@@ -1,22 +1,19 @@
 """`scripts/fuzz`: hostile requests by every way into a server; each must be answered, and none may harm the others."""
 
 import argparse
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from random import Random
 from typing import Final
 
 import numpy as np
 
 from audioldm2_triton import AudioLDM2Client, AudioLDM2Error
-from benchmarks.run import build_if_missing
-from project import CACHE
 from serving.local_server import LocalServer, local_server
+from trials.command import add_common_arguments, add_load_arguments, end, tiny_checkpoint
 from trials.hostile import Hostile, hostile, hostile_body
 from trials.requests import TOLERANCE
 from trials.sending import INTERNAL, LEFT_OUT, NONE, Answer, Ways
@@ -113,17 +110,13 @@ def wrong_afterwards(server: LocalServer) -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--requests", type=int, default=100_000, help="how many to send (default: %(default)s)")
-    parser.add_argument("--clients", type=int, default=8, help="how many send at a time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the requests follow from it (default: %(default)s)")
-    parser.add_argument("--log", type=Path, default=CACHE / "trials" / "fuzz.log", help="of the server")
+    add_load_arguments(parser, 100_000)
+    add_common_arguments(parser, "fuzz")
 
 
 def measure(arguments: argparse.Namespace) -> None:
     """Raises `SystemExit` if a request was not answered, or a stage failed."""
-    checkpoint = CACHE / "checkpoints" / "tiny"
-    build_if_missing(checkpoint)
-    arguments.log.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint = tiny_checkpoint(arguments)
     started = time.monotonic()
     with local_server(checkpoint, arguments.log, *LIMITS) as server:
         tally = fuzz(server, arguments.requests, arguments.seed, arguments.clients)
@@ -131,9 +124,5 @@ def measure(arguments: argparse.Namespace) -> None:
     for name, count in sorted(tally.kinds.items()):
         print(f"{count:8} {name}")
     print(f"{tally.checks:8} valid requests between them, {time.monotonic() - started:.0f} s in all")
-    for failure, count in tally.failures.most_common(50):
-        print(f"FAILED {count} times: {failure}")
-    for what in wrong:
-        print(f"FAILED: {what}")
-    if tally.failures or wrong:
-        sys.exit(f"scripts/fuzz: got the failures above but expected none; the server's log is {arguments.log}")
+    failures = [f"{count} times: {failure}" for failure, count in tally.failures.most_common(50)]
+    end("fuzz", [*failures, *wrong], arguments.log)

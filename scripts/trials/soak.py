@@ -5,21 +5,18 @@ All others must get the right audio, and the server must not grow.
 
 import argparse
 import itertools
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from random import Random
 from typing import Final
 
 from audioldm2_triton import AudioLDM2Client, AudioLDM2Error, DeadlineExceededError, UnavailableError
-from benchmarks.run import build_if_missing
-from project import CACHE
 from serving.local_server import LocalServer, local_server
+from trials.command import add_common_arguments, add_load_arguments, end, tiny_checkpoint
 from trials.proxy import Proxy, proxy
 from trials.requests import Known, generate, known_requests
 from trials.watching import Sample, growth, left_behind, table, watched
@@ -123,17 +120,13 @@ def soak(server: LocalServer, count: int, clients: int, seed: int) -> tuple[Outc
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--requests", type=int, default=10_000, help="how many to send (default: %(default)s)")
-    parser.add_argument("--clients", type=int, default=8, help="how many send at a time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the requests follow from it (default: %(default)s)")
-    parser.add_argument("--log", type=Path, default=CACHE / "trials" / "soak.log", help="of the server")
+    add_load_arguments(parser, 10_000)
+    add_common_arguments(parser, "soak")
 
 
 def measure(arguments: argparse.Namespace) -> None:
     """Raises `SystemExit` if a request had another outcome than it should, or the server has grown."""
-    checkpoint = CACHE / "checkpoints" / "tiny"
-    build_if_missing(checkpoint)
-    arguments.log.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint = tiny_checkpoint(arguments)
     started = time.monotonic()
     with local_server(checkpoint, arguments.log) as server:
         outcomes, samples = soak(server, arguments.requests, arguments.clients, arguments.seed)
@@ -142,7 +135,4 @@ def measure(arguments: argparse.Namespace) -> None:
         print(f"{count:8} {what}")
     print(*table(samples), f"{time.monotonic() - started:.0f} s in all", sep="\n")
     wrong = [*outcomes.wrong[:50], *growth(samples), *held]
-    for what in wrong:
-        print(f"FAILED: {what}")
-    if wrong:
-        sys.exit(f"scripts/soak: got the failures above but expected none; the server's log is {arguments.log}")
+    end("soak", wrong, arguments.log)
