@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from torch import nn
 
 from audioldm2_triton.server.geometry import AudioGeometry, read_audio_geometry
 from audioldm2_triton.server.settings import Settings
+from channels_last import use_channels_last
 from decoder_buckets import Buckets, map_in_buckets
 from decoder_compilation import compile_decoder, compile_for_settings
 from decoding_parts import decode_parts
@@ -73,8 +75,33 @@ def test_rows_of_the_vocoder_are_as_alone(name: str) -> None:
         assert relative(waveforms[row : row + 1, : reach.num_samples(frames)], alone) < 1e-12, frames
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_layout_for_a_gpu_changes_no_audio(name: str, tiny_checkpoint: Path) -> None:
+    decoder = load_waveform_decoder(tiny_checkpoint, CPU, torch.float64)
+    latent, valid = latents(40)[None].double(), torch.tensor([40])
+    vocoder, mel = random_vocoder(name), 3 * torch.randn(2, 50, 8, dtype=torch.float64)
+    expected = decode_masked(decoder.vae, latent, valid), vocoder(mel)
+    use_channels_last(decoder.vae, vocoder)
+    inputs: list[torch.Tensor] = []
+    for module in vocoder.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    frames = torch.tensor([50, 50])
+    for got, wanted in zip(
+        (decode_masked(decoder.vae, latent, valid), vocoder(mel), vocode_masked(vocoder, mel, frames)),
+        (*expected, expected[1]),
+        strict=True,
+    ):
+        assert relative(got, wanted) < 1e-12
+    # The channels lie side by side before every convolution: none has to lay out its input anew.
+    assert len(inputs) > 10
+    assert {tensor.stride(1) for tensor in inputs} == {1}
+
+
 @pytest.mark.parametrize(
-    ("option", "value"), [("mid_block_add_attention", False), ("up_block_types", ["AttnUpDecoderBlock2D"])]
+    ("option", "value"),
+    [("act_fn", "gelu"), ("mid_block_add_attention", False), ("up_block_types", ["AttnUpDecoderBlock2D"])],
 )
 def test_a_vae_that_is_not_followed_is_refused(option: str, value: object) -> None:
     vae = AutoencoderKL(block_out_channels=(32,), **{option: value})

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from audioldm2_triton.server.own_kernels import kernels_for
 from vae_walk import walk
 
 
@@ -68,8 +69,8 @@ class _MaskedLayers:
         valid = _valid_frames(rows.valid.frames * 2, hidden.shape[2])
         return Rows(_convolve(upsampler.conv, hidden, valid), valid)
 
-    def finish(self, norm: Any, activation: Any, convolution: Any, rows: Rows) -> Rows:
-        return Rows(convolution(activation(_normalise(norm, rows.hidden, rows.valid))), rows.valid)
+    def finish(self, norm: Any, activation: Any, convolution: Any, rows: Rows) -> Rows:  # noqa: ARG002
+        return Rows(convolution(_normalise(norm, rows.hidden, rows.valid, activate=True)), rows.valid)
 
 
 def _valid_frames(valid_frames: Tensor, frames: int) -> ValidFrames:
@@ -79,16 +80,20 @@ def _valid_frames(valid_frames: Tensor, frames: int) -> ValidFrames:
 
 def _convolve(convolution: Any, hidden: Tensor, valid: ValidFrames) -> Tensor:
     if convolution.kernel_size[0] > 1:
-        hidden = hidden.masked_fill(valid.padding, 0)
+        hidden = hidden.clone().masked_fill_(valid.padding, 0)  # keeps the layout, which `masked_fill` does not
     convolved: Tensor = convolution(hidden)
     return convolved
 
 
-def _normalise(norm: nn.GroupNorm, hidden: Tensor, valid: ValidFrames) -> Tensor:
-    """Group normalisation (Wu and He, 2018) over the valid frames; the padded ones become zeros.
+def _normalise(norm: nn.GroupNorm, hidden: Tensor, valid: ValidFrames, activate: bool = False) -> Tensor:
+    """Group normalisation (Wu and He, 2018) over the valid frames, and SiLU; the padded ones become zeros.
 
     Mean and (biased) variance in float32 or better, in two passes: the mean first, then the squares of the distances.
     """
+    kernels = kernels_for(hidden)
+    if kernels is not None:
+        positions = valid.frames * hidden.shape[3]
+        return kernels.group_norm(hidden, norm.num_groups, norm.weight, norm.bias, norm.eps, activate, positions)
     wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     grouped = wide.unflatten(1, (norm.num_groups, -1))
     padding = valid.padding.unsqueeze(1)
@@ -98,13 +103,14 @@ def _normalise(norm: nn.GroupNorm, hidden: Tensor, valid: ValidFrames) -> Tensor
     variance = centred.square().sum((2, 3, 4), keepdim=True) / positions
     normed = (centred * torch.rsqrt(variance + norm.eps)).flatten(1, 2)
     scaled = torch.addcmul(norm.bias.view(1, -1, 1, 1), normed, norm.weight.view(1, -1, 1, 1))
-    return scaled.masked_fill(valid.padding, 0).to(hidden.dtype)
+    normed = scaled.masked_fill(valid.padding, 0).to(hidden.dtype)
+    return functional.silu(normed) if activate else normed
 
 
 def _resnet(resnet: Any, hidden: Tensor, valid: ValidFrames) -> Tensor:
     """A `ResnetBlock2D`. The activation keeps the norm's zeros, so the convolution finds its padding zeroed."""
-    inner = resnet.conv1(resnet.nonlinearity(_normalise(resnet.norm1, hidden, valid)))
-    inner = resnet.conv2(resnet.nonlinearity(_normalise(resnet.norm2, inner, valid)))
+    inner = resnet.conv1(_normalise(resnet.norm1, hidden, valid, activate=True))
+    inner = resnet.conv2(_normalise(resnet.norm2, inner, valid, activate=True))
     shortcut = hidden if resnet.conv_shortcut is None else resnet.conv_shortcut(hidden)
     output: Tensor = (shortcut + inner) / resnet.output_scale_factor
     return output

@@ -2,7 +2,7 @@
 
 from typing import Any, Final, Protocol, TypeVar
 
-_FOLLOWED: Final = {"mid_block_add_attention": True, "use_post_quant_conv": True}
+_FOLLOWED: Final = {"act_fn": "silu", "mid_block_add_attention": True, "use_post_quant_conv": True}
 _FOLLOWED_BLOCK: Final = "UpDecoderBlock2D"
 
 A = TypeVar("A")

@@ -14,6 +14,7 @@ from audioldm2_triton.errors import NonFiniteError
 from audioldm2_triton.server import faults
 from audioldm2_triton.server.linear import replace_linear_layers
 from audioldm2_triton.server.residency import Residency
+from channels_last import use_channels_last
 from chunked_vae import decode_chunked
 from decoder_buckets import Buckets, map_in_buckets
 from vae_walk import check_followed
@@ -76,7 +77,10 @@ def load_waveform_decoder(checkpoint: Path, device: torch.device, dtype: torch.d
     del vae.encoder, vae.quant_conv
     replace_linear_layers(vae)
     vocoder: Any = SpeechT5HifiGan.from_pretrained(str(checkpoint / "vocoder"), dtype=dtype, local_files_only=True)
-    return WaveformDecoder(vae.to(device).eval(), vocoder.to(device).eval(), vocoder_reach(vocoder), device, dtype)
+    reach = vocoder_reach(vocoder)
+    if device.type == "cuda":
+        use_channels_last(vae, vocoder)
+    return WaveformDecoder(vae.to(device).eval(), vocoder.to(device).eval(), reach, device, dtype)
 
 
 def decode_waveforms(decoder: WaveformDecoder, latents: Sequence[Tensor]) -> list[Tensor]:
@@ -108,7 +112,7 @@ def decode_mels(decoder: WaveformDecoder, latents: Sequence[Tensor]) -> list[Ten
             mel: Tensor = decode_chunked(decoder.vae, scaled).squeeze(1)
         else:
             mel = decoder.vae.decode(scaled, return_dict=False)[0].squeeze(1)
-        _check_finite(mel, "VAE")
+        _check_finite("VAE", mel)
         return mel
 
     def per_call(latent: Tensor) -> int:
@@ -126,8 +130,7 @@ def decode_mels(decoder: WaveformDecoder, latents: Sequence[Tensor]) -> list[Ten
         scaled = [item.to(decoder.device, decoder.dtype) * (1 / decoder.vae.config.scaling_factor) for item in items]
         padded = map_in_buckets(vae, scaled, vae.buckets, decoder.device, decoder.dtype)
         mels = [mel[0, : item.shape[1] * mel_frames] for mel, item in zip(padded, items, strict=True)]
-        for mel in mels:
-            _check_finite(mel, "VAE")
+        _check_finite("VAE", *mels)
         return mels
 
     return _map_either(decode_compiled, decode_eagerly, [vae.buckets.fits(item.shape[1]) for item in latents], latents)
@@ -142,7 +145,7 @@ def vocode(decoder: WaveformDecoder, windows: Sequence[Tensor]) -> list[Tensor]:
 
     def decode(batch: Tensor) -> Tensor:
         waveforms: Tensor = decoder.vocoder(batch.to(decoder.device, decoder.dtype)).to("cpu", torch.float32)
-        _check_finite(waveforms, "vocoder")
+        _check_finite("vocoder", waveforms)
         return waveforms
 
     # On a CPU the last bits depend on the batch size. Decode one window per call (no slower at the official size), so
@@ -157,13 +160,15 @@ def vocode(decoder: WaveformDecoder, windows: Sequence[Tensor]) -> list[Tensor]:
     vocoder = decoder.compiled.vocoder
 
     def decode_compiled(items: Sequence[Tensor]) -> list[Tensor]:
-        padded = map_in_buckets(vocoder, items, vocoder.buckets, decoder.device, decoder.dtype)
+        # One copy to the host per call: each waits for the device.
+        padded = map_in_buckets(
+            lambda batch, valid: vocoder(batch, valid).to("cpu", torch.float32),
+            *(items, vocoder.buckets, decoder.device, decoder.dtype),
+        )
         waveforms = [
-            waveform[: decoder.reach.num_samples(len(item))].to("cpu", torch.float32)
-            for waveform, item in zip(padded, items, strict=True)
+            waveform[: decoder.reach.num_samples(len(item))] for waveform, item in zip(padded, items, strict=True)
         ]
-        for waveform in waveforms:
-            _check_finite(waveform, "vocoder")
+        _check_finite("vocoder", *waveforms)
         return waveforms
 
     return _map_either(decode_compiled, decode_eagerly, [vocoder.buckets.fits(len(item)) for item in windows], windows)
@@ -198,7 +203,8 @@ def _map_equal_shapes(
     return [result for result in results if result is not None]
 
 
-def _check_finite(values: Tensor, part: str) -> None:
-    values = faults.at(f"decoder.{part}", values)
-    if not bool(torch.isfinite(values).all()):
+def _check_finite(part: str, *values: Tensor) -> None:
+    # Looked at together, since each look waits for the device.
+    finite = [torch.isfinite(faults.at(f"decoder.{part}", value)).all() for value in values]
+    if finite and not bool(torch.stack(finite).all()):
         raise NonFiniteError(f"decoder: the {part} gave non-finite values")

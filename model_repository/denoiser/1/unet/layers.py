@@ -14,13 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from audioldm2_triton.server.linear import linear
+from audioldm2_triton.server.own_kernels import kernels_for
 from unet.length_masks import LengthMasks, LevelMasks, masked_group_norm
-
-gpu_kernels: Any
-try:
-    from unet import gpu_kernels
-except ImportError:  # PyTorch without CUDA comes without the Triton language
-    gpu_kernels = None
 
 
 @dataclass(frozen=True)
@@ -70,11 +65,6 @@ def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
-def _has_kernels(hidden: Tensor) -> bool:
-    """Returns whether our own kernels accept this tensor."""
-    return gpu_kernels is not None and hidden.is_cuda and hidden.dtype != torch.float64
-
-
 class Conv(nn.Module):
     """A convolution that reads zeros on padded frames."""
 
@@ -84,7 +74,7 @@ class Conv(nn.Module):
 
     def forward(self, hidden: Tensor, masks: LevelMasks | None) -> Tensor:
         if masks is not None:
-            hidden = hidden.masked_fill(masks.padding, 0)
+            hidden = hidden.clone().masked_fill_(masks.padding, 0)  # keeps the layout, which `masked_fill` does not
         output: Tensor = self.conv(hidden)
         return output
 
@@ -110,9 +100,10 @@ class GroupNorm(nn.Module):
 
     def forward(self, hidden: Tensor, masks: LevelMasks | None, activate: bool = False) -> Tensor:
         norm = self.norm
-        if _has_kernels(hidden):
+        kernels = kernels_for(hidden)
+        if kernels is not None:
             valid = None if masks is None else masks.positions.flatten()
-            return gpu_kernels.group_norm(hidden, norm.num_groups, norm.weight, norm.bias, norm.eps, activate, valid)
+            return kernels.group_norm(hidden, norm.num_groups, norm.weight, norm.bias, norm.eps, activate, valid)
         if masks is None:
             # A CPU's kernel for channels-last takes the variance from one pass, as the mean of the squares minus the
             # square of the mean, and loses the digits that the two have in common. That for contiguous tensors does
@@ -209,8 +200,9 @@ class TransformerBlock(nn.Module):
 
 
 def _gated_gelu(hidden: Tensor) -> Tensor:
-    if _has_kernels(hidden):
-        return gpu_kernels.gated_gelu(hidden)
+    kernels = kernels_for(hidden)
+    if kernels is not None:
+        return kernels.gated_gelu(hidden)
     value, gate = hidden.chunk(2, dim=-1)
     return value * functional.gelu(gate)
 
