@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Awaitable, Iterable, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Final, NoReturn, TypeVar
 
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a file with one prompt per line, or - for standard input; blank lines are skipped",
     )
     what.add_argument("--info", action="store_true", help="print what the server accepts")
+    what.add_argument("--version", action="version", version=f"%(prog)s {version('audioldm2-triton')}")
     output = parser.add_argument_group("output")
     output.add_argument(
         "-o",
@@ -147,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return asyncio.run(_run(arguments))
     except KeyboardInterrupt:
+        _complain("interrupted")
         return INTERRUPTED
     except (AudioLDM2Error, OSError, ImportError) as error:
         _complain(str(error))

@@ -6,21 +6,24 @@ from typing import Any, Final
 
 
 class AudioLDM2Error(Exception):
-    """Base class. `code` is the name of the Triton error code that carries it."""
+    """Base class. `code` is the name of the Triton error code that carries it, `reason` its label in the metrics."""
 
     code = "INTERNAL"
+    reason = "internal"
 
 
 class InvalidArgumentError(AudioLDM2Error):
     """The request is wrong; sending it again changes nothing."""
 
     code = "INVALID_ARG"
+    reason = "invalid_argument"
 
 
 class UnavailableError(AudioLDM2Error):
     """The server is full, out of memory or unreachable; the same request may succeed later."""
 
     code = "UNAVAILABLE"
+    reason = "unavailable"
 
 
 class PermissionDeniedError(AudioLDM2Error):
@@ -31,10 +34,13 @@ class RequestCancelledError(AudioLDM2Error):
     """The client cancelled the request."""
 
     code = "CANCELLED"
+    reason = "cancelled"
 
 
 class DeadlineExceededError(RequestCancelledError):
     """The request's `timeout` ran out. Triton has no code of its own for this, so it travels as CANCELLED."""
+
+    reason = "deadline_exceeded"
 
 
 class InternalError(AudioLDM2Error):
@@ -43,6 +49,8 @@ class InternalError(AudioLDM2Error):
 
 class NonFiniteError(InternalError):
     """A network of the server gave NaN or infinity. Travels as INTERNAL."""
+
+    reason = "non_finite"
 
 
 DEADLINE_EXCEEDED = "deadline exceeded"

@@ -67,4 +67,7 @@ def read_prompts(path: Path) -> list[tuple[int, str]]:
     if "\0" in text:
         raise invalid("--batch", str(path), "text in UTF-8, not UTF-16 or UTF-32: it contains NUL characters")
     lines = text.split("\n")
-    return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    prompts = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not prompts:
+        raise invalid("--batch", str(path), "at least one line with a prompt")
+    return prompts

@@ -13,12 +13,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Final
 
-from audioldm2_triton.server import draining
+from audioldm2_triton.server import entrance
 from audioldm2_triton.server.settings import (
     ENVIRONMENT_PREFIX,
     Settings,
     SettingsError,
     environment_name,
+    misspelt_variables,
     read_settings,
 )
 from audioldm2_triton.terminal import escape_unprintable
@@ -29,7 +30,7 @@ from serving.installation import InstallationError, find_triton
 from serving.model_control import models_may_change
 from serving.plain_paths import PlainPathError, with_plain_folders
 from serving.repository import write_repository
-from serving.run_directory import draining_file, run_directory
+from serving.run_directory import run_directory
 from serving.server_error import DRAIN_TIMEOUT_IN_S, ServerError
 from serving.supervision import (
     EXIT_TIMEOUT_IN_S,
@@ -53,6 +54,7 @@ _SUPERVISED: Final = {
 _RESTRICTED: Final = "model-repository,shared-memory,trace,logging"
 _GUARDED: Final = "inference,metadata,model-config,statistics"
 _KEEPALIVE_IN_MS: Final = 10_000
+_OTHER_VARIABLES: Final = (API_KEY_VARIABLE, entrance.FOLDER_VARIABLE, "AUDIOLDM2_ENVIRONMENT")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -139,6 +141,7 @@ def main() -> int:
     health = Health()
     try:
         with StopSignals() as stop:
+            _warn_of_misspelt_variables()
             _check_triton_arguments(arguments.triton_arguments)
             check_ports_free(arguments.host, ports)
             with health_server(health, arguments.host, arguments.health_port):
@@ -149,6 +152,12 @@ def main() -> int:
         print(f"scripts/serve: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _warn_of_misspelt_variables() -> None:
+    for name, meant in misspelt_variables(os.environ, _OTHER_VARIABLES).items():
+        hint = f"; did you mean {meant[0]}?" if meant else ""
+        logging.warning("the environment has %s, which is no setting%s", name, hint)
 
 
 def _check_triton_arguments(arguments: Sequence[str]) -> None:
@@ -230,7 +239,7 @@ def _serve(
     # The settings are in the configurations now; the environment would override them.
     environment = {name: value for name, value in triton.environment.items() if not name.startswith(ENVIRONMENT_PREFIX)}
     environment = with_plain_folders(environment, directory)
-    environment[draining.FILE_VARIABLE] = str(draining_file(directory))
+    environment[entrance.FOLDER_VARIABLE] = str(directory)
     # Idle OpenMP threads must not spin, because the stages' processes share the cores (ten times slower otherwise).
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The progress bars of the libraries that load the weights do not belong in a server's log.

@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 _OWNER: Final = "owner"
 _SERVER: Final = "server"
-_DRAINING: Final = "draining"
 
 
 @contextmanager
@@ -73,11 +72,6 @@ def _reaper(directory: Path) -> Iterator[None]:
 def note_server(directory: Path, process: int) -> None:
     """Notes the server that a run has started, the leader of a process group of its own."""
     (directory / _SERVER).write_text(f"{process} {creation_time(process)!r}")
-
-
-def draining_file(directory: Path) -> Path:
-    """The file whose existence tells the stages to refuse new requests."""
-    return directory / _DRAINING
 
 
 def remove_run(directory: Path) -> None:

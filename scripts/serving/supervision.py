@@ -19,6 +19,7 @@ from typing import Final
 
 import psutil
 
+from audioldm2_triton.server.entrance import Entrance
 from audioldm2_triton.server.metric_names import STAGE_REQUESTS
 from serving import health as states
 from serving.diagnosis import Lasting, Observation, Patience, RestartLimit, diagnose, restart_delay
@@ -26,7 +27,7 @@ from serving.health import Health
 from serving.loopback import read_page
 from serving.metrics import read_metrics
 from serving.model_control import read_states, was_unloaded
-from serving.run_directory import draining_file, end_server, note_server
+from serving.run_directory import end_server, note_server
 from serving.server_error import DRAIN_TIMEOUT_IN_S, ServerError
 from serving.stage_processes import find_stages, observe_stages
 
@@ -218,7 +219,7 @@ def _drain(running: _Running, command: ServerCommand, stop: StopSignals, timeout
 
     Raises `ServerError` if requests were inside when the time was up, or a stage died with them.
     """
-    draining_file(command.directory).touch()
+    Entrance(command.directory).close()
     logger.info("draining: new requests are refused")
     deadline = time.monotonic() + timeout_in_s
     idle_since = time.monotonic()

@@ -245,6 +245,7 @@ def test_info(url: str, capsys: pytest.CaptureFixture[str]) -> None:
         ([PROMPT, "--timeout=-1"], "`timeout`: got -1.0 but expected a positive number of seconds"),
         (["!sleep 9", "--timeout=0.1"], "deadline exceeded: 100000 us"),
         (["--batch=no.txt", "-o=made"], "[Errno 2] No such file or directory: 'no.txt'"),
+        (["--batch=/dev/null", "-o=made"], "`--batch`: got '/dev/null' but expected at least one line with a prompt"),
     ],
 )
 def test_errors_are_one_line(
@@ -314,6 +315,7 @@ def test_a_terminal_shows_a_bar_and_ctrl_c_cancels_on_the_server(
     os.close(ours)
     assert "Traceback" not in seen
     assert "rror" not in seen
+    assert "audioldm2: interrupted" in seen
     # A batch over HTTP is of plain requests, which are stopped only by their deadline.
     if "http" in url and "--batch=prompts.txt" in arguments:
         return

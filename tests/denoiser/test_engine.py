@@ -1,6 +1,7 @@
 """The engine without Triton: joining, admission, cancellation, overload, failures; forwards are counted, not timed."""
 
 import random
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -218,6 +219,23 @@ def test_deadlines_end_running_and_waiting_requests(engine: Engine, unet: Watche
         assert isinstance(collected[tag], DeadlineExceededError)
         assert str(collected[tag]).startswith("deadline exceeded")
     assert_is_reference(collected[3], make_request(3))
+
+
+def test_what_cannot_be_done_in_time_ends_at_once(engine: Engine, unet: WatchedUNet) -> None:
+    unet.fail = lambda _: time.sleep(0.02)  # at least; so 200 steps take more than 4 s on any machine
+    outcomes = Outcomes()
+    engine.submit(make_request(1), outcomes.callback(1))
+    assert_is_reference(outcomes.collect(1)[1], make_request(1))
+    start = time.monotonic_ns()
+    hopeless = make_request(2, steps=200, deadline_ns=start + 4 * 10**9)
+    engine.submit(hopeless, outcomes.callback(2))
+    engine.submit(make_request(3, deadline_ns=start + 3600 * 10**9), outcomes.callback(3))
+    collected = outcomes.collect(2)
+    message = r"deadline exceeded after 0 of 200 steps: .* s are left, but the others take at least [\d.]+ s"
+    assert re.fullmatch(message, str(collected[2])), collected[2]
+    assert isinstance(collected[2], DeadlineExceededError)
+    assert_is_reference(collected[3], make_request(3))
+    assert not any(2 in tags for tags in unet.forwards)
 
 
 def test_a_thousand_cancels_and_deadlines_leave_nothing_behind(unet: WatchedUNet) -> None:

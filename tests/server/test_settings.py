@@ -2,11 +2,24 @@
 
 import pytest
 
-from audioldm2_triton.server.settings import Settings, SettingsError, read_default_timeout, read_settings
+from audioldm2_triton.server.settings import (
+    Settings,
+    SettingsError,
+    misspelt_variables,
+    read_default_timeout,
+    read_settings,
+)
 
 
 def read(**given: str) -> Settings:
     return read_settings({"checkpoint": "c", **given}, {})
+
+
+def test_misspelt_variables_are_found() -> None:
+    names = ("AUDIOLDM2_MAX_WAITNG", "AUDIOLDM2_DTYPE", "AUDIOLDM2_API_KEY", "AUDIOLDM2_ZZZ", "PATH")
+    environment = dict.fromkeys(names, "1")
+    found = misspelt_variables(environment, {"AUDIOLDM2_API_KEY"})
+    assert found == {"AUDIOLDM2_MAX_WAITNG": ["AUDIOLDM2_MAX_WAITING"], "AUDIOLDM2_ZZZ": []}
 
 
 def test_lengths_to_compile() -> None:

@@ -105,7 +105,7 @@ def test_overload_is_refused_and_the_rest_is_right(small_server: LocalServer, re
     refused = [str(outcome) for outcome in outcomes if isinstance(outcome, UnavailableError)]
     assert len(answered) >= 3, "as many may wait"
     assert len(refused) >= 1
-    assert all("requests in flight and" in message and "waiting" in message for message in refused)
+    assert all("denoiser is full" in message for message in refused)
     for result in answered:
         assert difference(result.audio, expected.audio) <= reference.tolerance(call)
     after = wait_for_metrics(small_server, is_idle, "an idle server")
@@ -116,6 +116,24 @@ def test_overload_is_refused_and_the_rest_is_right(small_server: LocalServer, re
     )
     rows = after["audioldm2_rows_per_forward_sum"] - before["audioldm2_rows_per_forward_sum"]
     assert rows >= 0.8 * 4 * (after["audioldm2_step_count"] - before["audioldm2_step_count"])
+
+
+def test_a_full_denoiser_closes_the_entrance(small_server: LocalServer) -> None:
+    call = Call("rain", audio_length_in_s=0.2, num_inference_steps=200, num_waveforms_per_prompt=2)
+    with AudioLDM2Client(small_server.grpc_url, max_retries=0) as client, ThreadPoolExecutor(4) as pool:
+        before = wait_for_metrics(small_server, is_idle, "an idle server")
+        filling = [pool.submit(generate, client, replace(call, seed=seed)) for seed in range(4)]
+        wait_for_metrics(small_server, lambda metrics: metrics["audioldm2_requests_waiting"] == 3, "three that wait")
+        for prompt in ("rain", ["rain"]):  # by the stream, by the ensemble
+            with pytest.raises(UnavailableError, match="denoiser is full; try again later"):
+                client.generate(prompt, audio_length_in_s=0.2)
+        for request in filling:
+            request.result()
+        assert client.generate("rain", audio_length_in_s=0.2, num_inference_steps=2).num_waveforms == 1
+    after = wait_for_metrics(small_server, is_idle, "an idle server")
+    for model in ("audioldm2_stream", "text_conditioning"):
+        refused = f'audioldm2_stage_failures{{model="{model}",reason="unavailable"}}'
+        assert after[refused] == before.get(refused, 0) + 1
 
 
 def test_what_can_never_fit_is_an_invalid_argument(small_server: LocalServer) -> None:

@@ -206,10 +206,12 @@ def grpc_failure(server: LocalServer, timeout_us: int) -> str:
 
 
 def http_failure(server: LocalServer, timeout_us: int) -> str:
-    with generate_stream(
-        server, prompt="a dog", num_inference_steps=200, audio_length_in_s=2.0, timeout=timeout_us
-    ) as response:
-        *_, last = events(response)
+    arguments = {"prompt": "a dog", "num_inference_steps": 200, "audio_length_in_s": 2.0, "timeout": timeout_us}
+    try:
+        with generate_stream(server, **arguments) as response:
+            *_, last = events(response)
+    except urllib.error.HTTPError as refusal:  # before the first step
+        *_, last = events(refusal)
     message: str = last["error"]
     return message
 
@@ -217,10 +219,9 @@ def http_failure(server: LocalServer, timeout_us: int) -> str:
 @pytest.mark.parametrize("failure", [grpc_failure, http_failure])
 def test_a_timeout_ends_the_stream(failure: Callable[[LocalServer, int], str], server: LocalServer) -> None:
     before = counter(server, "deadline_exceeded")
-    start = time.monotonic()
     message = failure(server, 400_000)
-    assert time.monotonic() - start > 0.4
-    done = re.fullmatch(r"CANCELLED: deadline exceeded after (\d+) of 200 steps", message)
+    # Ended at the deadline, or as soon as it was clear that it would be missed.
+    done = re.fullmatch(r"CANCELLED: deadline exceeded after (\d+) of 200 steps(: .* at least .*)?", message)
     assert done is not None, message
     assert int(done[1]) < 200
     assert counter(server, "deadline_exceeded") == before + 1

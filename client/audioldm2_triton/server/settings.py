@@ -5,8 +5,9 @@ with the prefix `AUDIOLDM2_`, overrides it for all models at once.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Final
 
 from audioldm2_triton.contract import Limits
@@ -128,6 +129,21 @@ class Settings:
 
 def environment_name(setting: str) -> str:
     return ENVIRONMENT_PREFIX + setting.upper()
+
+
+def misspelt_variables(environ: Mapping[str, str], others: Collection[str]) -> dict[str, list[str]]:
+    """Returns the variables that look like a setting's but are none, each with the settings that it resembles.
+
+    Args:
+        others: variables with another meaning.
+    """
+    settings = [each.name for each in fields(Settings)]
+    known = {*map(environment_name, settings), *others}
+    unknown = sorted(name for name in environ if name.startswith(ENVIRONMENT_PREFIX) and name not in known)
+    resembled = {
+        name: get_close_matches(name.removeprefix(ENVIRONMENT_PREFIX).lower(), settings, 1) for name in unknown
+    }
+    return {name: [environment_name(setting) for setting in found] for name, found in resembled.items()}
 
 
 def read_settings(parameters: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> Settings:

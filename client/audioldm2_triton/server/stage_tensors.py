@@ -1,10 +1,14 @@
-"""The tensors that the models of one server pass to each other, and the parameters of the requests between them.
+"""The stages of one server, the tensors that its models pass to each other, and the parameters of those requests.
 
 `tests/repository/test_configurations.py` compares these names with the five `config.pbtxt`.
 """
 
 from collections.abc import Mapping
 from typing import Final
+
+TEXT_CONDITIONING: Final = "text_conditioning"
+DENOISER: Final = "denoiser"
+DECODER: Final = "decoder"
 
 TEXT: Final = ("prompt_embeds", "attention_mask", "generated_prompt_embeds")
 NEGATIVE_TEXT: Final = tuple(f"negative_{name}" for name in TEXT)

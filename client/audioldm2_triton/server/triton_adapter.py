@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from audioldm2_triton.errors import AudioLDM2Error, InternalError, NonFiniteError, UnavailableError, stream_message
-from audioldm2_triton.server import draining
+from audioldm2_triton.errors import AudioLDM2Error, InternalError, UnavailableError, stream_message
+from audioldm2_triton.server.entrance import Entrance
 from audioldm2_triton.server.memory import is_out_of_memory, release_memory
 from audioldm2_triton.server.settings import Settings, read_settings
 from audioldm2_triton.server.settlement import AnsweredError, Settlement, Settlements
 from audioldm2_triton.server.stage_tensors import CODED, CONTROL
-from audioldm2_triton.server.triton_metrics import failure_counter, requests_gauge
+from audioldm2_triton.server.triton_metrics import count_failure, requests_gauge
 
 if TYPE_CHECKING:
     pass
@@ -135,17 +135,16 @@ def error_response(error: BaseException, stage: str, say: Callable[[AudioLDM2Err
 def as_known_error(error: BaseException, stage: str) -> AudioLDM2Error:
     """Maps out of memory to unavailable, and any error outside the contract to internal, which is logged in full.
 
-    Counts both, and values that are not finite.
+    Counts each by its reason.
     """
-    if isinstance(error, NonFiniteError):
-        failure_counter(stage, "non_finite").add()
     if isinstance(error, AudioLDM2Error):
+        count_failure(stage, error.reason)
         return error
     if is_out_of_memory(error):
-        failure_counter(stage, "out_of_memory").add()
+        count_failure(stage, "out_of_memory")
         logger.warning("%s is out of memory: %s", stage, error)
         return UnavailableError(f"{stage} is out of memory; try again later, or ask for less")
-    failure_counter(stage, "internal").add()
+    count_failure(stage, InternalError.reason)
     logger.error("%s failed\n%s", stage, "".join(traceback.format_exception(error)))
     return InternalError(f"{stage} failed: {type(error).__name__}: {error}")
 
@@ -185,7 +184,7 @@ def take(
     settlements: Settlements,
     default_timeout_in_s: float,
     in_stream: bool = False,
-    at_entrance: bool = False,
+    entrance: Entrance | None = None,
 ) -> list[TakenRequest[T]]:
     """Takes all requests that have just arrived, before any work on the first of them.
 
@@ -194,7 +193,7 @@ def take(
     Args:
         outputs: makes the tensors of the final response.
         in_stream: whether errors have their codes in their messages, as those of a stream, whoever asks.
-        at_entrance: whether the model is the first that a request reaches, which refuses it when the server is to stop.
+        entrance: of a model that is the first that a request reaches, which refuses it while the entrance is closed.
     """
     taken = []
     for request in requests:
@@ -205,8 +204,8 @@ def take(
             partial(_final_response, outputs, requested, settlements.stage, say), partial(_send_final, sender)
         )
         try:
-            if at_entrance:
-                draining.check_open()
+            if entrance is not None:
+                entrance.check_open()
             read = read_request(request, default_timeout_in_s)
             settlement.expect_by(read.deadline_ns)
             taken.append(TakenRequest(read, settlement, request.request_id(), sender, requested))

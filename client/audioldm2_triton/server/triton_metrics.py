@@ -46,28 +46,26 @@ requests_gauge = cache(RequestsGauge)
 def _failures_family() -> Any:
     return pb_utils.MetricFamily(
         name=STAGE_FAILURES,
-        description="Requests that failed in a stage through no fault of their own",
+        description="Requests that a stage has answered with an error",
         kind=pb_utils.MetricFamily.COUNTER,
     )
 
 
-class FailureCounter:
-    """Counter of the requests that a stage has failed for one reason."""
-
-    def __init__(self, model: str, reason: str) -> None:
-        self._metric = _failures_family().Metric(labels={"model": model, "reason": reason})
-        self._lock = threading.Lock()
-
-    def add(self) -> None:
-        """Raises nothing, because a count must not cost a request its answer."""
-        try:
-            with self._lock:  # as `RequestsGauge`
-                self._metric.increment(1)
-        except Exception:
-            logger.exception("a failure cannot be counted")
+@cache
+def _failures(model: str, reason: str) -> Any:
+    return _failures_family().Metric(labels={"model": model, "reason": reason})
 
 
-failure_counter = cache(FailureCounter)
+_failures_lock = threading.Lock()
+
+
+def count_failure(model: str, reason: str) -> None:
+    """Counts a request that a stage has answered with an error. Raises nothing: a count must not cost the answer."""
+    try:
+        with _failures_lock:  # as `RequestsGauge`
+            _failures(model, reason).increment(1)
+    except Exception:
+        logger.exception("a failure cannot be counted")
 
 
 @cache

@@ -3,17 +3,13 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 
 from audioldm2_triton.errors import DEADLINE_EXCEEDED, DeadlineExceededError
-from audioldm2_triton.server.stage_tensors import CONTROL, DENOISED, MEL, SCORE, VOCODE
+from audioldm2_triton.server.stage_tensors import CONTROL, DECODER, DENOISED, MEL, SCORE, TEXT_CONDITIONING, VOCODE
 from stage_calls import CallStage, Interruption, Send, StageCall, Tensors
 from watched_denoising import denoise
-
-TEXT_CONDITIONING: Final = "text_conditioning"
-DECODER: Final = "decoder"
 
 
 @dataclass(frozen=True)

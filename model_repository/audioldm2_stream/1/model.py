@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from audioldm2_triton.contract import STREAM
 from audioldm2_triton.errors import AudioLDM2Error, RequestCancelledError, UnavailableError, read_message
 from audioldm2_triton.server import faults
 from audioldm2_triton.server import triton_adapter as adapter
+from audioldm2_triton.server.entrance import entrance_of
 from audioldm2_triton.server.settings import read_default_timeout
 from audioldm2_triton.server.stage_tensors import CODED
 from generation_stream import StreamRequest, stream_generation
@@ -25,11 +27,14 @@ class TritonPythonModel:
         self.default_timeout_in_s = read_default_timeout(parameters)
         self.streams = RunningStreams()
         self.settlements = adapter.open_settlements(args["model_name"])
+        self.entrance = entrance_of(args["model_name"], STREAM)
 
     def execute(self, requests: Sequence[Any]) -> None:
         # Never blocks: a thread answers.
         for taken in adapter.take(
-            requests, adapter.unchanged, self.settlements, self.default_timeout_in_s, in_stream=True, at_entrance=True
+            *(requests, adapter.unchanged, self.settlements, self.default_timeout_in_s),
+            in_stream=True,
+            entrance=self.entrance,
         ):
             try:
                 faults.at("audioldm2_stream.parse")

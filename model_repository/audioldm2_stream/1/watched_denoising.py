@@ -12,10 +12,9 @@ import numpy as np
 
 from audioldm2_triton.errors import AudioLDM2Error, as_exception
 from audioldm2_triton.server import faults
-from audioldm2_triton.server.stage_tensors import AFTER, CANCEL, CONTROL, DENOISED, JOB, PROGRESS
+from audioldm2_triton.server.stage_tensors import AFTER, CANCEL, CONTROL, DENOISED, DENOISER, JOB, PROGRESS
 from stage_calls import CallStage, Interruption, Send, StageCall, Tensors
 
-DENOISER: Final = "denoiser"
 INTERRUPTION_POLL_IN_S: Final = 0.03
 UNKNOWN_JOB_RETRY_IN_S: Final = 0.01
 

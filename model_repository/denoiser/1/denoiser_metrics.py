@@ -15,6 +15,7 @@ from audioldm2_triton.errors import (
     UnavailableError,
 )
 from audioldm2_triton.server import metric_names as names
+from audioldm2_triton.server.entrance import FullSign
 from audioldm2_triton.server.geometry import AudioGeometry
 from audioldm2_triton.server.triton_metrics import MemoryGauge
 from engine.limits import EngineLoad
@@ -36,10 +37,12 @@ class DenoiserMetrics:
 
     Args:
         model: the name that the metrics are labelled with.
+        full_sign: is told which engines are full.
     """
 
-    def __init__(self, geometry: AudioGeometry, model: str) -> None:
+    def __init__(self, geometry: AudioGeometry, model: str, full_sign: FullSign) -> None:
         self.model = model
+        self.full_sign = full_sign
         self.seconds_per_frame = geometry.vae_scale_factor * geometry.frame_length_in_s
         gauge, counter, histogram = (
             pb_utils.MetricFamily.GAUGE,
@@ -84,6 +87,7 @@ class EngineMetrics:
             for outcome in ("success", "failure", *OUTCOMES.values())
         }
         self._audio_duration = families.audio_duration.Metric(labels=labels)
+        self._show_full = families.full_sign.add_engine()
 
     def stepped(self, rows: int, seconds: float) -> None:
         self._rows_per_forward.observe(rows)
@@ -110,6 +114,7 @@ class EngineMetrics:
             self._rows_waiting.set(load.pending_rows)
             self._requests_in_flight.set(load.active_requests)
             self._requests_waiting.set(load.waiting_requests)
+        self._show_full(load.is_full)
 
     def broke(self, _: Exception) -> None:
         self._engine_broken.set(1)

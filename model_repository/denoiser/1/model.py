@@ -11,8 +11,9 @@ from torch import Tensor
 from audioldm2_triton.errors import invalid
 from audioldm2_triton.server import faults
 from audioldm2_triton.server import triton_adapter as adapter
+from audioldm2_triton.server.entrance import FullSign, entrance_of
 from audioldm2_triton.server.settlement import Settlement
-from audioldm2_triton.server.stage_tensors import AFTER, CANCEL, CONTROL, JOB, PROGRESS
+from audioldm2_triton.server.stage_tensors import AFTER, CANCEL, CONTROL, DENOISER, JOB, PROGRESS
 from denoiser_metrics import DenoiserMetrics
 from denoiser_stage import load_engines
 from denoising_inputs import parse_denoising_request, read_tensor_shapes
@@ -34,7 +35,8 @@ class TritonPythonModel:
         settings = adapter.model_settings(args)
         self.default_timeout_in_s = settings.default_timeout_in_s
         self.shapes = read_tensor_shapes(settings)
-        self.metrics = DenoiserMetrics(self.shapes.geometry, args["model_name"])
+        sign = FullSign(entrance_of(args["model_name"], DENOISER))
+        self.metrics = DenoiserMetrics(self.shapes.geometry, args["model_name"], sign)
         self.engines = load_engines(settings, self.shapes.geometry, self.metrics.observer)
         self.settlements = adapter.open_settlements(args["model_name"])
 

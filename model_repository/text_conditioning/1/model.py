@@ -9,9 +9,11 @@ import numpy as np
 from audioldm2_triton.server import faults
 from audioldm2_triton.server import triton_adapter as adapter
 from audioldm2_triton.server.clipping import clipping_schedulers
+from audioldm2_triton.server.entrance import entrance_of
 from audioldm2_triton.server.generation_row import GenerationRow
 from audioldm2_triton.server.geometry import read_audio_geometry
 from audioldm2_triton.server.settings import resolve_device
+from audioldm2_triton.server.stage_tensors import TEXT_CONDITIONING
 from audioldm2_triton.server.triton_metrics import MemoryGauge
 from conditioning import condition
 from embedding_cache import EmbeddingCache
@@ -31,11 +33,12 @@ class TritonPythonModel:
         self.encoders = load_text_stage(self.settings, device)
         self.memory = MemoryGauge(args["model_name"], device)
         self.settlements = adapter.open_settlements(args["model_name"])
+        self.entrance = entrance_of(args["model_name"], TEXT_CONDITIONING)
         self.cache = EmbeddingCache[EncodedTexts](self.settings.embedding_cache_size)
 
     def execute(self, requests: Sequence[Any]) -> None:
         timeout_in_s = self.settings.default_timeout_in_s
-        taken = adapter.take(requests, adapter.unchanged, self.settlements, timeout_in_s, at_entrance=True)
+        taken = adapter.take(requests, adapter.unchanged, self.settlements, timeout_in_s, entrance=self.entrance)
         adapter.answer_together(taken, self._parse, self._condition)
         self.memory.update()
 

@@ -21,6 +21,7 @@ from audioldm2_triton.server.residency import Residency
 from engine.device import RunAhead, device_works
 from engine.job import Job, JobStatus, OnProgress, call_all, start_waveforms
 from engine.limits import EngineLimits, EngineLoad, GuardedObserver, Observer
+from engine.pace import Pace, least_evaluation_cost
 from engine.roster import Roster
 from engine.step_group import StepGroup
 from engine.step_groups import StepGroups
@@ -73,6 +74,7 @@ class Engine:
         self._changed = threading.Condition()
         self._roster = Roster(limits)
         self._groups = StepGroups(unet, device, dtype)
+        self._pace = Pace()
         self._failed_steps = 0
         self._run_ahead = RunAhead(device)
         self._last_step = time.perf_counter()
@@ -94,7 +96,7 @@ class Engine:
         faults.at("denoiser.submit")
         self.limits.check(request)
         waveforms = start_waveforms(request, self._tables, self.limits, self._device, self._guidance_interval)
-        job = Job(request, waveforms, on_done, is_cancelled)
+        job = Job(request, waveforms, on_done, is_cancelled, least_evaluation_cost(waveforms, self.costs))
         with self._changed:
             if self._closed or self.broken:
                 raise UnavailableError(f"denoiser: the engine is {'broken' if self.broken else 'shutting down'}")
@@ -202,8 +204,7 @@ class Engine:
     def _drop_cancelled(self) -> None:
         now = time.monotonic_ns()
         for job in list(self._roster.jobs):
-            reason = job.reason_to_end(now)
-            if reason is not None:
+            if (reason := job.reason_to_end(now, self._pace.least)) is not None:
                 self._finish(job, reason)
 
     def _admit(self) -> None:
@@ -247,6 +248,7 @@ class Engine:
     def _account(self, group: StepGroup, items: int) -> None:
         now = time.perf_counter()
         self._observer.stepped(items, now - self._last_step)
+        self._pace.stepped(group.waveforms, items, now - self._last_step, self.costs)
         self._last_step = now
         for waveform in group.waveforms:
             waveform.last_step = now

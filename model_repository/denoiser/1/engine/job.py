@@ -51,6 +51,7 @@ class Job:
         waveforms: tuple[WaveformState, ...],
         on_done: OnDone,
         is_cancelled: Callable[[], bool] | None,
+        evaluation_cost: float = 0.0,
     ) -> None:
         self.request = request
         self.waveforms = waveforms
@@ -59,6 +60,7 @@ class Job:
         self.is_cancelled = is_cancelled
         self.status = JobStatus.ADMISSIBLE
         self.cancelled = False  # a client or its door wants it to end
+        self.evaluation_cost = evaluation_cost  # seconds, at least; 0: unknown
         self.submitted_ns = time.monotonic_ns()
         self.polled_ns = 0
         self.listeners: list[tuple[int, OnProgress]] = []
@@ -72,17 +74,32 @@ class Job:
     def num_evaluations(self) -> int:
         return max(waveform.table.num_evaluations for waveform in self.waveforms)
 
-    def reason_to_end(self, now: int) -> Exception | None:
-        """Returns why it must not take another step: cancelled, late, or its client cannot be asked. None if it may."""
-        steps = f"after {self.evaluations_done} of {self.num_evaluations} steps"
+    def reason_to_end(self, now: int, pace: float) -> Exception | None:
+        """Returns why it must not take another step: cancelled, late, or its client cannot be asked. None if it may.
+
+        It is late as soon as it cannot be done in time any more.
+
+        Args:
+            pace: what an evaluation takes at least, as a multiple of its cost; 0: unknown.
+        """
+        done, total = self.evaluations_done, self.num_evaluations
+        steps = f"after {done} of {total} steps"
         try:
             cancelled = self.cancelled or self._poll_cancelled(now)
         except BaseException as error:
             return as_exception(error)
         if cancelled:
             return RequestCancelledError(f"cancelled {steps}")
-        if 0 < self.request.deadline_ns <= now:
+        if self.request.deadline_ns <= 0:
+            return None
+        left_s = (self.request.deadline_ns - now) / 1e9
+        needed_s = (total - done) * self.evaluation_cost * pace
+        if left_s <= 0:
             return DeadlineExceededError(f"{DEADLINE_EXCEEDED} {steps}")
+        if left_s < needed_s:
+            return DeadlineExceededError(
+                f"{DEADLINE_EXCEEDED} {steps}: {left_s:.3g} s are left, but the others take at least {needed_s:.3g} s"
+            )
         return None
 
     def _poll_cancelled(self, now: int) -> bool:

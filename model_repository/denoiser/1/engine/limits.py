@@ -69,6 +69,7 @@ class EngineLoad:
     pending_rows: int  # UNet batch items that wait for room
     active_requests: int
     waiting_requests: int
+    is_full: bool  # no more requests may wait
     free_frames: int  # of `EngineLimits.max_active_frames`; negative if more waits than there is room for
 
 

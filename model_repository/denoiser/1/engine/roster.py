@@ -42,6 +42,7 @@ class Roster:
             pending_rows=sum(waveform.unet_items for waveform in pending),
             active_requests=len(self.jobs) - waiting,
             waiting_requests=waiting,
+            is_full=waiting >= self._limits.max_waiting,
             free_frames=self.room - self._frames(pending),
         )
 
@@ -50,7 +51,7 @@ class Roster:
         load = self.load
         if self.jobs and self._frames(job.waveforms) > load.free_frames:
             job.status = JobStatus.WAITING
-            if load.waiting_requests >= self._limits.max_waiting:
+            if load.is_full:
                 raise UnavailableError(
                     f"denoiser is full: {load.active_requests} requests in flight and {load.waiting_requests} waiting;"
                     " try again later"

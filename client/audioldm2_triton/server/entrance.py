@@ -1,0 +1,94 @@
+"""What closes the models that requests reach first: a server that is to stop, and a denoiser that is full.
+
+So no text is encoded for an answer that is refused later; requests inside go on. Each model is a process, told by files
+in the folder of the run, which `scripts/serve` makes. Without it, the denoiser alone refuses.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from audioldm2_triton.errors import UnavailableError
+
+FOLDER_VARIABLE: Final = "AUDIOLDM2_RUN_FOLDER"
+"""The environment variable with the path of the folder of the run."""
+
+_DRAINING: Final = "draining"
+_FULL: Final = "full"
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """The entrance of one set of models of a server.
+
+    Args:
+        folder: of the run; None: it is always open.
+        models: what the names of the models begin with, if the server has several sets.
+    """
+
+    folder: Path | None
+    models: str = ""
+
+    @property
+    def draining(self) -> Path | None:
+        return self.folder and self.folder / _DRAINING
+
+    @property
+    def full(self) -> Path | None:
+        return self.folder and self.folder / f"{self.models}{_FULL}"
+
+    def close(self) -> None:
+        """Closes the entrances of all models, for good: the server is to stop."""
+        if self.draining:
+            self.draining.touch()
+
+    def check_open(self) -> None:
+        """Raises `UnavailableError` if no new request is taken."""
+        if self.draining and self.draining.exists():
+            raise UnavailableError("the server is shutting down; try again")
+        if self.full and self.full.exists():
+            raise UnavailableError("denoiser is full; try again later")
+
+
+def entrance_of(model: str, own_name: str) -> Entrance:
+    """Returns the entrance of the set that a model belongs to.
+
+    Args:
+        model: its name in this server, which ends with `own_name`.
+    """
+    folder = os.environ.get(FOLDER_VARIABLE)
+    return Entrance(Path(folder) if folder else None, model.removesuffix(own_name))
+
+
+class FullSign:
+    """Closes an entrance while all engines of its denoiser are full."""
+
+    def __init__(self, entrance: Entrance) -> None:
+        self._file = entrance.full
+        self._full: list[bool] = []
+        self._lock = threading.Lock()
+        self._show(False)  # whatever a predecessor that died has left
+
+    def add_engine(self) -> Callable[[bool], None]:
+        """Returns what an engine calls with whether it is full, from any thread."""
+        with self._lock:
+            index = len(self._full)
+            self._full.append(False)
+
+        def show(is_full: bool) -> None:
+            with self._lock:
+                before = all(self._full)
+                self._full[index] = is_full
+                if all(self._full) != before:
+                    self._show(not before)
+
+        return show
+
+    def _show(self, is_full: bool) -> None:
+        if self._file and is_full:
+            self._file.touch()
+        elif self._file:
+            self._file.unlink(missing_ok=True)

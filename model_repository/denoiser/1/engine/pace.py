@@ -1,0 +1,49 @@
+"""How fast an engine really is, beside what its forwards cost when they were timed at the start."""
+
+from collections import deque
+from collections.abc import Sequence
+from math import inf
+from typing import Final
+
+from stepping.forward_plan import ForwardCosts
+from stepping.waveform import WaveformState
+
+RECENT_FORWARDS: Final = 64
+
+
+class Pace:
+    """The time of the last forwards as a multiple of their costs. Written by the engine's thread.
+
+    The smallest multiple counts, so that what it foretells is the least time that something takes.
+    """
+
+    def __init__(self) -> None:
+        self.least = 0.0  # until a forward has run
+        self._multiples: deque[float] = deque(maxlen=RECENT_FORWARDS)
+
+    def stepped(
+        self, waveforms: Sequence[WaveformState], items: int, seconds: float, costs: ForwardCosts | None
+    ) -> None:
+        """A forward of so many UNet batch items of these waveforms has taken so long."""
+        if costs is None:
+            return
+        lengths = {waveform.row_frames for waveform in waveforms}
+        cost = costs.cheapest(items, max(lengths), len(lengths) > 1)[0]
+        if 0 < cost < inf:
+            self._multiples.append(seconds / cost)
+            self.least = min(self._multiples)
+
+
+def least_evaluation_cost(waveforms: Sequence[WaveformState], costs: ForwardCosts | None) -> float:
+    """Returns the seconds of the cheapest evaluation of the longest of these waveforms, by itself; 0: unknown."""
+    if costs is None:
+        return 0.0
+    return max(
+        costs.cheapest(
+            # Without guidance it takes half the items.
+            waveform.unet_items if len(waveform.guided) == waveform.table.num_evaluations else waveform.held_windows,
+            waveform.row_frames,
+            False,
+        )[0]
+        for waveform in waveforms
+    )
