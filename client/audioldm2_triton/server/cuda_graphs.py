@@ -32,12 +32,15 @@ class CudaGraphRecorder:
 
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # One for all: PyTorch never gives the memory that was freed on one stream to another.
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream()
 
     def __call__(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
         import torch
 
         with torch.cuda.device(self._device):
-            stream = torch.cuda.Stream()
+            stream = self._stream
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP_CALLS):
@@ -47,6 +50,7 @@ class CudaGraphRecorder:
             # Other threads of the process may allocate meanwhile; their calls do not belong to this graph.
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 output = function()
+            torch.cuda.empty_cache()  # what the calls before the recording needed, no replay does
         return lambda: _replay(graph, self._device), output
 
 

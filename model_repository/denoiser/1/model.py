@@ -51,6 +51,7 @@ class TritonPythonModel:
     def finalize(self) -> None:
         try:
             self.engines.close()
+            self.metrics.close()
         finally:
             self.settlements.close()
 
