@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from audioldm2_triton import AsyncAudioLDM2Client, AudioLDM2Client, DeadlineExceededError, UnavailableError
+from audioldm2_triton.transport.failures import OTHER_PROTOCOL
 from contract_stand_in.stand_in_server import StandInServer, stand_in_server
 from trials.proxy import Proxy, Toxics, proxy
 
@@ -84,3 +85,11 @@ def test_a_swallowed_answer_is_late(kind: str, between: Proxy, proxied: str) -> 
     between.toxics.timeout = True
     with pytest.raises(DeadlineExceededError):
         generate(kind, proxied, timeout=0.3)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_the_port_of_grpc_is_named(kind: str, server: StandInServer) -> None:
+    port = server.urls[0].rpartition(":")[2]
+    with pytest.raises(UnavailableError) as caught:
+        generate(kind, f"http://localhost:{port}")
+    assert str(caught.value) == f"http://localhost:{port}: {OTHER_PROTOCOL}"

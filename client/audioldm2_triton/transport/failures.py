@@ -59,6 +59,9 @@ _RAISED_IN_STAGE: Final = re.compile(
 )
 _NO_CONNECTION: Final = re.compile(r"connect|DNS|socket|proxy|handshake", re.IGNORECASE)
 """gRPC's own words, in messages that are not Triton's."""
+_NOT_HTTP: Final = "Expected HTTP/"
+"""The words of llhttp, which both HTTP libraries have, before the bytes that they got."""
+OTHER_PROTOCOL: Final = "the answer is not HTTP; gRPC has a port of its own (by default HTTP is 8000, gRPC 8001)"
 _HTTP_LIBRARIES: Final = ("_parser", "aiohttp", "geventhttpclient", "http")  # the first: geventhttpclient's, in C
 _STACK: Final = re.compile(r"\n\s*\nAt:\n.*", re.DOTALL)
 
@@ -86,7 +89,8 @@ def _known(error: Exception, endpoint: Endpoint, timeout: float | None) -> Audio
         return DeadlineExceededError(_no_answer(endpoint, timeout))
     # The HTTP libraries are imported only where they are used.
     if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _HTTP_LIBRARIES:
-        return UnavailableError(f"{endpoint.url}: {_one_line(str(error)) or 'the connection broke'}")
+        said = _one_line(str(error)) or "the connection broke"
+        return UnavailableError(f"{endpoint.url}: {OTHER_PROTOCOL if _NOT_HTTP in said else said}")
     return None
 
 
