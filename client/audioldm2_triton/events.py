@@ -25,6 +25,7 @@ class AudioChunk:
     audio: NDArray[np.float32]  # float32 [N, samples of this chunk]
     chunk: int  # from 0
     num_chunks: int
+    sampling_rate: int  # Hz
 
 
 @dataclass(frozen=True, eq=False)

@@ -330,7 +330,8 @@ def test_a_stream_refused_over_http(status: int, body: bytes, kind: type[Excepti
 
 
 def chunk(index: int, count: int, samples: int = 2) -> dict[str, Any]:
-    return {"audio": np.zeros(2 * samples), "chunk": np.array(index), "num_chunks": np.array(count)}
+    counts = {"chunk": np.array(index), "num_chunks": np.array(count)}
+    return {"audio": np.zeros(2 * samples), "sampling_rate": np.array(9), **counts}
 
 
 LAST = {
@@ -350,7 +351,7 @@ LAST = {
         ([chunk(0, 1), {**LAST, "order": np.array([1, 1])}], r"`order` is \[1, 1\] for 2 waveforms"),
         ([chunk(0, 1), {name: LAST[name] for name in ("score", "order")}], "seed_used"),
         ([{"step": np.array(1)}], "num_steps"),
-        ([{"audio": np.zeros(3), "chunk": np.array(0), "num_chunks": np.array(1)}], "reshape"),
+        ([{**chunk(0, 1), "audio": np.zeros(3)}], "reshape"),
     ],
 )
 def test_a_stream_that_is_not_whole_is_internal(responses: list[dict[str, Any]], complaint: str) -> None:

@@ -17,6 +17,7 @@ from audioldm2_triton.server.settings import Settings, SettingsError, read_setti
 from metrics_page import wait_for_metrics
 from project import ROOT
 from serving.local_server import LocalServer, free_ports, local_server
+from serving.loopback import read_page
 
 SERVE = str(ROOT / "scripts" / "serve")
 
@@ -92,6 +93,17 @@ def test_clients_are_told_limits_and_schedulers(server: LocalServer) -> None:
         assert info.limits.max_audio_length_in_s == 300
         assert info.limits.max_num_inference_steps == 200
         assert info.limits.max_num_waveforms_per_prompt == 8
+
+
+def test_what_was_resolved_is_on_the_page(server: LocalServer) -> None:
+    page = read_page(server.metrics_port, "/metrics", 10).decode()
+    series = {line.rpartition(" ")[0] for line in page.splitlines() if line.startswith("audioldm2_stage_info{")}
+    assert len(series) == 3
+    for part in ('dtype="float32"', 'device="cpu"', 'compile="off"', 'checkpoint="tiny"'):
+        assert all(part in one for one in series), (part, series)
+    (denoiser,) = (one for one in series if 'model="denoiser"' in one)
+    assert 'max_active_rows="32"' in denoiser
+    assert 'max_waiting="64"' in denoiser
 
 
 def ignored_signals(process: int) -> set[int]:

@@ -181,7 +181,8 @@ def test_server_sent_events_have_the_same_audio(server: LocalServer) -> None:
     with generate_stream(server, num_waveforms_per_prompt=2, **arguments) as response:
         *others, last = events(response)
     assert [(event["step"], event["num_steps"]) for event in others[:2]] == [(1, 2), (2, 2)]
-    assert [(event["chunk"], event["num_chunks"]) for event in others[2:]] == [(0, 2), (1, 2)]
+    chunks = [(event["chunk"], event["num_chunks"], event["sampling_rate"]) for event in others[2:]]
+    assert chunks == [(0, 2, 16000), (1, 2, 16000)]
     audio = np.concatenate([np.array(event["audio"], np.float32).reshape(2, -1) for event in others[2:]], axis=1)
     rows = {name: [value.encode() if isinstance(value, str) else value] for name, value in arguments.items()}
     expected = whole(server, {**rows, "num_waveforms_per_prompt": [2]})

@@ -86,7 +86,7 @@ def check_responses(responses: list[Response], num_steps: int, num_chunks: int) 
     assert [set(response) for response in steps] == [{"step", "num_steps"}] * num_steps
     assert [response["step"].tolist() for response in steps] == [[[step]] for step in range(1, num_steps + 1)]
     assert all(response["num_steps"].tolist() == [[num_steps]] for response in steps)
-    assert [set(response) for response in chunks] == [{"audio", "chunk", "num_chunks"}] * num_chunks
+    assert [set(response) for response in chunks] == [{"audio", "chunk", "num_chunks", "sampling_rate"}] * num_chunks
     assert [response["chunk"].tolist() for response in chunks] == [[[chunk]] for chunk in range(num_chunks)]
     assert all(response["num_chunks"].tolist() == [[num_chunks]] for response in chunks)
     assert set(last) == {"score", "order", "seed_used", "sampling_rate"}

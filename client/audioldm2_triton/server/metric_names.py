@@ -7,6 +7,7 @@ PREFIX: Final = "audioldm2_"
 STAGE_REQUESTS: Final = PREFIX + "stage_requests"
 """`scripts/serve` waits for zero before it stops the server."""
 STAGE_FAILURES: Final = PREFIX + "stage_failures"
+STAGE_INFO: Final = PREFIX + "stage_info"
 PEAK_MEMORY_BYTES: Final = PREFIX + "peak_memory_bytes"
 
 ROWS_IN_FLIGHT: Final = PREFIX + "rows_in_flight"

@@ -270,6 +270,17 @@ def resolve_compile(settings: Settings, device: "torch.device") -> bool:
     return settings.compile in ("on", "graphs") or (settings.compile == "auto" and device.type == "cuda")
 
 
+def resolved_settings(settings: Settings, device: "torch.device") -> dict[str, str]:
+    """Returns what a stage on this device makes of the settings that it derives from the machine."""
+    prepared = resolve_compile(settings, device)
+    return {
+        "checkpoint": os.path.basename(settings.checkpoint),
+        "device": str(device),
+        "dtype": str(resolve_dtype(settings, device)).removeprefix("torch."),
+        "compile": ("on" if uses_compiler(settings) else "graphs") if prepared else "off",
+    }
+
+
 def uses_compiler(settings: Settings) -> bool:
     """Whether the prepared forwards go through `torch.compile`; on a GPU they become CUDA graphs either way."""
     return settings.compile == "on"

@@ -52,7 +52,7 @@ def prepare_process(args: Mapping[str, str]) -> None:
     # Triton's embedded interpreter starts in the locale C, whatever the environment says: files with non-ASCII text,
     # such as the compiler's, could not be read.
     locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
-    logging.basicConfig(level=logging.INFO, format=f"{args['model_name']}: %(message)s")
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s {args['model_name']}: %(message)s")
 
 
 def model_parameters(args: Mapping[str, str]) -> dict[str, str]:

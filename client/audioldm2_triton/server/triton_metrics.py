@@ -5,13 +5,14 @@ Imports `triton_python_backend_utils`, which exists only inside Triton's Python 
 
 import logging
 import threading
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import triton_python_backend_utils as pb_utils
 
 from audioldm2_triton.server.memory import peak_memory_bytes
-from audioldm2_triton.server.metric_names import PEAK_MEMORY_BYTES, STAGE_FAILURES, STAGE_REQUESTS
+from audioldm2_triton.server.metric_names import PEAK_MEMORY_BYTES, STAGE_FAILURES, STAGE_INFO, STAGE_REQUESTS
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +67,21 @@ def count_failure(model: str, reason: str) -> None:
             _failures(model, reason).increment(1)
     except Exception:
         logger.exception("a failure cannot be counted")
+
+
+class InfoSeries:
+    """A series that is always 1, whose labels say what a stage has resolved its settings to; logged too."""
+
+    def __init__(self, model: str, resolved: Mapping[str, object]) -> None:
+        # Names of folders may have letters that are no text at all.
+        labels = {name: str(value).encode("ascii", "backslashreplace").decode() for name, value in resolved.items()}
+        family = pb_utils.MetricFamily(
+            name=STAGE_INFO, description="What a stage runs", kind=pb_utils.MetricFamily.GAUGE
+        )
+        self._metric = family.Metric(labels={"model": model, **labels})
+        self._metric.set(1)
+        self._family = family  # both are gone from the page with their objects
+        logger.info("ready: %s", ", ".join(f"{name} {value}" for name, value in labels.items()))
 
 
 @cache

@@ -45,7 +45,7 @@ class StreamReader:
     def _audio_chunk(self, tensors: Tensors) -> AudioChunk:
         # A copy: the tensors of gRPC are read-only, and the samples are the caller's.
         audio = np.array(tensors["audio"], np.float32).reshape(self._num_waveforms, -1)
-        chunk = AudioChunk(audio, _integer(tensors["chunk"]), _integer(tensors["num_chunks"]))
+        chunk = AudioChunk(audio, *(_integer(tensors[name]) for name in ("chunk", "num_chunks", "sampling_rate")))
         if chunk.chunk != len(self._chunks):
             raise ValueError(f"chunk {chunk.chunk} of {chunk.num_chunks} arrived as number {len(self._chunks)}")
         self._chunks.append(chunk)

@@ -24,8 +24,8 @@ def stream_generation(
     """Sends the progress and the audio; returns the last response.
 
     The responses before the last are, in this order: each with `step` and `num_steps` INT32 [1, 1], counted from 1;
-    each with `audio` FP32 [1, N, samples of the chunk] in generation order, and `chunk`, counted from 0, and
-    `num_chunks` INT32 [1, 1]. The last has `score` FP32 [1, N] and `order` INT32 [1, N], best first, and
+    each with `audio` FP32 [1, N, samples of the chunk] in generation order, `sampling_rate`, `chunk`, counted from 0,
+    and `num_chunks`, INT32 [1, 1]. The last has `score` FP32 [1, N] and `order` INT32 [1, N], best first, and
     `sampling_rate` INT32 and `seed_used` INT64 [1, 1].
 
     Raises an `AudioLDM2Error`: a stage's own, the interruption, or `DeadlineExceededError`.
@@ -57,7 +57,7 @@ def _send_audio(
     """Sends the audio chunk by chunk; returns all of it [1, N, S], in generation order."""
     deadline = {"deadline_ns": conditioning["deadline_ns"]}
     inputs = {"latents": latents, "num_samples": conditioning["num_samples"], **deadline}
-    cut = call(StageCall(DECODER, inputs, ["mel_windows", "kept_samples"], {CONTROL: MEL}))
+    cut = call(StageCall(DECODER, inputs, ["mel_windows", "kept_samples", "sampling_rate"], {CONTROL: MEL}))
     num_chunks = cut["mel_windows"].shape[1]
     parts = []
     for index in range(num_chunks):
@@ -65,6 +65,6 @@ def _send_audio(
         window = {"mel_window": cut["mel_windows"][:, index], "kept_samples": cut["kept_samples"][:, index], **deadline}
         audio = call(StageCall(DECODER, window, ["audio"], {CONTROL: VOCODE}))["audio"]
         counts = {"chunk": np.array([[index]], np.int32), "num_chunks": np.array([[num_chunks]], np.int32)}
-        send({"audio": audio, **counts})
+        send({"audio": audio, "sampling_rate": cut["sampling_rate"], **counts})
         parts.append(audio)
     return np.concatenate(parts, axis=2)

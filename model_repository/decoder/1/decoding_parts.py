@@ -83,7 +83,11 @@ def decode_parts(
 
 
 def _cut_mels(decoder: WaveformDecoder, requests: Sequence[Tensors]) -> list[dict[str, np.ndarray]]:
-    """Returns `mel_windows` [1, K, N, L, M] and `kept_samples` [1, K, 2], the part of a window's waveform to keep."""
+    """Cuts mel spectrograms for the vocoder.
+
+    Returns `mel_windows` [1, K, N, L, M], `kept_samples` [1, K, 2], the part of a window's waveform to keep, and
+    `sampling_rate` [1, 1].
+    """
     mels = iter(
         decode_mels(decoder, [torch.from_numpy(latent) for request in requests for latent in request["latents"][0]])
     )
@@ -93,7 +97,9 @@ def _cut_mels(decoder: WaveformDecoder, requests: Sequence[Tensors]) -> list[dic
         chunks = decoder.plan_chunks(mel.shape[1])
         windows = [mel[:, chunk.first_frame : chunk.end_frame] for chunk in chunks]
         kept = _kept_samples(chunks, int(request["num_samples"][0, 0]))
-        results.append({"mel_windows": torch.stack(windows)[None].numpy(), "kept_samples": kept[None]})
+        rate = np.array([[decoder.sampling_rate]], np.int32)
+        cut = {"mel_windows": torch.stack(windows)[None].numpy(), "kept_samples": kept[None], "sampling_rate": rate}
+        results.append(cut)
     return results
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from audioldm2_triton.server import faults
 from audioldm2_triton.server import triton_adapter as adapter
 from audioldm2_triton.server.geometry import read_audio_geometry
-from audioldm2_triton.server.settings import resolve_device
-from audioldm2_triton.server.triton_metrics import MemoryGauge
+from audioldm2_triton.server.settings import resolve_device, resolved_settings
+from audioldm2_triton.server.triton_metrics import InfoSeries, MemoryGauge
 from decoder_stage import load_decoder_stage
 from decoding_parts import check_decodable, decode_parts
 
@@ -24,6 +24,7 @@ class TritonPythonModel:
         self.geometry = read_audio_geometry(Path(settings.checkpoint))
         self.decoder, self.scorer = load_decoder_stage(settings, self.geometry, device)
         self.memory = MemoryGauge(args["model_name"], device)
+        self.info = InfoSeries(args["model_name"], resolved_settings(settings, device))
         self.settlements = adapter.open_settlements(args["model_name"])
 
     def execute(self, requests: Sequence[Any]) -> None:

@@ -12,8 +12,10 @@ from audioldm2_triton.errors import invalid
 from audioldm2_triton.server import faults
 from audioldm2_triton.server import triton_adapter as adapter
 from audioldm2_triton.server.entrance import FullSign, entrance_of
+from audioldm2_triton.server.settings import resolved_settings
 from audioldm2_triton.server.settlement import Settlement
 from audioldm2_triton.server.stage_tensors import AFTER, CANCEL, CONTROL, DENOISER, JOB, PROGRESS
+from audioldm2_triton.server.triton_metrics import InfoSeries
 from denoiser_metrics import DenoiserMetrics
 from denoiser_stage import load_engines
 from denoising_inputs import parse_denoising_request, read_tensor_shapes
@@ -39,6 +41,13 @@ class TritonPythonModel:
         self.metrics = DenoiserMetrics(self.shapes.geometry, args["model_name"], sign)
         self.engines = load_engines(settings, self.shapes.geometry, self.metrics.observer)
         self.settlements = adapter.open_settlements(args["model_name"])
+        first = self.engines.engines[0]
+        resolved = resolved_settings(settings, first.device) | {
+            "engines": str(len(self.engines.engines)),
+            "max_active_rows": str(first.limits.max_active_rows),
+            "max_waiting": str(first.limits.max_waiting),
+        }
+        self.info = InfoSeries(args["model_name"], resolved)
 
     def execute(self, requests: Sequence[Any]) -> None:
         # Never blocks: each request is answered when it is done.

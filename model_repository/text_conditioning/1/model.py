@@ -12,9 +12,9 @@ from audioldm2_triton.server.clipping import clipping_schedulers
 from audioldm2_triton.server.entrance import entrance_of
 from audioldm2_triton.server.generation_row import GenerationRow
 from audioldm2_triton.server.geometry import read_audio_geometry
-from audioldm2_triton.server.settings import resolve_device
+from audioldm2_triton.server.settings import resolve_device, resolved_settings
 from audioldm2_triton.server.stage_tensors import TEXT_CONDITIONING
-from audioldm2_triton.server.triton_metrics import MemoryGauge
+from audioldm2_triton.server.triton_metrics import InfoSeries, MemoryGauge
 from conditioning import condition
 from embedding_cache import EmbeddingCache
 from request_rows import parse_rows
@@ -32,6 +32,7 @@ class TritonPythonModel:
         self.clipping = clipping_schedulers(Path(self.settings.checkpoint))
         self.encoders = load_text_stage(self.settings, device)
         self.memory = MemoryGauge(args["model_name"], device)
+        self.info = InfoSeries(args["model_name"], resolved_settings(self.settings, device))
         self.settlements = adapter.open_settlements(args["model_name"])
         self.entrance = entrance_of(args["model_name"], TEXT_CONDITIONING)
         self.cache = EmbeddingCache[EncodedTexts](self.settings.embedding_cache_size)

@@ -58,7 +58,8 @@ def _responses(inputs: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]
         yield {"step": _integer(step), "num_steps": _integer(num_steps)}
     # Waveforms in generation order, here the worst first.
     for chunk, audio in enumerate(np.array_split(outputs["audio"][:, ::-1], NUM_CHUNKS, axis=2)):
-        yield {"audio": np.ascontiguousarray(audio), "chunk": _integer(chunk), "num_chunks": _integer(NUM_CHUNKS)}
+        counts = {"chunk": _integer(chunk), "num_chunks": _integer(NUM_CHUNKS)}
+        yield {"audio": np.ascontiguousarray(audio), "sampling_rate": outputs["sampling_rate"], **counts}
     order = np.arange(outputs["score"].shape[1], dtype=np.int32)[None, ::-1]
     last = {name: outputs[name] for name in ("score", "seed_used", "sampling_rate")}
     yield {**last, "order": np.ascontiguousarray(order)}

@@ -67,7 +67,7 @@ class Engine:
         self._unet = unet
         self._tables = tables
         self._measure_costs = measure_costs
-        self._device = device
+        self.device = device
         self._observer = GuardedObserver(observer)
         self._guidance_interval = guidance_interval
         self._residency = residency or Residency()
@@ -95,7 +95,7 @@ class Engine:
         """
         faults.at("denoiser.submit")
         self.limits.check(request)
-        waveforms = start_waveforms(request, self._tables, self.limits, self._device, self._guidance_interval)
+        waveforms = start_waveforms(request, self._tables, self.limits, self.device, self._guidance_interval)
         job = Job(request, waveforms, on_done, is_cancelled, least_evaluation_cost(waveforms, self.costs))
         with self._changed:
             if self._closed or self.broken:
@@ -142,7 +142,7 @@ class Engine:
             self._changed.notify_all()
         self._thread.join(CLOSE_TIMEOUT_IN_S)
         if self._thread.is_alive():
-            logger.error("the engine on %s does not come out of its step", self._device)
+            logger.error("the engine on %s does not come out of its step", self.device)
             self._fail_all()
 
     # -- the engine's thread
@@ -162,7 +162,7 @@ class Engine:
         try:
             self._residency.leave()
         except BaseException:
-            logger.exception("the weights on %s could not be taken out", self._device)
+            logger.exception("the weights on %s could not be taken out", self.device)
         self._fail_all()
 
     def _warm_up(self) -> None:
@@ -176,7 +176,7 @@ class Engine:
         with self._changed:
             self.broken = error
             self._changed.notify_all()
-        logger.error("the engine on %s is broken and takes no more requests", self._device, exc_info=error)
+        logger.error("the engine on %s is broken and takes no more requests", self.device, exc_info=error)
         clear_frames(error)  # a request that only a frame still holds is answered once it is released
         self._observer.broke(error)
 
@@ -189,7 +189,7 @@ class Engine:
             try:
                 self._finish(job, UnavailableError(f"denoiser: the engine is {reason}; try again"))
             except BaseException:
-                logger.exception("the engine on %s could not let a request go", self._device)
+                logger.exception("the engine on %s could not let a request go", self.device)
 
     def _wait_for_work(self) -> bool:
         if not self._roster.jobs:
@@ -273,7 +273,7 @@ class Engine:
     def _fail_step(self, waveforms: Sequence[WaveformState], error: Exception) -> None:
         """Fails the requests of a failed step; the others resume from their last good state."""
         self._failed_steps += not is_out_of_memory(error)  # which says nothing of the engine
-        if self._failed_steps >= MAX_FAILED_STEPS or not device_works(self._device):
+        if self._failed_steps >= MAX_FAILED_STEPS or not device_works(self.device):
             self._break(error)  # first: whoever sends again must not meet this engine
         for job in self._roster.owners_of(waveforms):
             self._finish(job, error)
