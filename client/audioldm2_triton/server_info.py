@@ -23,7 +23,7 @@ class ServerInfo:
     native_audio_length_in_s: float | None  # the length of a request that specifies none
     sampling_rate: int | None  # Hz
     schedulers: tuple[str, ...]  # accepted names, the default first
-    checkpoint: str | None
+    checkpoint: str | None  # the last two parts of its path: the id of one from the hub
     max_batch_size: int  # rows of one request
     serves_stream: bool  # whether it has `audioldm2_stream`: progress, and requests that can be cancelled
     transcription: str | None = None  # in requests: "required" by checkpoints that speak, "refused" by all others

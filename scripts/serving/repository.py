@@ -15,7 +15,7 @@ from tritonclient.grpc import model_config_pb2
 from audioldm2_triton.contract import ENSEMBLE, SCHEDULERS, STREAM
 from audioldm2_triton.server.clipping import clipping_schedulers
 from audioldm2_triton.server.geometry import read_audio_geometry
-from audioldm2_triton.server.settings import Settings
+from audioldm2_triton.server.settings import Settings, checkpoint_name
 from audioldm2_triton.server.speech import speaks
 from serving.plain_paths import plain_path
 
@@ -55,7 +55,7 @@ def _public_parameters(settings: Settings) -> dict[str, str]:
     checkpoint = Path(settings.checkpoint)
     geometry, clipping = read_audio_geometry(checkpoint), clipping_schedulers(checkpoint)
     return {
-        "checkpoint": checkpoint.name,
+        "checkpoint": checkpoint_name(settings.checkpoint),
         "native_audio_length_in_s": _text(geometry.native_audio_length_in_s),
         "sampling_rate": _text(geometry.sampling_rate),
         "schedulers": ",".join(name for name in SCHEDULERS if name not in clipping),

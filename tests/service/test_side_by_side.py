@@ -56,7 +56,8 @@ def test_two_checkpoints_on_one_server(
 
 def assert_own_audio(server: LocalServer, reference: Reference, music: Reference) -> None:
     with AudioLDM2Client(server.grpc_url) as plain, AudioLDM2Client(server.grpc_url, model=MUSIC) as other:
-        assert (plain.server_info().checkpoint, other.server_info().checkpoint) == ("tiny", "music")
+        names = [str(client.server_info().checkpoint).rpartition("/")[2] for client in (plain, other)]
+        assert names == ["tiny", "music"]
         lengths = [client.server_info().native_audio_length_in_s for client in (plain, other)]
         assert lengths == [10.24, 2.56]
         expected, expected_music = reference.generate(CALL), music.generate(CALL)

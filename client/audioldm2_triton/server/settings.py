@@ -8,6 +8,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from audioldm2_triton.contract import Limits
@@ -270,11 +271,16 @@ def resolve_compile(settings: Settings, device: "torch.device") -> bool:
     return settings.compile in ("on", "graphs") or (settings.compile == "auto" and device.type == "cuda")
 
 
+def checkpoint_name(path: str) -> str:
+    """Returns the last two parts of its path: the hub id, if `scripts/serve` has fetched it."""
+    return "/".join(Path(path).parts[-2:])
+
+
 def resolved_settings(settings: Settings, device: "torch.device") -> dict[str, str]:
     """Returns what a stage on this device makes of the settings that it derives from the machine."""
     prepared = resolve_compile(settings, device)
     return {
-        "checkpoint": os.path.basename(settings.checkpoint),
+        "checkpoint": checkpoint_name(settings.checkpoint),
         "device": str(device),
         "dtype": str(resolve_dtype(settings, device)).removeprefix("torch."),
         "compile": ("on" if uses_compiler(settings) else "graphs") if prepared else "off",
