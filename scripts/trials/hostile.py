@@ -13,6 +13,7 @@ from audioldm2_triton import contract
 MODELS: Final = (*[contract.ENSEMBLE] * 6, *[contract.STREAM] * 3, "text_conditioning", "denoiser", "decoder")
 """Each model as often as it is attacked."""
 
+MOST_BYTES: Final = 2**26  # of a tensor: what it is to break is the server
 _FORMATS: Final = {"INT32": "<i", "INT64": "<q", "FP32": "<f", "BOOL": "<?", "INT16": "<h", "UINT8": "<B", "FP64": "<d"}
 _DATATYPES: Final = ("BOOL", "UINT8", "INT16", "INT32", "INT64", "FP32", "FP64", "BYTES", "FP16", "BF16", "FP128", "")
 _TEXTS: Final = (
@@ -237,7 +238,7 @@ def _rows(random: Random, request: Hostile) -> Hostile:
     rows, some = random.choice([0, 2, 8, 9, 5000]), random.random() < 0.3
 
     def repeated(old: RawTensor) -> RawTensor:
-        if (some and random.random() < 0.5) or not old.shape:
+        if (some and random.random() < 0.5) or not old.shape or len(old.data) * rows > MOST_BYTES:
             return old
         return replace(old, shape=(rows, *old.shape[1:]), data=old.data * rows)
 
