@@ -107,6 +107,8 @@ class EngineMetrics:
         self._audio_duration = families.audio_duration.Metric(labels=labels)
         self._show_full = families.full_sign.add_engine()
         self._busy = False
+        self._newest = 0
+        self._changing = threading.Lock()
         self._reports: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._report, name=f"metrics-{device}", daemon=True)
         self._thread.start()
@@ -130,15 +132,19 @@ class EngineMetrics:
         self._reports.put(partial(self._audio_duration.increment, frames * self._seconds_per_frame))
 
     def changed(self, load: EngineLoad) -> None:
-        self._show_full(load.is_full)
-        for gauge, value in (
-            (self._rows_in_flight, load.active_rows),
-            (self._rows_waiting, load.pending_rows),
-            (self._requests_in_flight, load.active_requests),
-            (self._requests_waiting, load.waiting_requests),
-        ):
-            self._reports.put(partial(gauge.set, value))
-        was_busy, self._busy = self._busy, load.active_requests + load.waiting_requests > 0
+        with self._changing:
+            if load.number < self._newest:
+                return  # overtaken: the entrance could stay closed for good
+            self._newest = load.number
+            for gauge, value in (
+                (self._rows_in_flight, load.active_rows),
+                (self._rows_waiting, load.pending_rows),
+                (self._requests_in_flight, load.active_requests),
+                (self._requests_waiting, load.waiting_requests),
+            ):
+                self._reports.put(partial(gauge.set, value))
+            was_busy, self._busy = self._busy, load.active_requests + load.waiting_requests > 0
+            self._show_full(load.is_full)
         if self._busy and not was_busy:
             # Work is shown before it begins, and its end only after all that it counts for.
             shown = threading.Event()
@@ -157,7 +163,7 @@ class EngineMetrics:
         while (operation := self._reports.get()) is not None:
             try:
                 operation()
-            except Exception:
+            except BaseException:  # no other thread would tell the rest
                 logger.exception("denoiser: the metrics miss something")
 
 

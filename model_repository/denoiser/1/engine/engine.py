@@ -77,7 +77,6 @@ class Engine:
         self._pace = Pace()
         self._failed_steps = 0
         self._run_ahead = RunAhead(device)
-        self._last_step = time.perf_counter()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"engine-{device}", daemon=True)
         self._thread.start()
@@ -198,7 +197,7 @@ class Engine:
         with self._changed:
             if not self._roster.jobs:
                 self._changed.wait_for(lambda: self._roster.jobs or self._closed)
-                self._last_step = time.perf_counter()
+                self._pace.begin()
             return not self._closed and not self.broken
 
     def _drop_cancelled(self) -> None:
@@ -246,10 +245,8 @@ class Engine:
                 self._fail_step(waveforms, as_exception(error))
 
     def _account(self, group: StepGroup, items: int) -> None:
-        now = time.perf_counter()
-        self._observer.stepped(items, now - self._last_step)
-        self._pace.stepped(group.waveforms, items, now - self._last_step, self.costs)
-        self._last_step = now
+        now, seconds = self._pace.stepped(group.waveforms, items, self.costs)
+        self._observer.stepped(items, seconds)
         for waveform in group.waveforms:
             waveform.last_step = now
         if group.amid_step:

@@ -65,6 +65,7 @@ class EngineLimits:
 class EngineLoad:
     """The load of an engine at one moment."""
 
+    number: int  # of the looks at it: threads may tell of two in the wrong order
     active_rows: int  # UNet batch items in flight, those that rest without guidance included
     pending_rows: int  # UNet batch items that wait for room
     active_requests: int

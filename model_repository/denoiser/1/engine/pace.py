@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 from math import inf
+from time import perf_counter
 from typing import Final
 
 from stepping.forward_plan import ForwardCosts
@@ -18,15 +19,28 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self.least = 0.0  # until a forward has run
+        self.least = 0.0  # until two forwards have run
         self._multiples: deque[float] = deque(maxlen=RECENT_FORWARDS)
+        self._last = perf_counter()
+        self._is_first = True
+
+    def begin(self) -> None:
+        """Work has come after a rest."""
+        self._last, self._is_first = perf_counter(), True
 
     def stepped(
-        self, waveforms: Sequence[WaveformState], items: int, seconds: float, costs: ForwardCosts | None
-    ) -> None:
-        """A forward of so many UNet batch items of these waveforms has taken so long."""
-        if costs is None:
-            return
+        self, waveforms: Sequence[WaveformState], items: int, costs: ForwardCosts | None
+    ) -> tuple[float, float]:
+        """A forward of so many UNet items has run. Returns when, and the seconds since the one before."""
+        now = perf_counter()
+        seconds, is_first = now - self._last, self._is_first
+        self._last, self._is_first = now, False
+        # The first after a rest is only launched on a GPU; the next one waits for it.
+        if costs is not None and not is_first:
+            self._note(waveforms, items, seconds, costs)
+        return now, seconds
+
+    def _note(self, waveforms: Sequence[WaveformState], items: int, seconds: float, costs: ForwardCosts) -> None:
         lengths = {waveform.row_frames for waveform in waveforms}
         cost = costs.cheapest(items, max(lengths), len(lengths) > 1)[0]
         if 0 < cost < inf:

@@ -27,6 +27,7 @@ class Roster:
         self.jobs: list[Job] = []  # in order of arrival
         self.in_flight: dict[WaveformState, Job] = {}  # each waveform with its owner, in order of admission
         self._limits = limits
+        self._looks = 0
 
     @property
     def room(self) -> int:
@@ -35,9 +36,11 @@ class Roster:
 
     @property
     def load(self) -> EngineLoad:
+        self._looks += 1
         waiting = sum(job.status is JobStatus.WAITING for job in self.jobs)
         pending = [waveform for job in self.jobs for waveform in job.pending]
         return EngineLoad(
+            number=self._looks,
             active_rows=sum(waveform.unet_items for waveform in self.in_flight),
             pending_rows=sum(waveform.unet_items for waveform in pending),
             active_requests=len(self.jobs) - waiting,
