@@ -43,11 +43,6 @@ def directory(tmp_path: Path) -> Iterator[Path]:
     faults.use_directory(None)
 
 
-@pytest.fixture
-def unet() -> WatchedUNet:
-    return WatchedUNet()
-
-
 class Observed:
     """Counts what an engine tells."""
 
