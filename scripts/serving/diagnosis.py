@@ -1,15 +1,18 @@
-"""What is wrong with a server that was ready: decided from what was observed, without touching anything."""
+"""What is wrong with a server that was ready, and what is full: decided from what was observed, touching nothing."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from audioldm2_triton.server import metric_names
+from audioldm2_triton.server.stage_tensors import DECODER
 
 _BROKEN: Final = f"{metric_names.ENGINE_BROKEN}{{"
 # Triton's own: requests that wait for a model to take them, and how often it has taken some.
 _PENDING: Final = "nv_inference_pending_request_count{"
 _EXECUTIONS: Final = "nv_inference_exec_count{"
+_PENDING_MODEL: Final = re.compile(r'nv_inference_pending_request_count\{model="([^"]*)"')
 _IN_FLIGHT: Final = f"{metric_names.ROWS_IN_FLIGHT}{{"
 
 
@@ -84,6 +87,16 @@ def _symptoms(
             executions = name.replace(_PENDING, _EXECUTIONS)
             if observation.metrics.get(executions) == previous.metrics.get(executions):
                 yield f"the model{{{name.removeprefix(_PENDING)} takes no request", patience.stalled_in_s
+
+
+MAX_WAITING_FOR_DECODER: Final = 64
+"""Requests, beside those that it works on, before no more are let in: twice as many as its largest batch."""
+
+
+def full_decoders(metrics: Mapping[str, float]) -> set[str]:
+    """Returns the decoders that fall behind. Triton's queue before them has no limit of its own that can be used."""
+    waiting = {match[1]: value for name, value in metrics.items() if (match := _PENDING_MODEL.match(name))}
+    return {name for name, value in waiting.items() if name.endswith(DECODER) and value > MAX_WAITING_FOR_DECODER}
 
 
 @dataclass(frozen=True)

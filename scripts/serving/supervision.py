@@ -19,10 +19,10 @@ from typing import Final
 
 import psutil
 
-from audioldm2_triton.server.entrance import Entrance
+from audioldm2_triton.server.entrance import Entrance, show_full_decoders
 from audioldm2_triton.server.metric_names import STAGE_REQUESTS
 from serving import health as states
-from serving.diagnosis import Lasting, Observation, Patience, RestartLimit, diagnose, restart_delay
+from serving.diagnosis import Lasting, Observation, Patience, RestartLimit, diagnose, full_decoders, restart_delay
 from serving.health import Health
 from serving.loopback import read_page
 from serving.metrics import read_metrics
@@ -189,6 +189,7 @@ def _watch(
     previous: Observation | None = None
     lasting: Lasting = {}
     next_look = 0.0
+    show_full_decoders(command.directory, ())  # of a predecessor
     while not stop.count:
         if (code := running.process.poll()) is not None:
             return f"tritonserver stopped by itself with exit code {code}"
@@ -204,6 +205,7 @@ def _watch(
                 if reason:
                     return reason
                 previous = observation
+                show_full_decoders(command.directory, full_decoders(observation.metrics or {}))
             elif _is_ready(command):
                 running.ready, running.stages = True, find_stages(running.process.pid)
                 health.state = states.READY

@@ -3,11 +3,13 @@
 import pytest
 
 from serving.diagnosis import (
+    MAX_WAITING_FOR_DECODER,
     Observation,
     Patience,
     RestartLimit,
     StageProcess,
     diagnose,
+    full_decoders,
     restart_delay,
 )
 
@@ -80,6 +82,16 @@ def test_a_silent_metrics_page_is_a_failure_in_time() -> None:
 def test_one_broken_engine_of_two_is_no_failure() -> None:
     assert first_failure(*series(page(0, 0, broken=1))) is None
     assert first_failure(*series(page(0, 0, 1, 1))) == (0.0, "all engines of denoiser are broken")
+
+
+def test_a_decoder_is_full_when_too_many_wait_for_it() -> None:
+    def waiting(model: str, requests: float) -> dict[str, float]:
+        return {f'nv_inference_pending_request_count{{model="{model}",version="1"}}': requests}
+
+    limit = MAX_WAITING_FOR_DECODER
+    pages = waiting("decoder", limit) | waiting("music-decoder", limit + 1) | waiting("denoiser", limit + 1)
+    assert full_decoders(pages) == {"music-decoder"}
+    assert full_decoders({}) == set()
 
 
 def test_restarts_wait_longer_and_longer_and_end() -> None:

@@ -1,11 +1,11 @@
-"""The entrance of the models that requests reach first: closed while the denoiser is full, or when the server stops."""
+"""The entrance of the models that requests reach first: closed while a later stage is full, or a server stops."""
 
 from pathlib import Path
 
 import pytest
 
 from audioldm2_triton.errors import UnavailableError
-from audioldm2_triton.server.entrance import FOLDER_VARIABLE, Entrance, FullSign, entrance_of
+from audioldm2_triton.server.entrance import FOLDER_VARIABLE, Entrance, FullSign, entrance_of, show_full_decoders
 
 
 def is_open(entrance: Entrance) -> bool:
@@ -40,6 +40,17 @@ def test_a_sign_of_a_predecessor_is_removed(tmp_path: Path) -> None:
         entrance.check_open()
     FullSign(entrance)
     assert is_open(entrance)
+
+
+def test_it_is_closed_while_the_decoder_of_its_set_is_full(tmp_path: Path) -> None:
+    entrance, music = Entrance(tmp_path), Entrance(tmp_path, "music-")
+    for full in (["decoder"], ["decoder", "music-decoder"], ["music-decoder"], []):
+        show_full_decoders(tmp_path, full)
+        assert is_open(entrance) == ("decoder" not in full)
+        assert is_open(music) == ("music-decoder" not in full)
+    show_full_decoders(tmp_path, ["decoder"])
+    with pytest.raises(UnavailableError, match="decoder is full"):
+        entrance.check_open()
 
 
 def test_a_server_that_is_to_stop_closes_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Empty
+from queue import Empty, SimpleQueue
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from metrics_page import is_idle, read_metrics, wait_for_metrics
 from plain_requests import Stream, infer_inputs
 from project import ROOT
 from serving.local_server import LocalServer, local_server
+from supervised_server import wait_until
 
 WAIT_IN_S = 60.0
 TOLERANCE = 1e-4  # of the peak
@@ -265,6 +266,58 @@ def test_every_fault_is_answered(asking: Asking, fault_directory: Path) -> None:
     print(f"{len(POINTS)} points, {len(cases)} faults, {asking.sent} requests, {asking.unanswered} without an answer")
     assert asking.unanswered == 0
     assert asking.sent >= 4 * len(cases)
+
+
+def decoder_inputs(deadline_ns: int) -> list[grpc.InferInput]:
+    """Latents of 0.16 s, as another stage would send them."""
+    values: dict[str, tuple[str, np.ndarray]] = {
+        "latents": ("FP32", np.zeros((1, 1, 8, 4, 16), np.float32)),
+        "num_samples": ("INT32", np.array([[2560]], np.int32)),
+        "return_scores": ("BOOL", np.array([[False]])),
+        "text_embeds": ("FP32", np.zeros((1, 40), np.float32)),
+        "deadline_ns": ("INT64", np.array([[deadline_ns]])),
+    }
+    inputs = [grpc.InferInput(name, array.shape, kind) for name, (kind, array) in values.items()]
+    for tensor, (_, array) in zip(inputs, values.values(), strict=True):
+        tensor.set_data_from_numpy(array)
+    return inputs
+
+
+def is_open(client: grpc.InferenceServerClient) -> bool:
+    """Returns whether the first stage takes a request."""
+    try:
+        client.infer("text_conditioning", infer_inputs(grpc, Request("grpc").rows))
+    except InferenceServerException as error:
+        if "decoder is full" in error.message():
+            return False
+        raise
+    return True
+
+
+def test_a_decoder_that_falls_behind_closes_the_entrance(asking: Asking, fault_directory: Path) -> None:
+    file = faults.arm(fault_directory, "decoder.VAE", STALL)
+    answers: SimpleQueue[tuple[object, InferenceServerException | None]] = SimpleQueue()
+
+    def answer(result: object, error: InferenceServerException | None) -> None:
+        answers.put((result, error))
+
+    with grpc.InferenceServerClient(f"localhost:{asking.server.grpc_port}") as client:
+        try:
+            for number in range(140):  # at most 32 are decoded, 65 more have to wait
+                deadline_ns = time.monotonic_ns() if number == 139 else 0
+                client.async_infer("decoder", decoder_inputs(deadline_ns), answer)
+            wait_until(lambda: not is_open(client), "the decoder to count as full")
+            for way in WAYS:
+                codes = {"grpc": "StatusCode.UNAVAILABLE", "http": "503"}
+                check_failure(asking.audio(Request(way)), Request(way), codes, "decoder is full; try again later")
+        finally:
+            file.unlink()
+        failures = [error for _, error in (answers.get(timeout=WAIT_IN_S) for _ in range(140)) if error is not None]
+        wait_until(lambda: is_open(client), "the entrance to open")
+    assert [error.message() for error in failures] == ["deadline exceeded while it waited"]
+    request = Request("grpc")
+    asking.check_right(request, asking.audio(request))
+    asking.check_idle()
 
 
 def test_an_engine_that_cannot_go_on_answers_what_it_held(asking: Asking, fault_directory: Path) -> None:

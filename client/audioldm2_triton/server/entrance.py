@@ -1,4 +1,4 @@
-"""What closes the models that requests reach first: a server that is to stop, and a denoiser that is full.
+"""What closes the models that requests reach first: a server that is to stop, and a later stage that is full.
 
 So no text is encoded for an answer that is refused later; requests inside go on. Each model is a process, told by files
 in the folder of the run, which `scripts/serve` makes. Without it, the denoiser alone refuses.
@@ -6,18 +6,19 @@ in the folder of the run, which `scripts/serve` makes. Without it, the denoiser 
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from audioldm2_triton.errors import UnavailableError
+from audioldm2_triton.server.stage_tensors import DECODER, DENOISER
 
 FOLDER_VARIABLE: Final = "AUDIOLDM2_RUN_FOLDER"
 """The environment variable with the path of the folder of the run."""
 
 _DRAINING: Final = "draining"
-_FULL: Final = "full"
+_FULL: Final = "-full"
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Entrance:
     def draining(self) -> Path | None:
         return self.folder and self.folder / _DRAINING
 
-    @property
-    def full(self) -> Path | None:
-        return self.folder and self.folder / f"{self.models}{_FULL}"
+    def full(self, stage: str) -> Path | None:
+        """The file that is there while a stage of this set is full: the denoiser, or the decoder."""
+        return self.folder and self.folder / f"{self.models}{stage}{_FULL}"
 
     def close(self) -> None:
         """Closes the entrances of all models, for good: the server is to stop."""
@@ -49,8 +50,10 @@ class Entrance:
         """Raises `UnavailableError` if no new request is taken."""
         if self.draining and self.draining.exists():
             raise UnavailableError("the server is shutting down; try again")
-        if self.full and self.full.exists():
-            raise UnavailableError("denoiser is full; try again later")
+        for stage in (DENOISER, DECODER):
+            full = self.full(stage)
+            if full and full.exists():
+                raise UnavailableError(f"{stage} is full; try again later")
 
 
 def entrance_of(model: str, own_name: str) -> Entrance:
@@ -67,7 +70,7 @@ class FullSign:
     """Closes an entrance while all engines of its denoiser are full."""
 
     def __init__(self, entrance: Entrance) -> None:
-        self._file = entrance.full
+        self._file = entrance.full(DENOISER)
         self._full: list[bool] = []
         self._lock = threading.Lock()
         self._show(False)  # whatever a predecessor that died has left
@@ -92,3 +95,12 @@ class FullSign:
             self._file.touch()
         elif self._file:
             self._file.unlink(missing_ok=True)
+
+
+def show_full_decoders(folder: Path, models: Collection[str]) -> None:
+    """Closes the entrances of the sets whose decoders, given by their names, are full, and opens all others."""
+    wanted = {folder / f"{model}{_FULL}" for model in models}
+    for file in set(folder.glob(f"*{DECODER}{_FULL}")) - wanted:
+        file.unlink(missing_ok=True)
+    for file in wanted:
+        file.touch()

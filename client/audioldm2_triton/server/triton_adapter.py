@@ -11,21 +11,25 @@ import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from audioldm2_triton.errors import AudioLDM2Error, InternalError, UnavailableError, stream_message
+from audioldm2_triton.errors import (
+    DEADLINE_EXCEEDED,
+    AudioLDM2Error,
+    DeadlineExceededError,
+    InternalError,
+    UnavailableError,
+    stream_message,
+)
 from audioldm2_triton.server.entrance import Entrance
 from audioldm2_triton.server.memory import is_out_of_memory, release_memory
 from audioldm2_triton.server.settings import Settings, read_settings
 from audioldm2_triton.server.settlement import AnsweredError, Settlement, Settlements
 from audioldm2_triton.server.stage_tensors import CODED, CONTROL
 from audioldm2_triton.server.triton_metrics import count_failure, requests_gauge
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
@@ -245,15 +249,15 @@ def answer_together(
 ) -> None:
     """Answers each request; those that parse are computed together in one call.
 
-    A request that does not parse fails alone. If the common call fails, it is repeated in halves, so that only the
-    faulty one fails, and what lacked memory gets by with less. Raises nothing: an exception out of `execute()` would
-    make Triton fail all of them.
+    A request that does not parse, or whose deadline has passed, fails alone. If the common call fails, it is repeated
+    in halves, so that only the faulty one fails, and what lacked memory gets by with less. Raises nothing: an exception
+    out of `execute()` would make Triton fail all of them.
     """
     try:
         items: list[T] = []
         parsed: list[Settlement[Outputs]] = []
         for request in requests:
-            item = _caught(parse, request.read)
+            item = _caught(partial(_parse_in_time, parse), request.read)
             if isinstance(item, BaseException):
                 request.settlement.settle(item)
             else:
@@ -265,6 +269,12 @@ def answer_together(
         for request in requests:
             if not request.settlement.settled:
                 request.settlement.settle(error)
+
+
+def _parse_in_time(parse: Callable[[ReadRequest], T], read: ReadRequest) -> T:
+    if 0 < read.deadline_ns <= time.monotonic_ns():
+        raise DeadlineExceededError(f"{DEADLINE_EXCEEDED} while it waited")
+    return parse(read)
 
 
 def _compute_isolated(
