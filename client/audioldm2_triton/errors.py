@@ -86,10 +86,6 @@ _MODEL_AWAY: Final = re.compile(
 )
 
 
-# Triton's own words for an input that it refuses before the model sees it, which over unary calls is INVALID_ARGUMENT.
-_INPUT_REFUSED: Final = re.compile(r"\b(?:inference )?input '[^']*'")
-
-
 def is_model_away(message: str) -> bool:
     """Whether Triton says that a model cannot be reached at the moment, whatever code it gives to that."""
     return bool(_MODEL_AWAY.match(message))
@@ -100,9 +96,7 @@ def read_message(message: str) -> AudioLDM2Error:
     own = read_stream_message(message)
     if own is not None:
         return own
-    if is_model_away(message):
-        return UnavailableError(message)
-    return (InvalidArgumentError if _INPUT_REFUSED.search(message) else InternalError)(message)
+    return UnavailableError(message) if is_model_away(message) else InternalError(message)
 
 
 def invalid(argument: str, got: Any, expected: str) -> InvalidArgumentError:

@@ -205,7 +205,8 @@ def _watch(
                 if reason:
                     return reason
                 previous = observation
-                show_full_decoders(command.directory, full_decoders(observation.metrics or {}))
+                if observation.metrics is not None:  # else nothing is known that should change it
+                    show_full_decoders(command.directory, full_decoders(observation.metrics))
             elif _is_ready(command):
                 running.ready, running.stages = True, find_stages(running.process.pid)
                 health.state = states.READY

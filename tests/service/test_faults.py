@@ -268,7 +268,7 @@ def test_every_fault_is_answered(asking: Asking, fault_directory: Path) -> None:
     assert asking.sent >= 4 * len(cases)
 
 
-def decoder_inputs(deadline_ns: int) -> list[grpc.InferInput]:
+def decoder_inputs(deadline_ns: int = 0) -> list[grpc.InferInput]:
     """Latents of 0.16 s, as another stage would send them."""
     values: dict[str, tuple[str, np.ndarray]] = {
         "latents": ("FP32", np.zeros((1, 1, 8, 4, 16), np.float32)),
@@ -303,9 +303,8 @@ def test_a_decoder_that_falls_behind_closes_the_entrance(asking: Asking, fault_d
 
     with grpc.InferenceServerClient(f"localhost:{asking.server.grpc_port}") as client:
         try:
-            for number in range(140):  # at most 32 are decoded, 65 more have to wait
-                deadline_ns = time.monotonic_ns() if number == 139 else 0
-                client.async_infer("decoder", decoder_inputs(deadline_ns), answer)
+            for _ in range(140):  # at most 32 are decoded, 65 more have to wait
+                client.async_infer("decoder", decoder_inputs(), answer)
             wait_until(lambda: not is_open(client), "the decoder to count as full")
             for way in WAYS:
                 codes = {"grpc": "StatusCode.UNAVAILABLE", "http": "503"}
@@ -314,10 +313,22 @@ def test_a_decoder_that_falls_behind_closes_the_entrance(asking: Asking, fault_d
             file.unlink()
         failures = [error for _, error in (answers.get(timeout=WAIT_IN_S) for _ in range(140)) if error is not None]
         wait_until(lambda: is_open(client), "the entrance to open")
-    assert [error.message().partition(" in ")[0].partition(" while ")[0] for error in failures] == ["deadline exceeded"]
+    assert failures == []
     request = Request("grpc")
     asking.check_right(request, asking.audio(request))
     asking.check_idle()
+
+
+def test_what_is_late_is_not_decoded(asking: Asking, fault_directory: Path) -> None:
+    file = faults.arm(fault_directory, "decoder.VAE", RAISE)
+    with grpc.InferenceServerClient(f"localhost:{asking.server.grpc_port}") as client:
+        with pytest.raises(InferenceServerException, match="deadline exceeded"):
+            client.infer("decoder", decoder_inputs(deadline_ns=time.monotonic_ns()))
+        # Had it been decoded, before or after its answer, the fault would be spent.
+        with pytest.raises(InferenceServerException, match="fault at decoder.VAE"):
+            client.infer("decoder", decoder_inputs())
+        assert faults.has_struck(file)
+        client.infer("decoder", decoder_inputs())
 
 
 def test_an_engine_that_cannot_go_on_answers_what_it_held(asking: Asking, fault_directory: Path) -> None:
