@@ -325,7 +325,7 @@ def test_what_is_late_is_not_decoded(asking: Asking, fault_directory: Path) -> N
         with pytest.raises(InferenceServerException, match="deadline exceeded"):
             client.infer("decoder", decoder_inputs(deadline_ns=time.monotonic_ns()))
         # Had it been decoded, before or after its answer, the fault would be spent.
-        with pytest.raises(InferenceServerException, match="fault at decoder.VAE"):
+        with pytest.raises(InferenceServerException, match=r"fault at decoder\.VAE"):
             client.infer("decoder", decoder_inputs())
         assert faults.has_struck(file)
         client.infer("decoder", decoder_inputs())

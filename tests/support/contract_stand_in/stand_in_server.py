@@ -88,6 +88,9 @@ def stand_in_server(
         try:
             _wait_until_ready(process, http, directory / "log")
             yield StandInServer(f"localhost:{grpc}", f"localhost:{http}", process)
+            if process.poll() is not None:
+                end = "\n".join((directory / "log").read_text(errors="replace").splitlines()[-30:])
+                raise AssertionError(f"the stand-in has ended by itself with exit code {process.returncode}:\n{end}")
         finally:
             process.terminate()
             process.wait()
