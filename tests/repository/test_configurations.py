@@ -106,3 +106,10 @@ def test_modules_of_all_models_have_names_of_their_own() -> None:
         if path.suffix == ".py" or (path / "__init__.py").exists()
     )
     assert {name for name, count in names.items() if count > 1} == {"model"}
+
+
+@pytest.mark.parametrize("model", [*STAGES, *FRONTS])
+def test_texts_are_not_batched_by_triton(model: str) -> None:
+    """One whose length is a lie would fail the whole batch, before the model sees it."""
+    config = CONFIGURATIONS[model]
+    assert "BYTES" not in tensors(config.input).values() or not config.HasField("dynamic_batching")

@@ -1,8 +1,12 @@
 """Every refusal names the argument, what was given and what is accepted; the server stays up."""
 
 import json
+import struct
+import threading
 import urllib.error
 import urllib.request
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -112,3 +116,33 @@ def test_extremes_that_are_accepted(server: LocalServer) -> None:
     assert result.as_numpy("audio").shape == (1, 8, 1600)
     assert result.as_numpy("seed_used")[0, 0] == contract.MAX_SEED
     assert result.as_numpy("score").all(), "with several waveforms the scores are always there"
+
+
+def test_a_text_shorter_than_it_says_harms_no_other(server: LocalServer) -> None:
+    """Triton passes such a text on, and the Python backend then fails all that are in its batch."""
+    # With the same inputs as the others: Triton batches no others with them.
+    lies = infer_inputs(grpc, {"prompt": [b"abcdef"], "seed": [1]})
+    lies[0]._raw_content = struct.pack("<I", 14113264) + b"abcdef"  # nothing public sends a false length
+    done = threading.Event()
+
+    def flood(_: int) -> Counter[str]:
+        refusals: Counter[str] = Counter()
+        with grpc.InferenceServerClient(f"localhost:{server.grpc_port}") as client:
+            while not done.is_set():
+                with pytest.raises(InferenceServerException, match="incomplete string data") as caught:
+                    client.infer("text_conditioning", lies)
+                refusals[caught.value.status()] += 1
+        return refusals
+
+    def valid(number: int) -> int:
+        with grpc.InferenceServerClient(f"localhost:{server.grpc_port}") as client:
+            inputs = infer_inputs(grpc, {"prompt": [f"a dog {number % 4}".encode()], "seed": [number]})
+            return int(client.infer("text_conditioning", inputs).as_numpy("seed")[0, 0])
+
+    with ThreadPoolExecutor(4) as liars, ThreadPoolExecutor(8) as others:
+        floods = liars.map(flood, range(4))
+        try:
+            assert list(others.map(valid, range(100))) == list(range(100))
+        finally:
+            done.set()
+        assert sum(floods, Counter()).keys() == {"StatusCode.INVALID_ARGUMENT"}

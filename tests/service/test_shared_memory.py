@@ -1,5 +1,6 @@
 """Outputs in system shared memory: the audio, or one error; never a write beyond the region, nor a lost request."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -32,8 +33,20 @@ def region(client: Any, key: dict[str, str], size: int) -> Iterator[Any]:
         guard = shared_memory.get_contents_as_numpy(handle, np.uint8, [len(GUARD)], offset=size)
         assert guard.tobytes() == GUARD
     finally:
-        client.unregister_system_shared_memory("audio", headers=key)
+        unregister(client, key)
         shared_memory.destroy_shared_memory_region(handle)
+
+
+def unregister(client: Any, key: dict[str, str]) -> None:
+    """Give the region back. Triton holds it a moment longer than its answer takes to arrive, and refuses meanwhile."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return client.unregister_system_shared_memory("audio", headers=key)
+        except InferenceServerException as error:
+            if "currently in use" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def into_region(module: ModuleType, size: int) -> Any:

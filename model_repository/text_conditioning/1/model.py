@@ -1,6 +1,9 @@
 """Triton adapter of the text stage: tensors in, tensors out, errors to codes."""
 
+import json
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,21 +33,38 @@ class TritonPythonModel:
         device = resolve_device(self.settings, args["model_instance_kind"], int(args["model_instance_device_id"]))
         self.geometry = read_audio_geometry(Path(self.settings.checkpoint))
         self.clipping = clipping_schedulers(Path(self.settings.checkpoint))
-        self.encoders = load_text_stage(self.settings, device)
+        # One thread loads and encodes, because what is compiled or captured belongs to the thread that did it.
+        self.encoding = ThreadPoolExecutor(1, thread_name_prefix="encoding")
+        self.encoders = self.encoding.submit(load_text_stage, self.settings, device).result()
         self.memory = MemoryGauge(args["model_name"], device)
         self.info = InfoSeries(args["model_name"], resolved_settings(self.settings, device))
         self.settlements = adapter.open_settlements(args["model_name"])
         self.entrance = entrance_of(args["model_name"], TEXT_CONDITIONING)
         self.cache = EmbeddingCache[EncodedTexts](self.settings.embedding_cache_size)
+        self.most_rows = int(json.loads(args["model_config"])["max_batch_size"])
+        self.waiting: deque[adapter.TakenRequest[adapter.Outputs]] = deque()
 
     def execute(self, requests: Sequence[Any]) -> None:
+        # Never blocks, and takes one request at a time: see `config.pbtxt`.
         timeout_in_s = self.settings.default_timeout_in_s
-        taken = adapter.take(requests, adapter.unchanged, self.settlements, timeout_in_s, entrance=self.entrance)
-        adapter.answer_together(taken, self._parse, self._condition)
-        self.memory.update()
+        for taken in adapter.take(requests, adapter.unchanged, self.settlements, timeout_in_s, entrance=self.entrance):
+            self.waiting.append(taken)
+            self.encoding.submit(self._answer_waiting)
 
     def finalize(self) -> None:
+        self.encoding.shutdown(wait=False, cancel_futures=True)
         self.settlements.close()
+
+    def _answer_waiting(self) -> None:
+        """Answers together all that have come while the last batch was encoded; there may be none left."""
+        batch: list[adapter.TakenRequest[adapter.Outputs]] = []
+        rows = 0
+        while self.waiting and (not batch or rows + _num_rows(self.waiting[0]) <= self.most_rows):
+            batch.append(self.waiting.popleft())
+            rows += _num_rows(batch[-1])
+        if batch:
+            adapter.answer_together(batch, self._parse, self._condition)
+            self.memory.update()
 
     def _parse(self, request: adapter.ReadRequest) -> ParsedRequest:
         faults.at("text_conditioning.parse")
@@ -59,3 +79,7 @@ class TritonPythonModel:
             {**tensors, "deadline_ns": np.full((len(rows), 1), deadline, np.int64)}
             for tensors, (rows, deadline) in zip(resolved, requests, strict=True)
         ]
+
+
+def _num_rows(request: adapter.TakenRequest[adapter.Outputs]) -> int:
+    return max(len(array) for array in request.read.inputs.values())
