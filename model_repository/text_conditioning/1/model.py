@@ -48,8 +48,11 @@ class TritonPythonModel:
         # Never blocks, and takes one request at a time: see `config.pbtxt`.
         timeout_in_s = self.settings.default_timeout_in_s
         for taken in adapter.take(requests, adapter.unchanged, self.settlements, timeout_in_s, entrance=self.entrance):
-            self.waiting.append(taken)
-            self.encoding.submit(self._answer_waiting)
+            try:
+                self.waiting.append(taken)
+                self.encoding.submit(self._answer_waiting)
+            except BaseException as error:
+                taken.settlement.settle(error)
 
     def finalize(self) -> None:
         self.encoding.shutdown(wait=False, cancel_futures=True)
@@ -82,4 +85,4 @@ class TritonPythonModel:
 
 
 def _num_rows(request: adapter.TakenRequest[adapter.Outputs]) -> int:
-    return max(len(array) for array in request.read.inputs.values())
+    return max((array.size for array in request.read.inputs.values()), default=1)  # each is [rows, 1]
