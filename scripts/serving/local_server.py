@@ -3,7 +3,7 @@
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,19 @@ def free_ports(count: int) -> list[int]:
             probe.close()
 
 
+def server_on(process: subprocess.Popen[str], ports: Sequence[int], log: Path) -> LocalServer:
+    """Describes a server that was started by `serve_command` with these ports."""
+    http_port, grpc_port, metrics_port, health_port = ports
+    return LocalServer(process, http_port, grpc_port, metrics_port, health_port, log)
+
+
+def serve_command(checkpoint: Path, ports: Sequence[int]) -> list[str]:
+    """Returns the command that serves a checkpoint on these ports: HTTP, gRPC, metrics and health."""
+    names = ("http", "grpc", "metrics", "health")
+    options = [f"--{name}-port={port}" for name, port in zip(names, ports, strict=True)]
+    return [str(SERVE), f"--checkpoint={checkpoint}", *options]
+
+
 @contextmanager
 def local_server(checkpoint: Path, log: Path, *arguments: str) -> Iterator[LocalServer]:
     """Starts `scripts/serve` and stops it again.
@@ -56,23 +69,15 @@ def local_server(checkpoint: Path, log: Path, *arguments: str) -> Iterator[Local
 
     Raises `ServerError`, with the end of the log, if the server does not become ready or does not stop cleanly.
     """
-    http_port, grpc_port, metrics_port, health_port = free_ports(4)
-    command = [
-        str(SERVE),
-        f"--checkpoint={checkpoint}",
-        f"--http-port={http_port}",
-        f"--grpc-port={grpc_port}",
-        f"--metrics-port={metrics_port}",
-        f"--health-port={health_port}",
-        *arguments,
-    ]
+    ports = free_ports(4)
     with log.open("w") as output:
+        command = [*serve_command(checkpoint, ports), *arguments]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=output, text=True)
     assert process.stdout is not None
     if not process.stdout.readline().startswith("ready:"):
         raise ServerError(f"the server did not start:\n{log.read_text()[-4000:]}")
     try:
-        yield LocalServer(process, http_port, grpc_port, metrics_port, health_port, log)
+        yield server_on(process, ports, log)
     finally:
         process.send_signal(signal.SIGTERM)
         code = process.wait(timeout=3 * DRAIN_TIMEOUT_IN_S)  # draining, then stopping

@@ -1,4 +1,4 @@
-"""`scripts/chaos`, `scripts/fuzz`, `scripts/soak`: what a server must survive, each one command with a verdict."""
+"""What a server must survive: `scripts/chaos`, `drains`, `fuzz` and `soak`, each one command with a verdict."""
 
 import sys
 from typing import Final
@@ -7,6 +7,7 @@ from command_line import measure
 
 COMMANDS: Final = {
     "chaos": "stages killed and stopped under load, over a bad network",
+    "drains": "SIGTERM at random moments, under load and during the start",
     "soak": "mixed load for as long as wanted, part of it cancelled, late or cut off",
     "fuzz": "hostile requests by every way into a server",
 }

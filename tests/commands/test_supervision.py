@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -23,8 +24,9 @@ from audioldm2_pipeline import difference
 from audioldm2_triton import AudioLDM2Client, AudioLDM2Error, UnavailableError
 from audioldm2_triton.server import faults
 from metrics_page import wait_for_metrics
+from namespaces import another_host
 from plain_requests import Stream, infer_inputs
-from serving.local_server import LocalServer, free_ports, local_server
+from serving.local_server import LocalServer, free_ports, local_server, serve_command, server_on
 from serving.server_error import ServerError
 from serving.stage_processes import find_stages
 from supervised_server import WAIT_IN_S, health, shared_memory, stage, triton, wait_until
@@ -167,6 +169,26 @@ def test_administration_is_refused_and_other_machines_too(supervised: LocalServe
     assert {address.ip.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}  # gRPC writes it as IPv6
 
 
+CONNECT = """
+import socket, sys
+for port in sys.argv[2:]:
+    try:
+        socket.create_connection((sys.argv[1], int(port)), 10).close()
+        print("connected")
+    except ConnectionRefusedError:
+        print("refused")
+"""
+
+
+def test_another_host_cannot_connect(supervised: LocalServer) -> None:
+    ports = (supervised.http_port, supervised.grpc_port, supervised.metrics_port, supervised.health_port)
+    with another_host() as (address, there), socket.create_server(("0.0.0.0", 0)) as open_to_all:
+        tried = [str(port) for port in (open_to_all.getsockname()[1], *ports)]
+        command = [*there, sys.executable, "-c", CONNECT, address, *tried]
+        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert found == ["connected", *["refused"] * len(ports)]
+
+
 def test_a_drain_refuses_new_requests_and_finishes_those_inside(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with local_server(tiny_checkpoint, tmp_path / "log") as server:
         idle = http.client.HTTPConnection("localhost", server.http_port)
@@ -191,20 +213,17 @@ def test_a_drain_refuses_new_requests_and_finishes_those_inside(tiny_checkpoint:
 def test_nothing_is_left_of_a_supervisor(signal_number: signal.Signals, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Whether it is asked to go while it starts, or killed while a stage is stopped."""
     ports = free_ports(4)
-    names = ("--http-port", "--grpc-port", "--metrics-port", "--health-port")
-    options = [f"{name}={port}" for name, port in zip(names, ports, strict=True)]
-    serve = Path(__file__).parents[2] / "scripts" / "serve"
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
-            [serve, f"--checkpoint={tiny_checkpoint}", *options],
+            serve_command(tiny_checkpoint, ports),
             env=environment,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
         )
     assert process.stdout is not None
-    server = LocalServer(process, ports[0], ports[1], ports[2], ports[3], tmp_path / "log")
+    server = server_on(process, ports, tmp_path / "log")
     if signal_number == signal.SIGHUP:  # while it starts
         family = wait_until(lambda: find_stages(process.pid), "the stages")
     else:
