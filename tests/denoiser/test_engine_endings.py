@@ -161,9 +161,14 @@ def test_overload_is_refused_at_once_and_the_rest_is_right(unet: WatchedUNet) ->
         assert_is_reference(collected[tag], make_request(tag))
 
 
-def test_what_can_never_fit_is_an_invalid_argument(engine: Engine) -> None:
-    with pytest.raises(InvalidArgumentError, match=r"`num_waveforms_per_prompt`: got 9 but expected .* 16 .* not 18"):
-        engine.submit(make_request(1, waveforms=9), lambda _: None)
+def test_more_than_fits_enters_in_portions(engine: Engine, unet: WatchedUNet) -> None:
+    outcomes, large, small = Outcomes(), make_request(1, waveforms=20), make_request(2)
+    engine.submit(large, outcomes.callback(1))
+    engine.submit(small, outcomes.callback(2))
+    collected = outcomes.collect(2)
+    assert_is_reference(collected[1], large)
+    assert_is_reference(collected[2], small)
+    assert max(map(len, unet.forwards)) == 16, "never more than the limit"
 
 
 def test_non_finite_latents_fail_their_own_request_only(engine: Engine) -> None:

@@ -14,7 +14,6 @@ from audioldm2_triton import (
     AudioLDM2Client,
     DeadlineExceededError,
     GenerationResult,
-    InvalidArgumentError,
     UnavailableError,
 )
 from audioldm2_triton.contract import SCHEDULERS
@@ -139,12 +138,15 @@ def test_a_full_denoiser_closes_the_entrance(small_server: LocalServer) -> None:
         assert after[refused] == before.get(refused, 0) + 1
 
 
-def test_what_can_never_fit_is_an_invalid_argument(small_server: LocalServer) -> None:
-    with (
-        AudioLDM2Client(small_server.grpc_url) as client,
-        pytest.raises(InvalidArgumentError, match=r"`num_waveforms_per_prompt`: got 3 .*at most 4 UNet rows, not 6"),
-    ):
-        client.generate("rain", num_waveforms_per_prompt=3, audio_length_in_s=0.2)
+def test_more_than_fits_runs_in_portions(small_server: LocalServer, reference: Reference) -> None:
+    call = Call("rain", audio_length_in_s=0.2, num_inference_steps=5, num_waveforms_per_prompt=8)
+    with AudioLDM2Client(small_server.grpc_url) as client:
+        result = generate(client, call)
+    assert result.num_waveforms == 8
+    assert in_any_order(result.audio, reference.generate(call)) <= reference.tolerance(call)
+    page = wait_for_metrics(small_server, is_idle, "an idle server")
+    largest = 'audioldm2_rows_per_forward_bucket{engine="cpu",model="denoiser",le="4"}'
+    assert page[largest] == page["audioldm2_rows_per_forward_count"]
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])

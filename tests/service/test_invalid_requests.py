@@ -99,6 +99,16 @@ def test_generate_endpoint_refuses_with_the_same_words(server: LocalServer) -> N
     assert "`num_inference_steps`: got 0 but expected an integer from 1 to 200" in caught.value.read().decode()
 
 
+@pytest.mark.parametrize("path", ["audioldm2/generate", "audioldm2_stream/generate_stream"])
+def test_a_misspelt_field_is_refused(path: str, server: LocalServer) -> None:
+    body = {"prompt": "a dog", "audio_length_in_s": 0.2, "num_inference_step": 2, "comment": "mine"}
+    url = f"{server.http_url}/v2/models/{path}"
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()))
+    said = caught.value.read().decode()
+    assert "got 'num_inference_step' but expected an input, such as num_inference_steps" in said
+
+
 def test_extremes_that_are_accepted(server: LocalServer) -> None:
     accepted = {
         "prompt": ["x" * 2000],

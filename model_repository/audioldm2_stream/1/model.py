@@ -12,6 +12,7 @@ from audioldm2_triton.errors import AudioLDM2Error, RequestCancelledError, Unava
 from audioldm2_triton.server import faults
 from audioldm2_triton.server import triton_adapter as adapter
 from audioldm2_triton.server.entrance import entrance_of
+from audioldm2_triton.server.request_parameters import check_parameters
 from audioldm2_triton.server.settings import read_default_timeout
 from audioldm2_triton.server.stage_tensors import CODED
 from generation_stream import StreamRequest, stream_generation
@@ -64,6 +65,7 @@ class TritonPythonModel:
         call = partial(_call_stage, self.stage_prefix, taken.request_id)
         try:
             faults.at("audioldm2_stream.serve")
+            check_parameters(taken.read.parameters)
             taken.settlement.settle(stream_generation(request, call, send, interruption))
         except BaseException as error:
             taken.settlement.settle(error)

@@ -15,6 +15,7 @@ from audioldm2_triton.server.clipping import clipping_schedulers
 from audioldm2_triton.server.entrance import entrance_of
 from audioldm2_triton.server.generation_row import GenerationRow
 from audioldm2_triton.server.geometry import read_audio_geometry
+from audioldm2_triton.server.request_parameters import check_parameters
 from audioldm2_triton.server.settings import resolve_device, resolved_settings
 from audioldm2_triton.server.stage_tensors import TEXT_CONDITIONING
 from audioldm2_triton.server.triton_metrics import InfoSeries, MemoryGauge
@@ -71,6 +72,7 @@ class TritonPythonModel:
 
     def _parse(self, request: adapter.ReadRequest) -> ParsedRequest:
         faults.at("text_conditioning.parse")
+        check_parameters(request.parameters)
         native = self.geometry.native_audio_length_in_s
         rows = parse_rows(request.inputs, self.settings.limits, native, self.encoders.speaks, self.clipping)
         return rows, request.deadline_ns

@@ -89,11 +89,10 @@ class Engine:
         Args:
             is_cancelled: asked between steps.
 
-        Raises `InvalidArgumentError` for a schedule that cannot be run and for a request that can never fit, and
-        `UnavailableError` where there is no room and the waiting list is full.
+        Raises `InvalidArgumentError` for a schedule that cannot be run, and `UnavailableError` where there is no room
+        and the waiting list is full.
         """
         faults.at("denoiser.submit")
-        self.limits.check(request)
         waveforms = start_waveforms(request, self._tables, self.limits, self.device, self._guidance_interval)
         job = Job(request, waveforms, on_done, is_cancelled, least_evaluation_cost(waveforms, self.costs))
         with self._changed:

@@ -6,7 +6,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from audioldm2_triton.errors import invalid
 from audioldm2_triton.server import faults
 from stepping.request import DenoisingRequest, DenoisingRow
 
@@ -18,7 +17,7 @@ class EngineLimits:
     """The most that an engine holds.
 
     Memory grows with the frames, so a row longer than `row_frames` counts by its length. A waveform that alone exceeds
-    the limit is in flight alone.
+    the limit is in flight alone; of a request that exceeds it, some waveforms enter later.
     """
 
     max_active_rows: int  # UNet batch items in flight, which is also the largest forward
@@ -44,21 +43,6 @@ class EngineLimits:
             return row.num_windows
         num_waveforms = sum(row.num_waveforms for row in request.rows)
         return min(row.num_windows, max(1, half // (num_waveforms * row.items_per_window)))
-
-    def check(self, request: DenoisingRequest) -> None:
-        """Raises `InvalidArgumentError` for a request that can never fit."""
-        items = self.held_items(request)
-        if items > self.max_active_rows:
-            raise invalid(
-                "num_waveforms_per_prompt",
-                request.rows[0].num_waveforms,
-                f"a request of at most {self.max_active_rows} UNet rows, not {items} "
-                "(waveforms of all its rows, counted twice with guidance)",
-            )
-
-    def held_items(self, request: DenoisingRequest) -> int:
-        """Returns the number of UNet batch items, of `max_active_rows`, that a request takes."""
-        return sum(row.num_waveforms * row.items_per_window * self.held_windows(request, row) for row in request.rows)
 
 
 @dataclass(frozen=True)

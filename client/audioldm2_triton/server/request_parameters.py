@@ -1,0 +1,18 @@
+"""Request parameters that were meant to be inputs."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from audioldm2_triton import contract
+from audioldm2_triton.errors import invalid
+
+
+def check_parameters(names: Iterable[str]) -> None:
+    """Raises `InvalidArgumentError` for the first name that is almost an input's.
+
+    The endpoints `generate` and `generate_stream` make a parameter of every field of their JSON that is no input.
+    """
+    for name in names:
+        meant = get_close_matches(name, contract.INPUTS, 1)
+        if meant:
+            raise invalid("parameters", name, f"an input, such as {meant[0]}, or a name that resembles none")
