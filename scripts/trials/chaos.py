@@ -25,7 +25,7 @@ from serving.stage_processes import find_stages
 from trials.command import add_common_arguments, end, tiny_checkpoint
 from trials.proxy import Toxics, proxy
 from trials.requests import Known, generate, known_requests
-from trials.watching import left_behind, restarts
+from trials.watching import left_behind, left_in_memory, restarts
 
 MODELS: Final = ("denoiser", "text_conditioning", "decoder", "audioldm2_stream")
 IN_FLIGHT: Final = 16  # plain calls at the moment of each fault, over gRPC, HTTP and as streams
@@ -219,6 +219,5 @@ def measure(arguments: argparse.Namespace) -> None:
     outside_right, outside = success_rates(resent, struck)[False]
     if outside_right < outside:
         wrong.append(f"{outside - outside_right} requests failed though no fault was near")
-    new = {file for file in set(Path("/dev/shm").iterdir()) - memory if file.name.startswith("audioldm2-triton-")}
-    wrong += [f"{file} was left behind" for file in sorted(new)]
+    wrong += left_in_memory(memory)
     end("chaos", wrong, arguments.log)

@@ -20,6 +20,7 @@ from serving.server_error import ServerError
 from trials.chaos import orphans
 from trials.command import add_common_arguments, end, tiny_checkpoint
 from trials.requests import Known, generate, known_requests
+from trials.watching import left_in_memory
 
 CLIENTS: Final = 16
 _IDLE: Final = 4  # connections that are kept open without a request
@@ -123,8 +124,7 @@ def measure(arguments: argparse.Namespace) -> None:
         total += found
     for what, count in total.most_common():
         print(f"{count:8} {what}")
-    new = {file for file in set(Path("/dev/shm").iterdir()) - before if file.name.startswith("audioldm2-triton-")}
-    end("drains", [*wrong, *orphans(), *(f"{file} was left behind" for file in sorted(new))], arguments.log)
+    end("drains", [*wrong, *orphans(), *left_in_memory(before)], arguments.log)
 
 
 def failures(found: Counter[str]) -> list[str]:

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +119,13 @@ def left_behind(server: LocalServer, patience_in_s: float = 60.0) -> list[str]:
         if not held or time.monotonic() > deadline:
             return held
         time.sleep(0.2)
+
+
+def left_in_memory(before: Set[Path]) -> list[str]:
+    """Returns the files of servers in shared memory that are new and belong to no server that runs, here or elsewhere."""
+    running = {_run_of(process) for process in psutil.process_iter() if process.name() == "tritonserver"}
+    new = sorted(set(Path("/dev/shm").glob("audioldm2-triton-*")) - before)
+    return [f"{file} was left behind" for file in new if not any(run and file.name.startswith(run) for run in running)]
 
 
 def restarts(server: LocalServer) -> int:

@@ -21,6 +21,7 @@ from audioldm2_triton.server.stage_tensors import TEXT_CONDITIONING
 from audioldm2_triton.server.triton_metrics import InfoSeries, MemoryGauge
 from conditioning import condition
 from embedding_cache import EmbeddingCache
+from gathering import take_batch
 from request_rows import parse_rows
 from text_encoders import EncodedTexts
 from text_stage import load_text_stage
@@ -61,11 +62,7 @@ class TritonPythonModel:
 
     def _answer_waiting(self) -> None:
         """Answers together all that have come while the last batch was encoded; there may be none left."""
-        batch: list[adapter.TakenRequest[adapter.Outputs]] = []
-        rows = 0
-        while self.waiting and (not batch or rows + _num_rows(self.waiting[0]) <= self.most_rows):
-            batch.append(self.waiting.popleft())
-            rows += _num_rows(batch[-1])
+        batch = take_batch(self.waiting, _num_rows, self.most_rows)
         if batch:
             adapter.answer_together(batch, self._parse, self._condition)
             self.memory.update()
