@@ -122,7 +122,7 @@ def left_behind(server: LocalServer, patience_in_s: float = 60.0) -> list[str]:
 
 
 def left_in_memory(before: Set[Path]) -> list[str]:
-    """Returns the files of servers in shared memory that are new and belong to no server that runs, here or elsewhere."""
+    """Returns the new files in shared memory that belong to no server which runs, here or elsewhere."""
     running = {_run_of(process) for process in psutil.process_iter() if process.name() == "tritonserver"}
     new = sorted(set(Path("/dev/shm").glob("audioldm2-triton-*")) - before)
     return [f"{file} was left behind" for file in new if not any(run and file.name.startswith(run) for run in running)]
