@@ -21,6 +21,7 @@ from audioldm2_triton.server.settings import (
     environment_name,
     misspelt_variables,
     read_settings,
+    resolve_device,
 )
 from audioldm2_triton.terminal import escape_unprintable
 from audioldm2_triton.transport.endpoint import API_KEY_HEADER, API_KEY_VARIABLE
@@ -178,6 +179,8 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Settings]:
     for prefix, checkpoint in further.items():
         of_checkpoint = _with_local_checkpoint({**given, "checkpoint": checkpoint}, cache, "--also")
         settings[prefix] = read_settings(of_checkpoint, {})
+    if settings[""].device.startswith("cuda"):  # all checkpoints have the same
+        resolve_device(settings[""])  # raises what the stages would, before minutes of loading
     return settings
 
 

@@ -293,4 +293,5 @@ def _forward_log(process: subprocess.Popen[str], failures: list[str]) -> None:
             sys.stderr.write(line)
             sys.stderr.flush()
         if match := _LOAD_FAILURE.search(line):
-            failures.append(f"{match[1]} did not load: {match[2].strip()}")
+            said, _, _ = match[2].partition(r"\n\nAt:")  # where it was raised is in the log
+            failures.append(f"{match[1]} did not load: {said.strip()}")

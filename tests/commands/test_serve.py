@@ -59,6 +59,10 @@ def test_a_broken_checkpoint_is_refused_before_the_server_starts(tiny_checkpoint
         (("--dtype=float16", "--device=cpu"), "float16 needs a GPU"),
         (("--dtype=fp8",), "dtype: got 'fp8' but expected one of auto, float32, float16, bfloat16"),
         (("--device=tpu",), "device: got 'tpu' but expected auto, cpu, cuda or cuda:INDEX"),
+        pytest.param(
+            *(("--device=cuda",), "device: got 'cuda' but expected cpu: there is no CUDA device here"),
+            marks=pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="there is a CUDA device here"),
+        ),
         (("--max-active-rows=-1",), "max_active_rows: got '-1' but expected a whole number from 0 to 4096"),
         (("--max-num-inference-steps=1001",), "expected a whole number from 1 to 1000"),
         (("--also=./music",), "--also: got './music' but expected NAME=CHECKPOINT"),
