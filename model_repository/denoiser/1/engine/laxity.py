@@ -61,7 +61,7 @@ class Room:
 
     frames: int  # latent frames of the waveforms in flight
     items: int  # UNet batch items of a forward
-    started: int  # waveforms in flight or paused; each of them holds memory
+    started: int  # waveforms in flight or paused, besides those whose turn it is by age; each of them holds memory
 
 
 @dataclass(frozen=True)
@@ -157,17 +157,18 @@ def _fill(
     started = sum(waveform.started for request in held for waveform in request.waveforms)
     must_step = len(chosen)
     for index in ranked:
+        has_turn = held[index].has_turn or index == turn
         for part, waveform in enumerate(held[index].waveforms):
             if (index, part) in taken:
                 continue
-            if not waveform.started and started >= room.started:
+            if not waveform.started and started >= room.started and not has_turn:
                 break  # whoever is behind and has started still goes on
             if waveform.room > left and chosen:
                 return chosen, must_step  # later ones must not take the room meant for this one
             left -= waveform.room
             started += not waveform.started
             chosen.append((index, part))
-            if held[index].has_turn or index == turn:
+            if has_turn:
                 must_step = len(chosen)
     return chosen, must_step
 
