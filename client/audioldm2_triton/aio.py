@@ -103,6 +103,7 @@ class AsyncAudioLDM2Client:
         return_scores: PerRow[bool | None] = None,
         transcription: PerRow[str | None] = None,
         window_length_in_s: PerRow[float] = contract.DEFAULT_WINDOW_LENGTH_IN_S,
+        priority: str = contract.DEFAULT_PRIORITY,
         timeout: float | None = None,
         request_id: str = "",
         on_progress: OnProgress | None = None,
@@ -126,6 +127,7 @@ class AsyncAudioLDM2Client:
             return_scores=return_scores,
             transcription=transcription,
             window_length_in_s=window_length_in_s,
+            priority=priority,
             timeout=timeout,
             request_id=request_id,
         )

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Awaitable, Iterable, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Final, NoReturn, TypeVar
 
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from audioldm2_triton import contract
 from audioldm2_triton.aio import AsyncAudioLDM2Client
+from audioldm2_triton.command_line import BATCH_MAX_RETRIES, build_parser
 from audioldm2_triton.errors import AudioLDM2Error
 from audioldm2_triton.events import Progress
 from audioldm2_triton.files import (
@@ -27,7 +27,6 @@ from audioldm2_triton.files import (
 from audioldm2_triton.result import GenerationResult
 from audioldm2_triton.server_info import ServerInfo
 from audioldm2_triton.terminal import escape_unprintable, print_info
-from audioldm2_triton.transport.endpoint import DEFAULT_URL
 from audioldm2_triton.transport.resending import DEFAULT_MAX_RETRIES
 from audioldm2_triton.transport.wire import GenerateOptions
 
@@ -36,99 +35,6 @@ T = TypeVar("T")
 FAILED: Final = 1
 INTERRUPTED: Final = 130  # as shells report it: 128 plus the number of SIGINT
 REFRESH_IN_S: Final = 0.2
-BATCH_MAX_RETRIES: Final = 100  # nobody waits, and a full server has room again
-
-EPILOG: Final = """\
-With several waveforms per prompt, the best goes to out.wav and the others, in order of falling score, to out-1.wav,
-out-2.wav and so on. With --batch, each file is named after the line of its prompt, as 0001.wav. Existing files are
-overwritten. Each file is reported on standard output: path, length, seed, score, latency of its request.
-Ctrl-C also cancels running requests on the server (over HTTP not with --batch).
-Exit code: 0 for success; 1 if anything failed; 2 for a wrong command line; 130 after Ctrl-C.
-"""
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="audioldm2",
-        description="Generates audio from text with an AudioLDM 2 server.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    what = parser.add_argument_group("what to do")
-    what.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to hear")
-    what.add_argument(
-        "--batch",
-        metavar="FILE",
-        type=Path,
-        help="a file with one prompt per line, or - for standard input; blank lines are skipped",
-    )
-    what.add_argument("--info", action="store_true", help="print what the server accepts")
-    what.add_argument("--version", action="version", version=f"%(prog)s {version('audioldm2-triton')}")
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "-o",
-        "--output",
-        metavar="PATH",
-        type=Path,
-        help="a .wav (16-bit) or .flac file, by default out.wav; with --batch a directory, created if missing",
-    )
-    output.add_argument("--plot", metavar="PATH", type=Path, help="also draw the best waveform to this .png file")
-    request = parser.add_argument_group("request")
-    request.add_argument("--negative-prompt", metavar="TEXT", help="what not to hear")
-    request.add_argument("--audio-length-in-s", metavar="SECONDS", type=float, help="default: the checkpoint's own")
-    request.add_argument(
-        "--num-inference-steps",
-        metavar="STEPS",
-        type=int,
-        default=contract.DEFAULT_NUM_INFERENCE_STEPS,
-        help="default: %(default)s",
-    )
-    request.add_argument(
-        "--guidance-scale",
-        metavar="SCALE",
-        type=float,
-        default=contract.DEFAULT_GUIDANCE_SCALE,
-        help="default: %(default)s; up to 1 means no guidance",
-    )
-    request.add_argument(
-        "--num-waveforms-per-prompt",
-        metavar="N",
-        type=int,
-        default=contract.DEFAULT_NUM_WAVEFORMS_PER_PROMPT,
-        help="candidates, ranked by their similarity to the prompt; default: %(default)s",
-    )
-    request.add_argument("--seed", type=int, help="default: random; with --batch a single seed applies to every prompt")
-    request.add_argument("--scheduler", metavar="NAME", help="one of the names that --info prints")
-    request.add_argument("--transcription", metavar="TEXT", help="the words to say, for checkpoints that speak")
-    request.add_argument(
-        "--window-length-in-s",
-        metavar="SECONDS",
-        type=float,
-        default=contract.DEFAULT_WINDOW_LENGTH_IN_S,
-        help="generate longer audio in overlapping windows of this length (best: the checkpoint's own); default: off",
-    )
-    request.add_argument(
-        "--timeout", metavar="SECONDS", type=float, help="when to give up a request; default: when the server does"
-    )
-    server = parser.add_argument_group("server")
-    server.add_argument("--url", default=DEFAULT_URL, help="default: %(default)s; also grpcs://, http://, https://")
-    server.add_argument(
-        "--model",
-        default=contract.ENSEMBLE,
-        help="default: %(default)s; another name if the server has several checkpoints",
-    )
-    server.add_argument(
-        "--concurrency", metavar="N", type=int, default=8, help="requests of a --batch at a time; default: %(default)s"
-    )
-    server.add_argument(
-        "--max-retries",
-        metavar="N",
-        type=int,
-        help="how often to try again where the server is full or cannot be reached; "
-        f"default: {DEFAULT_MAX_RETRIES}, with --batch {BATCH_MAX_RETRIES}",
-    )
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--batch needs -o DIRECTORY and cannot be combined with --plot")
     if arguments.max_retries is None:
         arguments.max_retries = BATCH_MAX_RETRIES if arguments.batch is not None else DEFAULT_MAX_RETRIES
+    if arguments.priority is None:
+        arguments.priority = contract.BATCH if arguments.batch is not None else contract.DEFAULT_PRIORITY
     if arguments.max_retries < 0:
         parser.error(f"argument --max-retries: got {arguments.max_retries} but expected at least 0")
     if arguments.concurrency < 1:
@@ -267,6 +175,7 @@ def _options(arguments: argparse.Namespace) -> GenerateOptions:
         "scheduler": arguments.scheduler,
         "transcription": arguments.transcription,
         "window_length_in_s": arguments.window_length_in_s,
+        "priority": arguments.priority,
         "timeout": arguments.timeout,
     }
 

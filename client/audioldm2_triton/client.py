@@ -111,6 +111,7 @@ class AudioLDM2Client:
         return_scores: PerRow[bool | None] = None,
         transcription: PerRow[str | None] = None,
         window_length_in_s: PerRow[float] = contract.DEFAULT_WINDOW_LENGTH_IN_S,
+        priority: str = contract.DEFAULT_PRIORITY,
         timeout: float | None = None,
         request_id: str = "",
         on_progress: OnProgress | None = None,
@@ -120,7 +121,8 @@ class AudioLDM2Client:
         Args:
             prompt: what to hear, or a sequence of 1 to 8 such texts. Each is generated as if it were alone.
             negative_prompt: what not to hear. This argument, and those below except the length, the number of
-                waveforms, the timeout and the request id, take one value for all prompts or a sequence with one each.
+                waveforms, the priority, the timeout and the request id, take one value for all prompts or a sequence
+                with one each.
             audio_length_in_s: seconds; by default the checkpoint's native length.
             num_inference_steps: denoising steps; more steps take longer.
             guidance_scale: how closely to follow the prompt; up to 1 means no guidance.
@@ -133,6 +135,7 @@ class AudioLDM2Client:
             transcription: the words to say. Checkpoints that speak require it; all others refuse it.
             window_length_in_s: for long audio. Audio longer than this is generated in overlapping windows of this
                 length, blended at every step; best is the native length of `server_info()`. 0, the default: no windows.
+            priority: "interactive", the default, or "batch" for what nobody is waiting for. It changes no audio.
             timeout: seconds after which the server gives up the request. By default the server's own setting, which is
                 an hour unless changed.
             request_id: a name for the request in the server's logs and traces.
@@ -164,6 +167,7 @@ class AudioLDM2Client:
             return_scores=return_scores,
             transcription=transcription,
             window_length_in_s=window_length_in_s,
+            priority=priority,
             timeout=timeout,
             request_id=request_id,
         )

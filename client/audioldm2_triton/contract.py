@@ -24,6 +24,11 @@ SCHEDULERS: Final = (
     "UniPCMultistepScheduler",
 )
 
+INTERACTIVE: Final = "interactive"
+BATCH: Final = "batch"
+PRIORITIES: Final = (INTERACTIVE, BATCH)
+"""What goes first comes first. Words, as `scheduler`: a number would leave open whether 1 is more urgent than 2."""
+
 MAX_BATCH_SIZE: Final = 8  # rows of one request
 MAX_PROMPT_CHARACTERS: Final = 2000
 MIN_AUDIO_LENGTH_IN_S: Final = 0.1
@@ -43,6 +48,7 @@ DEFAULT_GUIDANCE_SCALE: Final = 3.5
 DEFAULT_NUM_WAVEFORMS_PER_PROMPT: Final = 1
 DEFAULT_SCHEDULER: Final = SCHEDULERS[0]
 DEFAULT_WINDOW_LENGTH_IN_S: Final = 0.0  # no windows
+DEFAULT_PRIORITY: Final = INTERACTIVE
 
 INPUTS: Final[Mapping[str, str]] = {
     "prompt": "BYTES",
@@ -56,6 +62,7 @@ INPUTS: Final[Mapping[str, str]] = {
     "return_scores": "BOOL",
     "transcription": "BYTES",
     "window_length_in_s": "FP32",
+    "priority": "BYTES",
 }
 """Input tensors, each [B, 1], and their Triton types. All except `prompt` are optional.
 

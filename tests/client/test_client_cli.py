@@ -14,7 +14,8 @@ import pytest
 import soundfile
 
 from audioldm2_triton import contract
-from audioldm2_triton.cli import build_parser, main
+from audioldm2_triton.cli import main
+from audioldm2_triton.command_line import build_parser
 from audioldm2_triton.transport.wire import GenerateOptions
 from contract_stand_in.stand_in_audio import NATIVE_AUDIO_LENGTH_IN_S
 from contract_stand_in.stand_in_server import StandInServer, stand_in_server
@@ -125,6 +126,13 @@ def test_every_argument_of_a_request_has_an_option() -> None:
     }
 
 
+def test_the_priority_is_the_batchs_only_if_none_is_given(url: str) -> None:
+    Path("prompts.txt").write_text("wind\n")
+    assert main(["--batch=prompts.txt", "-o=made", url, "--seed=3", "--priority=interactive"]) == 0
+    assert main(["wind", url, "--seed=3"]) == 0
+    assert Path("out.wav").read_bytes() == Path("made/0001.wav").read_bytes()
+
+
 def test_a_batch_goes_on_after_a_failure(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("prompts.txt").write_text("\ufeffrain\n\n  wind \r\n!fail INVALID_ARG `prompt`: got no\nsea", encoding="utf-8")
     assert main(["--batch=prompts.txt", "-o=made/here", url, "--seed=3"]) == 1
@@ -134,8 +142,8 @@ def test_a_batch_goes_on_after_a_failure(url: str, capsys: pytest.CaptureFixture
         f"made/here/{number}.wav" for number in ("0001", "0003", "0005")
     }
     assert len(list(Path("made/here").iterdir())) == 3
-    # Each is what a call of its own gives.
-    assert main(["wind", url, "--seed=3"]) == 0
+    # Each is what a call of its own gives; nobody waits for a batch.
+    assert main(["wind", url, "--seed=3", "--priority=batch"]) == 0
     assert Path("out.wav").read_bytes() == Path("made/here/0003.wav").read_bytes()
 
 

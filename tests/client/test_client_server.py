@@ -32,6 +32,7 @@ ARGUMENTS: dict[str, Any] = {
     "seed": contract.MAX_SEED,
     "scheduler": "DDIMScheduler",
     "window_length_in_s": 2.56,
+    "priority": "batch",
 }
 
 
@@ -223,7 +224,7 @@ def test_one_client_serves_many_threads_at_once(url: str) -> None:
     for seed, result in enumerate(results):
         row = {**ARGUMENTS, "negative_prompt": "", "audio_length_in_s": NATIVE_AUDIO_LENGTH_IN_S, "seed": seed}
         row |= {"num_inference_steps": 20, "guidance_scale": 3.5, "num_waveforms_per_prompt": 1}
-        row |= {"scheduler": contract.DEFAULT_SCHEDULER, "window_length_in_s": 0.0}
+        row |= {"scheduler": contract.DEFAULT_SCHEDULER, "window_length_in_s": 0.0, "priority": "interactive"}
         np.testing.assert_array_equal(result.audio, expected_audio("rain", return_scores=False, **row))
 
 

@@ -34,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "return_scores": None,
     "transcription": None,
     "window_length_in_s": 0.0,
+    "priority": "interactive",
     "timeout": None,
     "request_id": "",
 }
@@ -67,6 +68,7 @@ def test_every_input_is_filled_in_with_the_contracts_shape_and_type(data: st.Dat
         return_scores=per_row(st.none() | st.booleans()),
         transcription=per_row(st.text()),
         window_length_in_s=per_row(st.just(0.0) | st.floats(0.64, 300)),
+        priority=data.draw(st.sampled_from(contract.PRIORITIES)),
     )
     assert list(built.tensors) == list(contract.INPUTS)
     for name, tensor in built.tensors.items():
@@ -141,6 +143,8 @@ def test_numpy_scalars_and_arrays_are_numbers_too() -> None:
         ("scheduler", 1),
         ("return_scores", 1),
         ("window_length_in_s", None),
+        ("priority", 1),
+        ("priority", None),
         ("timeout", 0),
         ("timeout", float("nan")),
         ("timeout", float("inf")),

@@ -42,6 +42,9 @@ REFUSED = [
     ("seed", -1, "-1", "0 to 9223372036854775807"),
     ("window_length_in_s", 0.5, "0.5", "0 for no windows, or a finite number of seconds from 0.64 to 300"),
     ("window_length_in_s", np.nan, "nan", "finite"),
+    ("priority", b"urgent", "'urgent'", "one of interactive, batch"),
+    ("priority", b"", "''", "one of interactive, batch"),
+    ("priority", b"\xff", r"b'\xff'", "UTF-8"),
     ("scheduler", b"PNDMScheduler", "'PNDMScheduler'", "DPMSolverMultistepScheduler"),
     ("scheduler", b"", "''", "DPMSolverMultistepScheduler"),
     ("scheduler", b"\xff", r"b'\xff'", "UTF-8"),
@@ -72,11 +75,16 @@ def test_value_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("argument", "values"), [("audio_length_in_s", [1.0, 2.0]), ("num_waveforms_per_prompt", [1, 2])]
+    ("argument", "values", "given"),
+    [
+        ("audio_length_in_s", [1.0, 2.0], "[1.0, 2.0]"),
+        ("num_waveforms_per_prompt", [1, 2], "[1, 2]"),
+        ("priority", [b"batch", b"interactive"], "['batch', 'interactive']"),
+    ],
 )
-def test_rows_that_must_agree(argument: str, values: list, server: LocalServer) -> None:
+def test_rows_that_must_agree(argument: str, values: list, given: str, server: LocalServer) -> None:
     message = refusal(server, "grpc", {"prompt": [b"a", b"b"], argument: values}).message()
-    assert f"`{argument}`: got {values} but expected the same value" in message
+    assert f"`{argument}`: got {given} but expected the same value" in message
 
 
 def test_too_many_rows(server: LocalServer) -> None:
@@ -119,6 +127,7 @@ def test_extremes_that_are_accepted(server: LocalServer) -> None:
         "num_waveforms_per_prompt": [8],
         "seed": [contract.MAX_SEED],
         "return_scores": [False],
+        "priority": ["batch"],
     }
     encoded = {name: [v.encode() if isinstance(v, str) else v for v in values] for name, values in accepted.items()}
     with grpc.InferenceServerClient(f"localhost:{server.grpc_port}") as client:

@@ -12,7 +12,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from audioldm2_triton.contract import DEFAULT_SCHEDULER
+from audioldm2_triton.contract import DEFAULT_PRIORITY, DEFAULT_SCHEDULER
 from engine.engine import Engine
 from engine.limits import EngineLimits
 from project import ROOT
@@ -88,6 +88,7 @@ def make_request(
     frames: int = 5,
     scheduler: str = DEFAULT_SCHEDULER,
     deadline_ns: int = 0,
+    priority: str = DEFAULT_PRIORITY,
 ) -> DenoisingRequest:
     """A request whose UNet items carry `tag`, so that forwards can be counted by request."""
     generator = torch.Generator().manual_seed(tag)
@@ -99,7 +100,7 @@ def make_request(
     negative = text(1 + tag % 4) if guidance_scale > 1 else None
     noise = torch.randn(waveforms, CHANNELS, frames, WIDTH, generator=generator)
     row = DenoisingRow(text(1 + tag % 7), negative, guidance_scale, steps, scheduler, noise)
-    return DenoisingRequest((row,), deadline_ns)
+    return DenoisingRequest((row,), deadline_ns, priority)
 
 
 def random_request(tag: int, generator: random.Random, schedulers: Sequence[str], max_steps: int) -> DenoisingRequest:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from audioldm2_triton.contract import DEFAULT_WINDOW_LENGTH_IN_S
+from audioldm2_triton.contract import DEFAULT_PRIORITY, DEFAULT_WINDOW_LENGTH_IN_S
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class GenerationRow:
     return_scores: bool
     transcription: str = ""  # what is said; only for checkpoints that speak
     window_length_in_s: float = DEFAULT_WINDOW_LENGTH_IN_S  # as the length; 0: generated as a whole
+    priority: str = DEFAULT_PRIORITY
 
     @property
     def do_classifier_free_guidance(self) -> bool:

@@ -2,9 +2,12 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Final
 
 from audioldm2_triton import contract
 from audioldm2_triton.errors import invalid
+
+_OF_TRITON: Final = ("priority", "timeout")
 
 
 def check_parameters(names: Iterable[str]) -> None:
@@ -14,5 +17,5 @@ def check_parameters(names: Iterable[str]) -> None:
     """
     for name in names:
         meant = get_close_matches(name, contract.INPUTS, 1)
-        if meant:
+        if meant and name not in _OF_TRITON:
             raise invalid("parameters", name, f"an input, such as {meant[0]}, or a name that resembles none")

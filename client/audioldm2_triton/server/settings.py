@@ -21,6 +21,8 @@ DEVICES: Final = "auto, cpu, cuda or cuda:INDEX"
 DTYPES: Final = ("auto", "float32", "float16", "bfloat16")
 COMPILE: Final = ("auto", "on", "graphs", "off")
 SWITCH: Final = ("off", "on")
+ARRIVAL: Final = "arrival"
+LAXITY: Final = "laxity"
 TIMESTEP_SPACINGS: Final = ("leading", "linspace", "trailing", "karras", "exponential", "lu_lambdas")
 
 
@@ -65,6 +67,12 @@ class Settings:
     )
     max_waiting: int = _setting(
         0, "requests that may wait for room in one engine (default: 0: derived from the device)", range=(0, 1_000_000)
+    )
+    scheduling: str = _setting(
+        ARRIVAL,
+        "arrival: requests enter in order of arrival and step until they are done; laxity: interactive before batch, "
+        "and first whoever can wait least to be done in three times its time alone; others pause (default: arrival)",
+        (ARRIVAL, LAXITY),
     )
     compile: str = _setting(
         "auto",

@@ -45,6 +45,7 @@ class GenerateOptions(TypedDict, total=False):
     return_scores: PerRow[bool | None]
     transcription: PerRow[str | None]
     window_length_in_s: PerRow[float]
+    priority: str
     timeout: float | None
     request_id: str
 
@@ -80,6 +81,7 @@ def build_request(
     return_scores: PerRow[bool | None] = None,
     transcription: PerRow[str | None] = None,
     window_length_in_s: PerRow[float] = contract.DEFAULT_WINDOW_LENGTH_IN_S,
+    priority: str = contract.DEFAULT_PRIORITY,
     timeout: float | None = None,
     request_id: str = "",
 ) -> InferRequest:
@@ -120,6 +122,7 @@ def build_request(
         "scheduler": _encoded(per_row("scheduler", scheduler, _text, info.schedulers[0])),
         "return_scores": per_row("return_scores", return_scores, _boolean, num_waveforms > 1),
         "window_length_in_s": per_row("window_length_in_s", window_length_in_s, _number),
+        "priority": [_text("priority", priority).encode()] * len(prompts),
     }
     if transcription is not None:
         columns["transcription"] = _encoded(per_row("transcription", transcription, _text, ""))

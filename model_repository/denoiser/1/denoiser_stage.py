@@ -131,5 +131,6 @@ def engine_limits(settings: Settings, geometry: AudioGeometry, device: torch.dev
         rows = max(size for size in COMPILED_ITEMS if size <= max(fitting, COMPILED_ITEMS[0]))
         waiting = 8 * rows
     return EngineLimits(
-        settings.max_active_rows or rows, settings.max_waiting or waiting, geometry.native_latent_frames
+        *(settings.max_active_rows or rows, settings.max_waiting or waiting, geometry.native_latent_frames),
+        settings.scheduling,
     )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audioldm2_triton.contract import MAX_GUIDANCE_SCALE, MAX_SEED, SCHEDULERS, Limits
+from audioldm2_triton.contract import DEFAULT_PRIORITY, MAX_GUIDANCE_SCALE, MAX_SEED, PRIORITIES, SCHEDULERS, Limits
 from audioldm2_triton.errors import invalid
 from audioldm2_triton.server.geometry import AudioGeometry, read_audio_geometry
 from audioldm2_triton.server.settings import Settings
@@ -57,7 +57,8 @@ def parse_denoising_request(inputs: Mapping[str, np.ndarray], shapes: TensorShap
     """
     _check(inputs, shapes)
     rows = tuple(_parse_row(inputs, row, shapes.geometry) for row in range(len(inputs["latent_frames"])))
-    return DenoisingRequest(rows, int(inputs["deadline_ns"][0, 0]) if "deadline_ns" in inputs else 0)
+    deadline_ns = int(inputs["deadline_ns"][0, 0]) if "deadline_ns" in inputs else 0
+    return DenoisingRequest(rows, deadline_ns, _parse_priority(inputs))
 
 
 def _check(inputs: Mapping[str, np.ndarray], shapes: TensorShapes) -> None:
@@ -120,6 +121,16 @@ def _parse_row(inputs: Mapping[str, np.ndarray], row: int, geometry: AudioGeomet
         noise=_noise(inputs, row, geometry),
         windowing=_windowing(inputs, row),
     )
+
+
+def _parse_priority(inputs: Mapping[str, np.ndarray]) -> str:
+    if "priority" not in inputs:
+        return DEFAULT_PRIORITY
+    check_equal("priority", inputs["priority"])
+    priority: str = inputs["priority"][0, 0].decode(errors="replace")
+    if priority not in PRIORITIES:
+        raise invalid("priority", priority, f"one of {', '.join(PRIORITIES)}")
+    return priority
 
 
 def _noise(inputs: Mapping[str, np.ndarray], row: int, geometry: AudioGeometry) -> Tensor:

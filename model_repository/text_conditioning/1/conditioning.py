@@ -129,4 +129,5 @@ def _resolved(
         "seed": column([row.seed for row in rows], np.int64),
         "scheduler": column([row.scheduler.encode() for row in rows], np.object_),
         "return_scores": column([row.return_scores for row in rows], np.bool_),
+        "priority": column([row.priority.encode() for row in rows], np.object_),
     }

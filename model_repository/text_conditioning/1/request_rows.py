@@ -37,7 +37,7 @@ def parse_rows(
         if array.shape != (rows, 1):
             raise invalid(name, list(array.shape), f"the shape [{rows}, 1], one value per row of `prompt`")
     parsed = tuple(_parse_row(inputs, row, limits, native_audio_length_in_s, speaks, clipping) for row in range(rows))
-    for name in ("audio_length_in_s", "num_waveforms_per_prompt"):
+    for name in ("audio_length_in_s", "num_waveforms_per_prompt", "priority"):
         given = [getattr(row, name) for row in parsed]
         if len(set(given)) > 1:
             raise invalid(name, given, "the same value in all rows of one request")
@@ -89,7 +89,15 @@ def _parse_row(
         return_scores=return_scores or num_waveforms > 1,
         transcription=_transcription(inputs, row, speaks),
         window_length_in_s=_window_length(inputs, row, limits),
+        priority=_priority(inputs, row),
     )
+
+
+def _priority(inputs: Mapping[str, np.ndarray], row: int) -> str:
+    priority = _text(inputs, "priority", row, contract.DEFAULT_PRIORITY)
+    if priority not in contract.PRIORITIES:
+        raise invalid("priority", priority, f"one of {', '.join(contract.PRIORITIES)}")
+    return priority
 
 
 def _transcription(inputs: Mapping[str, np.ndarray], row: int, speaks: bool) -> str:

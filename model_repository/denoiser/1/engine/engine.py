@@ -208,8 +208,8 @@ class Engine:
     def _admit(self) -> None:
         while True:
             with self._changed:
-                admission = self._roster.admit()
-                self._groups.stale |= admission.entered > 0
+                admission = self._roster.admit(self.costs, self._pace.usual, self._groups.amid_step)
+                self._groups.stale |= admission.has_changed
             for job, reason in admission.failed:
                 self._finish(job, reason)
             for job in admission.started:
@@ -228,7 +228,7 @@ class Engine:
             if self._groups.stale:
                 with self._changed:
                     request_of = self._roster.request_of()
-                waveforms = tuple(request_of)
+                waveforms = (*request_of, *(self._groups.waveforms - request_of.keys()))  # those that pause too
                 self._groups.regroup(request_of)
             group = self._groups.next()
             if group is None:

@@ -60,6 +60,8 @@ class Job:
         self.is_cancelled = is_cancelled
         self.status = JobStatus.ADMISSIBLE
         self.cancelled = False  # a client or its door wants it to end
+        self.alone: float | None = None  # seconds that it takes by itself; None: not asked yet
+        self.has_turn = False  # by age: it is not paused any more
         self.evaluation_cost = evaluation_cost  # seconds, at least; 0: unknown
         self.submitted_ns = time.monotonic_ns()
         self.polled_ns = 0
@@ -69,6 +71,10 @@ class Job:
     def evaluations_done(self) -> int:
         """The number of evaluations done by the waveform with the most left to do."""
         return self.num_evaluations - max(w.table.num_evaluations - w.evaluation for w in self.waveforms)
+
+    @property
+    def unfinished(self) -> list[WaveformState]:
+        return [waveform for waveform in self.waveforms if not waveform.finished]
 
     @property
     def num_evaluations(self) -> int:

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from audioldm2_triton.server import faults
+from audioldm2_triton.server.settings import ARRIVAL
 from stepping.request import DenoisingRequest, DenoisingRow
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,12 @@ class EngineLimits:
     max_active_rows: int  # UNet batch items in flight, which is also the largest forward
     max_waiting: int  # requests that may wait for room
     row_frames: int = 256  # latent frames up to which a UNet batch item counts as one row; 10.24 s
+    scheduling: str = ARRIVAL  # who steps first
+
+    @property
+    def max_started(self) -> int:
+        """The most waveforms in flight or paused where some may pause: each of the paused ones keeps its history."""
+        return 2 * self.max_active_rows
 
     @property
     def max_active_frames(self) -> int:
@@ -51,7 +58,7 @@ class EngineLoad:
 
     number: int  # of the looks at it: threads may tell of two in the wrong order
     active_rows: int  # UNet batch items in flight, those that rest without guidance included
-    pending_rows: int  # UNet batch items that wait for room
+    pending_rows: int  # UNet batch items that wait for room or are paused
     active_requests: int
     waiting_requests: int
     is_full: bool  # no more requests may wait

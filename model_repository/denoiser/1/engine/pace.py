@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 from math import inf
+from statistics import median
 from time import perf_counter
 from typing import Final
 
@@ -20,6 +21,7 @@ class Pace:
 
     def __init__(self) -> None:
         self.least = 0.0  # until two forwards have run
+        self.usual = 1.0  # their median
         self._multiples: deque[float] = deque(maxlen=RECENT_FORWARDS)
         self._last = perf_counter()
         self._is_first = True
@@ -46,6 +48,7 @@ class Pace:
         if 0 < cost < inf:
             self._multiples.append(seconds / cost)
             self.least = min(self._multiples)
+            self.usual = median(self._multiples)
 
 
 def least_evaluation_cost(waveforms: Sequence[WaveformState], costs: ForwardCosts | None) -> float:

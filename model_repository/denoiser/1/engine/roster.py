@@ -1,13 +1,19 @@
 """The roster: the requests in an engine, and which of their waveforms are in flight."""
 
-from collections.abc import Iterable
+import time
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from math import inf
 
+from audioldm2_triton.contract import BATCH
 from audioldm2_triton.errors import UnavailableError, as_exception
 from audioldm2_triton.server import faults
+from audioldm2_triton.server.settings import LAXITY
 from engine.job import Job, JobStatus
+from engine.laxity import Held, HeldWaveform, Room, schedule, seconds_alone
 from engine.limits import EngineLimits, EngineLoad
 from engine.policy import Waiting, admit
+from stepping.forward_plan import ForwardCosts
 from stepping.waveform import WaveformState
 
 
@@ -15,7 +21,7 @@ from stepping.waveform import WaveformState
 class Admission:
     """The outcome of an admission."""
 
-    entered: int = 0  # waveforms
+    has_changed: bool = False  # which waveforms are in flight
     started: list[Job] = field(default_factory=list)  # whose first waveform has entered
     failed: list[tuple[Job, Exception]] = field(default_factory=list)
 
@@ -26,8 +32,12 @@ class Roster:
     def __init__(self, limits: EngineLimits) -> None:
         self.jobs: list[Job] = []  # in order of arrival
         self.in_flight: dict[WaveformState, Job] = {}  # each waveform with its owner, in order of admission
+        self.paused: dict[WaveformState, Job] = {}  # between two of their steps
         self._limits = limits
         self._looks = 0
+        self._is_stale = True  # something came or left since it was decided who steps
+        self._turn_since = 0.0  # when the last turn by age ended, or work came
+        self._review_at = inf
 
     @property
     def room(self) -> int:
@@ -38,7 +48,7 @@ class Roster:
     def load(self) -> EngineLoad:
         self._looks += 1
         waiting = sum(job.status is JobStatus.WAITING for job in self.jobs)
-        pending = [waveform for job in self.jobs for waveform in job.pending]
+        pending = [*self.paused, *(waveform for job in self.jobs for waveform in job.pending)]
         return EngineLoad(
             number=self._looks,
             active_rows=sum(waveform.unet_items for waveform in self.in_flight),
@@ -59,9 +69,23 @@ class Roster:
                     f"denoiser is full: {load.active_requests} requests in flight and {load.waiting_requests} waiting;"
                     " try again later"
                 )
+        if not self.jobs:
+            self._turn_since = time.monotonic()
         self.jobs.append(job)
+        self._is_stale = True
 
-    def admit(self) -> Admission:
+    def admit(self, costs: ForwardCosts | None, pace: float, amid_step: Collection[WaveformState]) -> Admission:
+        """Admits waveforms, or pauses and resumes them too, as the limits' scheduling says.
+
+        Args:
+            pace: what a forward takes usually, as a multiple of its cost.
+            amid_step: which cannot pause.
+        """
+        if self._limits.scheduling == LAXITY and costs is not None:
+            return self._schedule(time.monotonic(), costs, pace, amid_step)
+        return self._admit_in_order()
+
+    def _admit_in_order(self) -> Admission:
         """Admits waveforms, as `policy.admit` decides."""
         waiting = [job for job in self.jobs if job.pending]
         sizes = (Waiting(tuple(self._frames([waveform]) for waveform in job.pending)) for job in waiting)
@@ -74,10 +98,65 @@ class Roster:
                 admission.failed.append((job, as_exception(error)))
         return admission
 
+    def _schedule(
+        self, now: float, costs: ForwardCosts, pace: float, amid_step: Collection[WaveformState]
+    ) -> Admission:
+        """Changes who is in flight, as `laxity.schedule` decides, if something came or left since it last did."""
+        admission = Admission()
+        if not self._is_stale and now < self._review_at:
+            return admission
+        limits = self._limits
+        held = [self._held(job, costs, amid_step) for job in self.jobs]
+        room = Room(limits.max_active_frames, limits.max_active_rows, limits.max_started)
+        decided = schedule(held, now, self._turn_since, costs, room, pace)
+        self._is_stale, self._review_at = False, decided.review_at
+        if decided.turn is not None:
+            self.jobs[decided.turn].has_turn = True
+        for job, count in zip(list(self.jobs), decided.counts, strict=True):
+            try:
+                self._set_stepping(job, count, admission)
+            except BaseException as error:
+                admission.failed.append((job, as_exception(error)))
+        return admission
+
+    def _held(self, job: Job, costs: ForwardCosts, amid_step: Collection[WaveformState]) -> Held:
+        pending = set(job.pending)
+        waveforms = tuple(
+            HeldWaveform(
+                waveform.step_items,
+                waveform.row_frames,
+                self._frames([waveform]),
+                waveform.table.num_evaluations - waveform.evaluation,
+                waveform.in_turns,
+                waveform not in pending,
+                waveform in amid_step,
+            )
+            for waveform in job.unfinished
+        )
+        if job.alone is None:
+            job.alone = seconds_alone(waveforms, costs)
+        deadline = job.request.deadline_ns / 1e9 if job.request.deadline_ns > 0 else inf
+        is_batch = job.request.priority == BATCH
+        return Held(job.submitted_ns / 1e9, deadline, is_batch, job.alone, waveforms, job.has_turn)
+
+    def _set_stepping(self, job: Job, count: int, admission: Admission) -> None:
+        """Has the first so many of a job's unfinished waveforms in flight, and no others."""
+        unfinished = job.unfinished
+        for waveform in unfinished[count:]:
+            if waveform in self.in_flight:
+                self.paused[waveform] = self.in_flight.pop(waveform)
+                admission.has_changed = True
+        for waveform in unfinished[:count]:
+            if waveform in self.paused:
+                self.in_flight[waveform] = self.paused.pop(waveform)
+                admission.has_changed = True
+            elif waveform not in self.in_flight:
+                self._let_in(job, admission)
+
     def _let_in(self, job: Job, admission: Admission) -> None:
         faults.at("denoiser.admit")
         self.in_flight[job.pending.popleft()] = job
-        admission.entered += 1
+        admission.has_changed = True
         if job.status is not JobStatus.IN_FLIGHT:
             job.status = JobStatus.IN_FLIGHT
             admission.started.append(job)
@@ -87,14 +166,19 @@ class Roster:
         before = len(self.in_flight)
         for waveform in waveforms:
             self.in_flight.pop(waveform, None)
+            self.paused.pop(waveform, None)
+        self._is_stale = True
         return len(self.in_flight) < before
 
     def remove(self, job: Job) -> None:
         self.jobs.remove(job)
+        self._is_stale = True
+        if job.has_turn:
+            self._turn_since = time.monotonic()
 
     def owners_of(self, waveforms: Iterable[WaveformState]) -> list[Job]:
-        """Returns the requests of the given waveforms that are in flight, each once."""
-        owners = (self.in_flight.get(waveform) for waveform in waveforms)
+        """Returns the requests of the given waveforms that are in flight or paused, each once."""
+        owners = (self.in_flight.get(waveform) or self.paused.get(waveform) for waveform in waveforms)
         return list(dict.fromkeys(job for job in owners if job is not None))
 
     def request_of(self) -> dict[WaveformState, int]:

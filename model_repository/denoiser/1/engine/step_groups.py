@@ -49,6 +49,9 @@ class StepGroups:
             group.unstack()
         kept = [group for group in self._groups if group.amid_step and group.waveforms[0] in request_of]
         amid_step = {waveform for group in kept for waveform in group.waveforms}
+        for waveform in self.waveforms - amid_step - request_of.keys():
+            if not waveform.finished:
+                waveform.history = waveform.history.clone()  # paused: it must not keep its whole batch
         self._groups = []
         # Unstack all groups first: until it is stacked again, a waveform's history is a part of its old batch.
         for waveform in request_of:
@@ -81,6 +84,15 @@ class StepGroups:
         self.stale = True
         logger.warning("denoiser: a forward was out of memory (%s); trying smaller ones", error)
         return True
+
+    @property
+    def waveforms(self) -> set[WaveformState]:
+        """Those that were in flight when it was regrouped last."""
+        return {waveform for group in self._groups for waveform in group.waveforms}
+
+    @property
+    def amid_step(self) -> set[WaveformState]:
+        return {waveform for group in self._groups if group.amid_step for waveform in group.waveforms}
 
     def clear(self) -> None:
         """Drops the groups without unstacking; the current histories of their waveforms are lost."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from audioldm2_triton.contract import DEFAULT_PRIORITY
 from stepping.windows import Windowing
 
 
@@ -58,6 +59,7 @@ class DenoisingRequest:
 
     rows: tuple[DenoisingRow, ...]
     deadline_ns: int = 0  # on the monotonic clock; 0: none
+    priority: str = DEFAULT_PRIORITY
 
     @property
     def unet_items(self) -> int:

@@ -1,0 +1,197 @@
+"""Least laxity first: which waveforms step next, which wait, and which pause between two of their steps.
+
+Pure functions over plain data, as in `policy`. A request without a closer deadline has the objective to be done within
+`OBJECTIVE` times its time alone. Its laxity is the time that it can still wait and meet this. The ranks:
+
+1. The request whose turn has come by age, at most one at a time. It is not paused until it is done.
+2. Interactive requests that can meet their objective, least laxity first.
+3. Interactive requests that cannot any more, in order of arrival: whoever is late makes no other late.
+4. Batch requests, in the same two parts.
+
+While anyone of rank 2 is there, a round of forwards is filled to the knee only: beyond it, more waveforms make every
+step longer and the device hardly faster.
+
+The turn by age bounds the wait: `AGED_SHARE` of the device's time goes to the oldest requests. A request gets its turn
+after the older ones, and each of them no later than it takes to earn its time alone at that share.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Final
+
+from engine.policy import InFlight, plan_groups
+from stepping.forward_plan import ForwardCosts
+
+OBJECTIVE: Final = 3.0
+"""In times alone: what serving systems are measured by. A `timeout` says when to give up, not when it is wanted."""
+AGED_SHARE: Final = 0.1
+KNEE: Final = 0.9
+"""The share of the highest throughput at which a round is full enough."""
+
+
+@dataclass(frozen=True)
+class HeldWaveform:
+    """A waveform that is not finished."""
+
+    items: int  # UNet batch items of its next evaluation
+    frames: int  # latent frames of each item
+    room: int  # latent frames that it takes of the engine's room
+    evaluations: int  # left
+    in_turns: bool = False  # whether its windows take several forwards a step
+    started: bool = False  # it is in flight or paused
+    amid_step: bool = False  # some of its windows have made the current step: it cannot pause
+
+
+@dataclass(frozen=True)
+class Held:
+    """A request that is not finished. Times are seconds on one clock."""
+
+    arrived: float
+    deadline: float  # inf: none
+    is_batch: bool
+    alone: float  # seconds that all of it takes by itself
+    waveforms: tuple[HeldWaveform, ...]  # in generation order
+    has_turn: bool = False  # by age
+
+
+@dataclass(frozen=True)
+class Room:
+    """What one engine can hold."""
+
+    frames: int  # latent frames of the waveforms in flight
+    items: int  # UNet batch items of a forward
+    started: int  # waveforms in flight or paused, besides those whose turn it is by age; each of them holds memory
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which waveforms step until something changes."""
+
+    counts: list[int]  # of each request, how many of its first waveforms step
+    turn: int | None  # the request whose turn by age begins
+    review_at: float  # when to decide anew, even if nothing changes; inf: never
+
+
+def seconds_alone(waveforms: Sequence[HeldWaveform], costs: ForwardCosts) -> float:
+    """Returns the seconds that the evaluations left take, if nothing else steps; the waveforms share forwards."""
+    seconds, done = 0.0, 0
+    for left in sorted({waveform.evaluations for waveform in waveforms}):
+        stepping = [waveform for waveform in waveforms if waveform.evaluations >= left]
+        seconds += (left - done) * round_seconds(stepping, costs)
+        done = left
+    return seconds
+
+
+def round_seconds(waveforms: Sequence[HeldWaveform], costs: ForwardCosts) -> float:
+    """Returns the seconds in which each of these waveforms takes one step."""
+    frames = {waveform.frames for waveform in waveforms}
+    if len(frames) == 1 and not any(waveform.in_turns for waveform in waveforms):
+        return costs.cheapest(sum(waveform.items for waveform in waveforms), frames.pop(), False)[0]
+    plain = [InFlight(0, waveform.items, waveform.frames, waveform.in_turns) for waveform in waveforms]
+    seconds = 0.0
+    for group in plan_groups(plain, costs):
+        lengths = {plain[index].frames for index in group.indices}
+        items = sum(plain[index].items for index in group.indices)
+        seconds += costs.cheapest(items, max(lengths), len(lengths) > 1)[0]
+    return seconds
+
+
+def schedule(
+    held: Sequence[Held], now: float, since: float, costs: ForwardCosts, room: Room, pace: float = 1.0
+) -> Schedule:
+    """Returns who steps, for requests in order of arrival; at least one waveform steps.
+
+    Args:
+        since: when the last turn by age ended, or work came after a rest.
+        pace: what a forward takes, as a multiple of its cost.
+    """
+    turn, review_at = _turn(held, now, since, costs, pace)
+    remaining = [seconds_alone(request.waveforms, costs) * pace for request in held]
+    laxities = [_laxity(request, left, now, pace) for request, left in zip(held, remaining, strict=True)]
+
+    def rank(index: int) -> tuple[bool, bool, bool, float]:
+        request, laxity = held[index], laxities[index]
+        if request.has_turn or index == turn:
+            return False, False, False, 0.0
+        is_late = laxity < 0
+        return True, request.is_batch, is_late, request.arrived if is_late else laxity
+
+    ranked = sorted(range(len(held)), key=rank)
+    chosen, must_step = _fill(held, ranked, turn, room)
+    is_urgent = any(laxities[index] >= 0 and not held[index].is_batch for index, _ in chosen)
+    if is_urgent:
+        chosen = _to_the_knee(held, chosen, must_step, costs, room)
+    counts = [0] * len(held)
+    for index, _ in chosen:
+        counts[index] += 1
+    return Schedule(counts, turn, review_at)
+
+
+def _laxity(request: Held, remaining: float, now: float, pace: float) -> float:
+    objective = min(request.deadline, request.arrived + OBJECTIVE * request.alone * pace)
+    return objective - now - remaining
+
+
+def _turn(held: Sequence[Held], now: float, since: float, costs: ForwardCosts, pace: float) -> tuple[int | None, float]:
+    """Returns the request whose turn by age begins, and when the next one's may."""
+    if any(waveform.amid_step for request in held for waveform in request.waveforms):
+        return None, now  # whoever waits for its room must not wait longer
+    if not held or any(request.has_turn for request in held):
+        return None, inf
+    due = since + seconds_alone(held[0].waveforms, costs) * pace * (1 / AGED_SHARE - 1)
+    return (0, inf) if due <= now else (None, due)
+
+
+def _fill(
+    held: Sequence[Held], ranked: Sequence[int], turn: int | None, room: Room
+) -> tuple[list[tuple[int, int]], int]:
+    """Returns the waveforms that have room, as pairs of indices; the first so many of them must step."""
+    chosen = []
+    for index, request in enumerate(held):
+        amid_step = [part for part, waveform in enumerate(request.waveforms) if waveform.amid_step]
+        # With those before it, which are in flight too: the first ones of a request step, whichever they are.
+        chosen += [(index, part) for part in range(max(amid_step, default=-1) + 1)]
+    taken = set(chosen)
+    left = room.frames - sum(held[index].waveforms[part].room for index, part in chosen)
+    started = sum(waveform.started for request in held for waveform in request.waveforms)
+    must_step = len(chosen)
+    for index in ranked:
+        has_turn = held[index].has_turn or index == turn
+        for part, waveform in enumerate(held[index].waveforms):
+            if (index, part) in taken:
+                continue
+            if not waveform.started and started >= room.started and not has_turn:
+                break  # whoever is behind and has started still goes on
+            if waveform.room > left and chosen:
+                return chosen, must_step  # later ones must not take the room meant for this one
+            left -= waveform.room
+            started += not waveform.started
+            chosen.append((index, part))
+            if has_turn:
+                must_step = len(chosen)
+    return chosen, must_step
+
+
+def _to_the_knee(
+    held: Sequence[Held], chosen: list[tuple[int, int]], must_step: int, costs: ForwardCosts, room: Room
+) -> list[tuple[int, int]]:
+    """Returns the first waveforms that reach the knee, and all of those that must step."""
+    waveforms = [held[index].waveforms[part] for index, part in chosen]
+    least: dict[int, float] = {}
+    for frames in {waveform.frames for waveform in waveforms}:
+        sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size < room.items] + [room.items]
+        least[frames] = min(costs.cheapest(size, frames, False)[0] / size for size in sizes)
+
+    def is_enough(count: int) -> bool:
+        at_best = sum(waveform.items * least[waveform.frames] for waveform in waveforms[:count])
+        return at_best >= KNEE * round_seconds(waveforms[:count], costs)
+
+    low, high = max(must_step, 1), len(chosen)
+    while low < high:
+        middle = (low + high) // 2
+        if is_enough(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return chosen[:low]

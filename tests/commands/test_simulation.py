@@ -1,0 +1,132 @@
+"""The simulator, on cases whose answer is known by hand; and the bound of every wait."""
+
+import subprocess
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+
+import pytest
+
+from audioldm2_triton.server.settings import ARRIVAL, LAXITY
+from engine.laxity import AGED_SHARE
+from engine.limits import EngineLimits
+from project import ROOT
+from simulation.costs import read_costs, write_costs
+from simulation.engine import Job, SimulatedEngine, simulate
+from simulation.report import report
+from simulation.workload import Request, mixed_requests, read_trace
+from stepping.forward_plan import Bucket, ForwardCosts, LaunchBoundCost, LinearCost
+
+# A second for each item and frame: nothing is gained by sharing. And: up to 8 of them take 8 seconds.
+LINEAR = ForwardCosts(LinearCost(0.0, 1.0), LinearCost(inf, 1.0))
+SHARED = ForwardCosts(LaunchBoundCost(8.0, 1.0), LaunchBoundCost(8.0, 1.0))
+LIMITS = EngineLimits(max_active_rows=8, max_waiting=100, row_frames=1)
+
+
+def one(arrived: float, steps: int, **options: int | bool) -> Request:
+    return Request(arrived, 1, steps, items=1, **options)  # type: ignore[arg-type]
+
+
+def ends(
+    requests: list[Request], costs: ForwardCosts, policy: str, devices: int = 1, limits: EngineLimits = LIMITS
+) -> list[float | None]:
+    engines = [SimulatedEngine(costs, replace(limits, scheduling=policy)) for _ in range(devices)]
+    return [None if job is None else job.finished for job in simulate(requests, engines)]
+
+
+@pytest.mark.parametrize("policy", [ARRIVAL, LAXITY])
+def test_alone(policy: str) -> None:
+    assert ends([one(5, 10)], LINEAR, policy) == [15]
+    assert ends([one(5, 10, waveforms=3)], LINEAR, policy) == [35]
+    assert ends([one(5, 10, waveforms=3)], SHARED, policy) == [85]
+    assert ends([one(0, 1), one(50, 2)], LINEAR, policy) == [1, 52]
+
+
+def test_in_order_of_arrival_all_share() -> None:
+    # Four forwards of 1 s; the one that began at 3 s ends before the second is in; then 2 s each.
+    assert ends([one(0, 10), one(3.5, 2)], LINEAR, ARRIVAL) == [12, 8]
+    assert ends([one(0, 10), one(4, 2)], SHARED, ARRIVAL) == [80, 24]
+
+
+def test_by_laxity_the_short_one_goes_first_and_the_long_one_pauses() -> None:
+    # At 4 s the first can wait for 30 - 4 - 6 = 20 s, the second for 4 s.
+    assert ends([one(0, 10), one(3.5, 2)], LINEAR, LAXITY) == [12, 6]
+    # Sharing is free up to 8 items.
+    assert ends([one(0, 10), one(4, 2)], SHARED, LAXITY) == [80, 24]
+
+
+def test_interactive_goes_before_batch() -> None:
+    assert ends([one(0, 5, is_batch=True), one(0.5, 9)], LINEAR, LAXITY) == [14, 10]
+    assert ends([one(0, 5), one(0.5, 9)], LINEAR, LAXITY) == [5, 14]
+
+
+def test_each_device_takes_its_share() -> None:
+    requests = [one(0, 10) for _ in range(4)]
+    assert ends(requests, LINEAR, ARRIVAL, devices=2) == [20] * 4
+    assert ends(requests, LINEAR, ARRIVAL, devices=4) == [10] * 4
+    assert sorted(ends(requests, LINEAR, LAXITY, devices=2)) == [10, 10, 20, 20]  # type: ignore[type-var]
+
+
+def test_what_finds_no_room_waits_and_more_is_refused() -> None:
+    limits = EngineLimits(max_active_rows=1, max_waiting=1, row_frames=1)
+    assert ends([one(0, 4), one(1, 4), one(2, 4), one(5, 1)], LINEAR, ARRIVAL, limits=limits) == [4, 8, None, 9]
+
+
+def test_the_report_counts() -> None:
+    engine = SimulatedEngine(LINEAR, EngineLimits(1, 2, 1))
+    requests = [one(0, 4), one(0, 4), one(0, 2), one(1, 1)]  # the last is refused; the third took 10 s, not 6
+    found = report(simulate(requests, [engine]), [True, True, True, False])
+    assert (found.requests, found.refused, found.throughput, found.p50) == (4, 1, 0.3, 8)
+    assert (found.goodput, found.interactive_goodput) == (0.5, 2 / 3)
+
+
+def test_a_trace_is_read_in_order_of_arrival(tmp_path: Path) -> None:
+    file = tmp_path / "trace.csv"
+    file.write_text("arrived_s,frames,steps,priority\n2,25,10,batch\n1,50,4,\n")
+    assert read_trace(file) == [Request(1, 50, 4), Request(2, 25, 10, is_batch=True)]
+    file.write_text("arrived_s,frames,steps,priority\n2,25,10,soon\n")
+    with pytest.raises(ValueError, match="got 'soon' but expected one of interactive, batch"):
+        read_trace(file)
+
+
+def test_bursts_have_the_same_rate() -> None:
+    arrivals = [request.arrived for request in mixed_requests(4000, 2.0, "bursty", 1)]
+    assert arrivals == sorted(arrivals)
+    assert all(arrived % 20 <= 10 for arrived in arrivals)
+    assert 4000 / arrivals[-1] == pytest.approx(2.0, rel=0.1)
+
+
+def test_costs_are_kept(tmp_path: Path) -> None:
+    costs = replace(SHARED, masked=LinearCost(1.0, 2.0), compiled={Bucket(2, 256, True): 0.5})
+    write_costs(tmp_path / "costs.json", costs)
+    assert read_costs(tmp_path / "costs.json") == costs
+
+
+def bound(job: Job, longest_round: float) -> float:
+    """What the page says: each of those ahead, and itself, earns its time alone at its share, then has its rounds."""
+    rounds = sum(each.request.steps * each.request.waveforms for each in [*job.ahead, job]) + 1
+    return sum(each.alone for each in [*job.ahead, job]) * (1 / AGED_SHARE - 1) + rounds * longest_round
+
+
+@pytest.mark.parametrize("costs", [LINEAR, SHARED], ids=["linear", "shared"])
+def test_no_wait_is_longer_than_its_bound(costs: ForwardCosts) -> None:
+    requests = [
+        replace(request, frames=1 + request.frames // 250, items=1)
+        for request in mixed_requests(1500, 0.02, "bursty", 5)
+    ]
+    engine = SimulatedEngine(costs, EngineLimits(8, 40, 1, LAXITY))
+    jobs = simulate(requests, [engine])
+    assert engine.pauses > 100
+    assert any(job is None for job in jobs), "it was never full"
+    for job in jobs:
+        if job is not None:
+            assert 0 < job.latency <= bound(job, engine.longest_round)
+
+
+def test_the_command_prints_a_row_for_each_policy_and_load(tmp_path: Path) -> None:
+    write_costs(tmp_path / "costs.json", SHARED)
+    command = [ROOT / "scripts/simulate", "run", tmp_path / "costs.json", "--requests=50", "--loads", "0.5", "2"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert [line.split(" | ")[:2] for line in lines[3:]] == [
+        [f"| {policy}", load] for load in ("0.5", "2") for policy in (ARRIVAL, LAXITY)
+    ]
