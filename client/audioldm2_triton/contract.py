@@ -24,6 +24,9 @@ SCHEDULERS: Final = (
     "UniPCMultistepScheduler",
 )
 
+AUDIO_FORMATS: Final = ("wav", "wav24", "wavfloat", "flac", "flac24", "ogg", "opus", "mp3")
+"""The kinds of audio file. `wav` and `flac` have 16 bits per sample, `ogg` is Vorbis."""
+
 MAX_BATCH_SIZE: Final = 8  # rows of one request
 MAX_PROMPT_CHARACTERS: Final = 2000
 MIN_AUDIO_LENGTH_IN_S: Final = 0.1

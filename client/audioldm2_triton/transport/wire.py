@@ -59,11 +59,16 @@ class InferRequest:
     single: bool  # whether the prompt was one string: then there is one result, not a list
     timeout: float | None  # seconds
     request_id: str
+    checkpoint: str | None = None  # of the server, as far as it is published
 
     @property
     def timeout_us(self) -> int | None:
         """The server's deadline, as Triton's request parameter `timeout`."""
         return None if self.timeout is None else max(1, round(self.timeout * 1e6))
+
+    def arguments(self, row: int) -> dict[str, Any]:
+        """Returns a row's values by the names of the contract, as plain Python values."""
+        return {name: _plain(tensor[row, 0]) for name, tensor in self.tensors.items()}
 
 
 def build_request(
@@ -133,6 +138,7 @@ def build_request(
         single=single,
         timeout=check_timeout(timeout),
         request_id=request_id,
+        checkpoint=info.checkpoint,
     )
 
 
@@ -200,6 +206,8 @@ def read_results(request: InferRequest, answer: Any) -> GenerationResult | list[
             seed=int(outputs["seed_used"][row, 0]),
             sampling_rate=int(outputs["sampling_rate"][row, 0]),
             prompt=request.prompts[row],
+            arguments=request.arguments(row),
+            checkpoint=request.checkpoint,
         )
         for row in range(rows)
     ]
@@ -216,6 +224,12 @@ def _items(given: Any) -> list[Any] | None:
 def _column(values: Sequence[Any], dtype: str) -> NDArray[Any]:
     with np.errstate(over="ignore"):  # too large for FP32 becomes infinite, which the server refuses by name
         return np.array(values, DTYPES[dtype])[:, None]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.float32):
+        return float(str(value))  # its shortest decimal, as the caller may have written it
+    return value.decode() if isinstance(value, bytes) else value.item()
 
 
 def _encoded(texts: Sequence[str]) -> list[bytes]:
