@@ -92,7 +92,7 @@ def build_request(
 
     All inputs of the contract are filled in, because Triton does not batch requests that differ in which optional
     inputs they have. Left out are a length that neither the caller nor the server has specified, and a transcription
-    that is not given, because checkpoints that do not speak refuse one.
+    that is not given, because checkpoints that do not speak refuse one. `audio_format` is for those who have no client.
 
     Raises `InvalidArgumentError` for values that fit no tensor. All other checks are left to the server.
     """
@@ -192,7 +192,7 @@ def grpc_tensors(answer: Any) -> dict[str, NDArray[Any]]:
 
 def read_results(request: InferRequest, answer: Any) -> GenerationResult | list[GenerationResult]:
     """The results in an `InferResult`: one, or a list with one per row. Raises `InternalError` if it is incomplete."""
-    outputs = {name: answer.as_numpy(name) for name in contract.OUTPUTS}
+    outputs = {name: answer.as_numpy(name) for name in contract.OUTPUTS if name != "encoded_audio"}
     rows = len(request.prompts)
     for name, tensor in outputs.items():
         if tensor is None or len(tensor) != rows:
