@@ -2,33 +2,27 @@
 
 import argparse
 import asyncio
+import json
 import sys
 import time
 from collections.abc import Awaitable, Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Final, NoReturn, TypeVar
 
 from tqdm import tqdm
 
-from audioldm2_triton import contract
 from audioldm2_triton.aio import AsyncAudioLDM2Client
-from audioldm2_triton.command_line import BATCH_MAX_RETRIES, build_parser
+from audioldm2_triton.audio.encoding import check_encodable
+from audioldm2_triton.audio.origin import Origin
 from audioldm2_triton.errors import AudioLDM2Error
 from audioldm2_triton.events import Progress
-from audioldm2_triton.files import (
-    check_audio_path,
-    check_path,
-    check_writable,
-    import_soundfile,
-    read_prompts,
-    waveform_files,
-)
+from audioldm2_triton.files import STANDARD_OUTPUT, check_path, check_writable
+from audioldm2_triton.options import parse_arguments
+from audioldm2_triton.orders import Order, most_files, read_orders, report
 from audioldm2_triton.result import GenerationResult
 from audioldm2_triton.server_info import ServerInfo
-from audioldm2_triton.terminal import escape_unprintable, print_info
-from audioldm2_triton.transport.resending import DEFAULT_MAX_RETRIES
-from audioldm2_triton.transport.wire import GenerateOptions
+from audioldm2_triton.terminal import escape_unprintable, print_info, report_text
 
 T = TypeVar("T")
 
@@ -40,22 +34,8 @@ REFRESH_IN_S: Final = 0.2
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     escape_unprintable()
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
-    if sum((arguments.prompt is not None, arguments.batch is not None, arguments.info)) != 1:
-        parser.error("expected one of PROMPT, --batch FILE and --info")
-    if arguments.batch is not None and (arguments.output is None or arguments.plot is not None):
-        parser.error("--batch needs -o DIRECTORY and cannot be combined with --plot")
-    if arguments.max_retries is None:
-        arguments.max_retries = BATCH_MAX_RETRIES if arguments.batch is not None else DEFAULT_MAX_RETRIES
-    if arguments.priority is None:
-        arguments.priority = contract.BATCH if arguments.batch is not None else contract.DEFAULT_PRIORITY
-    if arguments.max_retries < 0:
-        parser.error(f"argument --max-retries: got {arguments.max_retries} but expected at least 0")
-    if arguments.concurrency < 1:
-        parser.error(f"argument --concurrency: got {arguments.concurrency} but expected at least 1")
     try:
-        return asyncio.run(_run(arguments))
+        return asyncio.run(_run(*parse_arguments(argv)))
     except KeyboardInterrupt:
         _complain("interrupted")
         return INTERRUPTED
@@ -64,39 +44,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-async def _run(arguments: argparse.Namespace) -> int:
+async def _run(arguments: argparse.Namespace, origin: Origin | None) -> int:
     async with AsyncAudioLDM2Client(arguments.url, model=arguments.model, max_retries=arguments.max_retries) as client:
         if arguments.info:
-            print_info(await client.server_info(arguments.timeout))
+            info = await client.server_info(arguments.timeout)
+            if arguments.json:
+                print(json.dumps(asdict(info)))
+            else:
+                print_info(info)
             return 0
-        if arguments.batch is not None:
-            return await _generate_batch(client, arguments)
-        return await _generate_one(client, arguments)
+        # Whatever cannot be written is found before the server does any work.
+        orders = read_orders(arguments, origin)
+        if arguments.plot is not None:
+            from audioldm2_triton.plot import require_matplotlib
+
+            require_matplotlib()
+            check_writable(check_path(arguments.plot, (".png",)))
+        # Without a server all requests would fail; this is one message.
+        info = await client.server_info(arguments.timeout)
+        check_encodable(orders[0].audio_format, info.sampling_rate)
+        most = min(int(arguments.num_waveforms_per_prompt), info.limits.max_num_waveforms_per_prompt)
+        for file in most_files(orders, most):
+            check_writable(file)
+        if origin is not None and origin.checkpoint != info.checkpoint:
+            _complain(f"{arguments.like} was made with {origin.checkpoint}, but the server has {info.checkpoint}")
+        if len(orders) == 1 and not orders[0].label:
+            await _generate_one(client, arguments, orders[0], info)
+            return 0
+        return await _generate_all(client, arguments, orders)
 
 
-async def _generate_one(client: AsyncAudioLDM2Client, arguments: argparse.Namespace) -> int:
-    path = arguments.output or Path("out.wav")
-    # Before the server does any work.
-    import_soundfile()
-    check_audio_path(path)
-    if arguments.plot is not None:
-        from audioldm2_triton.plot import require_matplotlib
-
-        require_matplotlib()
-        check_writable(check_path(arguments.plot, (".png",)))
-    info = await client.server_info(arguments.timeout)
-    for file in waveform_files(path, _most_waveforms(arguments, info)):
-        check_writable(file)
+async def _generate_one(
+    client: AsyncAudioLDM2Client, arguments: argparse.Namespace, order: Order, info: ServerInfo
+) -> None:
     start = time.monotonic()
     with _progress_bar() as bar:
         # Through the stream, if there is one, so that Ctrl-C also stops the work on the server.
         on_progress = partial(_show_progress, bar) if info.serves_stream else None
-        answer = client.generate(arguments.prompt, on_progress=on_progress, **_options(arguments))
+        answer = client.generate(order.prompt, on_progress=on_progress, **order.options)
         result = await _refreshing(bar, answer)
-    _save(result, path, time.monotonic() - start)
+    _save(result, order, time.monotonic() - start, arguments.json)
     if arguments.plot is not None:
         result.plot(arguments.plot)
-    return 0
 
 
 def _progress_bar() -> "tqdm[NoReturn]":
@@ -105,7 +94,7 @@ def _progress_bar() -> "tqdm[NoReturn]":
 
 
 def _show_progress(bar: "tqdm[NoReturn]", progress: Progress) -> None:
-    bar.bar_format = "generating {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} {elapsed}"
+    bar.bar_format = "generating {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} {elapsed}, {remaining} left"
     bar.total = progress.num_steps
     bar.update(progress.step - bar.n)
 
@@ -124,31 +113,23 @@ async def _refreshing(bar: "tqdm[NoReturn]", answer: Awaitable[T]) -> T:
     return task.result()
 
 
-async def _generate_batch(client: AsyncAudioLDM2Client, arguments: argparse.Namespace) -> int:
-    import_soundfile()
-    prompts = read_prompts(arguments.batch)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    # Without a server the whole batch fails, with one message.
-    info = await client.server_info(arguments.timeout)
-    for line, _ in prompts:
-        for file in waveform_files(_batch_file(arguments.output, line), _most_waveforms(arguments, info)):
-            check_writable(file)
-    failed: list[int] = []
-    waiting = iter(prompts)
-    with tqdm(total=len(prompts), unit="prompt", mininterval=0, disable=None, file=sys.stderr) as bar:
+async def _generate_all(client: AsyncAudioLDM2Client, arguments: argparse.Namespace, orders: Sequence[Order]) -> int:
+    failed: list[str] = []
+    waiting = iter(orders)
+    with tqdm(total=len(orders), unit="request", mininterval=0, disable=None, file=sys.stderr) as bar:
 
         async def work() -> None:
-            for line, prompt in waiting:
+            for order in waiting:
                 start = time.monotonic()
                 try:
-                    result = await client.generate(prompt, **_options(arguments))
-                    _save(result, _batch_file(arguments.output, line), time.monotonic() - start)
+                    result = await client.generate(order.prompt, **order.options)
+                    _save(result, order, time.monotonic() - start, arguments.json)
                 except (AudioLDM2Error, OSError) as error:
-                    failed.append(line)
-                    _complain(f"line {line}: {error}")
+                    failed.append(order.label)
+                    _complain(f"{order.label}: {error}")
                 bar.update()
 
-        await _all(work() for _ in range(min(arguments.concurrency, len(prompts))))
+        await _all(work() for _ in range(min(arguments.concurrency, len(orders))))
     return FAILED if failed else 0
 
 
@@ -164,38 +145,17 @@ async def _all(works: Iterable[Awaitable[None]]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _options(arguments: argparse.Namespace) -> GenerateOptions:
-    return {
-        "negative_prompt": arguments.negative_prompt,
-        "audio_length_in_s": arguments.audio_length_in_s,
-        "num_inference_steps": arguments.num_inference_steps,
-        "guidance_scale": arguments.guidance_scale,
-        "num_waveforms_per_prompt": arguments.num_waveforms_per_prompt,
-        "seed": arguments.seed,
-        "scheduler": arguments.scheduler,
-        "transcription": arguments.transcription,
-        "window_length_in_s": arguments.window_length_in_s,
-        "priority": arguments.priority,
-        "timeout": arguments.timeout,
-    }
-
-
-def _most_waveforms(arguments: argparse.Namespace, info: ServerInfo) -> int:
-    """Returns the number of waveforms of a prompt, as far as the server accepts it: it refuses more by itself."""
-    return min(int(arguments.num_waveforms_per_prompt), info.limits.max_num_waveforms_per_prompt)
-
-
-def _batch_file(directory: Path, line: int) -> Path:
-    return directory / f"{line:04}.wav"
-
-
-def _save(result: GenerationResult, path: Path, latency_in_s: float) -> None:
-    for index, target in enumerate(waveform_files(path, result.num_waveforms)):
-        file = result.save(target, index)
-        score = "-" if result.scores is None else f"{result.scores[index]:.4f}"
+def _save(result: GenerationResult, order: Order, latency_in_s: float, as_json: bool) -> None:
+    for rank, path in order.files(result.num_waveforms):
+        if path == STANDARD_OUTPUT:
+            sys.stdout.buffer.write(result.encode(order.audio_format, rank))
+            sys.stdout.buffer.flush()
+        else:
+            result.save(path, rank, audio_format=order.audio_format)
+        line = report(order, result, rank, path, latency_in_s)
         tqdm.write(
-            f"{file}  {result.duration_in_s:.2f} s  seed {result.seed}  score {score}  latency {latency_in_s:.2f} s",
-            file=sys.stdout,
+            json.dumps(line) if as_json else report_text(line),
+            file=sys.stderr if path == STANDARD_OUTPUT else sys.stdout,
         )
 
 

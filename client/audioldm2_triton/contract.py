@@ -29,6 +29,11 @@ BATCH: Final = "batch"
 PRIORITIES: Final = (INTERACTIVE, BATCH)
 """What goes first comes first. Words, as `scheduler`: a number would leave open whether 1 is more urgent than 2."""
 
+AUDIO_FORMATS: Final = ("wav", "wav24", "wavfloat", "flac", "flac24", "ogg", "opus", "mp3")
+"""The kinds of audio file. `wav` and `flac` have 16 bits per sample, `ogg` is Vorbis."""
+AS_BASE64: Final = ";base64"
+"""Behind one of them in the input `audio_format`: the file as text, because JSON cannot hold bytes."""
+
 MAX_BATCH_SIZE: Final = 8  # rows of one request
 MAX_PROMPT_CHARACTERS: Final = 2000
 MIN_AUDIO_LENGTH_IN_S: Final = 0.1
@@ -63,14 +68,23 @@ INPUTS: Final[Mapping[str, str]] = {
     "transcription": "BYTES",
     "window_length_in_s": "FP32",
     "priority": "BYTES",
+    "audio_format": "BYTES",
 }
 """Input tensors, each [B, 1], and their Triton types. All except `prompt` are optional.
 
 Checkpoints that speak also require `transcription`; all others refuse it.
 """
 
-OUTPUTS: Final[Mapping[str, str]] = {"audio": "FP32", "score": "FP32", "sampling_rate": "INT32", "seed_used": "INT64"}
-"""Output tensors: `audio` [B, N, S], `score` [B, N], `sampling_rate` and `seed_used` [B, 1].
+OUTPUTS: Final[Mapping[str, str]] = {
+    "audio": "FP32",
+    "score": "FP32",
+    "sampling_rate": "INT32",
+    "seed_used": "INT64",
+    "encoded_audio": "BYTES",
+}
+"""Output tensors: `audio` [B, N, S], `score` and `encoded_audio` [B, N], `sampling_rate` and `seed_used` [B, 1].
+
+With `audio_format`, `encoded_audio` has the bytes of files and `audio` is empty; without, it is the other way round.
 
 Not `seed`: an ensemble with an output named like an input feeds it back to its first step, for ever.
 """

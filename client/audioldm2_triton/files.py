@@ -3,39 +3,46 @@
 import sys
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from audioldm2_triton.errors import invalid
+from audioldm2_triton.audio.encoding import FORMATS, check_encodable
+from audioldm2_triton.audio.origin import Origin, read_origin
+from audioldm2_triton.errors import InvalidArgumentError, invalid
 
-STANDARD_INPUT: Final = "-"
-AUDIO_FORMATS: Final = {".wav": "WAV", ".flac": "FLAC"}
+STANDARD_INPUT: Final = Path("-")
+STANDARD_OUTPUT: Final = Path("-")
 
 
-def check_audio_path(path: str | PathLike[str]) -> Path:
-    """Returns the path of an audio file that can be written. Raises `InvalidArgumentError`."""
-    return check_path(path, tuple(AUDIO_FORMATS))
+def check_audio_path(path: str | PathLike[str], audio_format: str | None = None) -> tuple[Path, str]:
+    """Returns the path of an audio file that can be written, and the name of its format: by default by its suffix.
+
+    Raises `InvalidArgumentError`, and `ImportError` if the format needs libsndfile and there is none.
+    """
+    if audio_format is not None:
+        check_encodable(audio_format)
+        return check_path(path, (FORMATS[audio_format].suffix,)), audio_format
+    # Of several formats with a suffix the first.
+    by_suffix: dict[str, str] = {}
+    for name, each in FORMATS.items():
+        by_suffix.setdefault(each.suffix, name)
+    checked = check_path(path, tuple(by_suffix))
+    audio_format = by_suffix[checked.suffix.lower()]
+    check_encodable(audio_format)
+    return checked, audio_format
 
 
 def check_path(path: str | PathLike[str], suffixes: tuple[str, ...]) -> Path:
     """Returns a path with one of the suffixes, in an existing directory. Raises `InvalidArgumentError`."""
     checked = Path(path)
     if checked.suffix.lower() not in suffixes:
-        raise invalid("path", str(path), f"a file name ending in {' or '.join(suffixes)}")
+        raise invalid("path", str(path), f"a file name ending in {_either(suffixes)}")
     if not checked.parent.is_dir():
         raise invalid("path", str(path), "a file in an existing directory")
     return checked
 
 
-def import_soundfile() -> Any:
-    """Returns the module. Raises `ImportError`, which says what is missing: not every machine has libsndfile.
-
-    Imported only where a file is written, so that the rest of the client works without it.
-    """
-    try:
-        import soundfile
-    except (ImportError, OSError) as error:
-        raise ImportError(f"audio files need the package soundfile, and libsndfile: {error}") from error
-    return soundfile
+def _either(words: tuple[str, ...]) -> str:
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def check_writable(path: Path) -> None:
@@ -54,12 +61,20 @@ def waveform_files(path: Path, count: int) -> list[Path]:
     return [path, *(path.with_stem(f"{path.stem}-{index}") for index in range(1, count))]
 
 
+def read_file_origin(path: Path) -> Origin:
+    """Returns what a file says about its origin. Raises `InvalidArgumentError`, which names the file, or `OSError`."""
+    try:
+        return read_origin(path.read_bytes())
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"{path}: {error}") from error
+
+
 def read_prompts(path: Path) -> list[tuple[int, str]]:
     """Returns the prompts of a file, or of standard input for `-`, with their line numbers, from 1.
 
     Raises `InvalidArgumentError` or `OSError`.
     """
-    content = sys.stdin.buffer.read() if str(path) == STANDARD_INPUT else path.read_bytes()
+    content = sys.stdin.buffer.read() if path == STANDARD_INPUT else path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:

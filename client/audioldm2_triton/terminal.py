@@ -2,6 +2,8 @@
 
 import io
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from audioldm2_triton.server_info import ServerInfo
 
@@ -14,6 +16,13 @@ def escape_unprintable() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def report_text(line: Mapping[str, Any]) -> str:
+    """Returns what people read about a file."""
+    score = "-" if line["score"] is None else f"{line['score']:.4f}"
+    length, seed, latency = line["length_in_s"], line["seed"], line["latency_in_s"]
+    return f"{line['path']}  {length:.2f} s  seed {seed}  score {score}  latency {latency:.2f} s"
 
 
 def print_info(info: ServerInfo) -> None:

@@ -32,6 +32,7 @@ class Record:
     p50_ms: float | None = None  # these three where single requests were timed
     p95_ms: float | None = None
     p99_ms: float | None = None
+    answer_kib: float | None = None  # as it travels
     rtf: float | None = None  # median latency / seconds of audio: lower is better
     times_real_time: float | None = None
     clips_per_s: float | None = None

@@ -23,6 +23,8 @@ from audioldm2_triton.transport.wire import DTYPES, InferRequest, build_request
 INFO = ServerInfo(Limits(), 10.24, 16000, ("DDIMScheduler", "EulerDiscreteScheduler"), "checkpoint", 8, True)
 UNPUBLISHED = read_server_info({"name": "audioldm2", "max_batch_size": 8}, False)
 
+SENT = [name for name in contract.INPUTS if name != "audio_format"]  # which is for those who have no client
+
 DEFAULTS: dict[str, Any] = {
     "negative_prompt": None,
     "audio_length_in_s": None,
@@ -70,7 +72,7 @@ def test_every_input_is_filled_in_with_the_contracts_shape_and_type(data: st.Dat
         window_length_in_s=per_row(st.just(0.0) | st.floats(0.64, 300)),
         priority=data.draw(st.sampled_from(contract.PRIORITIES)),
     )
-    assert list(built.tensors) == list(contract.INPUTS)
+    assert list(built.tensors) == SENT
     for name, tensor in built.tensors.items():
         assert tensor.shape == (rows, 1), name
         assert tensor.dtype == DTYPES[contract.INPUTS[name]], name
@@ -79,7 +81,7 @@ def test_every_input_is_filled_in_with_the_contracts_shape_and_type(data: st.Dat
 
 def test_a_transcription_that_is_not_given_is_not_sent() -> None:
     """Most checkpoints refuse one."""
-    assert list(request().tensors) == [name for name in contract.INPUTS if name != "transcription"]
+    assert list(request().tensors) == [name for name in SENT if name != "transcription"]
     assert column(request(["a", "b"], transcription=["words", None]), "transcription") == ["words", ""]
     assert column(request(["a", "b"], transcription="words"), "transcription") == ["words", "words"]
 
@@ -94,7 +96,7 @@ def test_defaults_are_the_servers_where_it_publishes_them() -> None:
 
 
 def test_only_an_unknown_length_is_left_to_the_server() -> None:
-    left = set(contract.INPUTS) - set(request(info=UNPUBLISHED, transcription="words").tensors)
+    left = set(SENT) - set(request(info=UNPUBLISHED, transcription="words").tensors)
     assert left == {"audio_length_in_s"}
     assert column(request(info=UNPUBLISHED, audio_length_in_s=2.5), "audio_length_in_s") == [2.5]
 
@@ -290,7 +292,7 @@ def test_a_request_as_json_loses_nothing() -> None:
     built = request("噪音\n", negative_prompt='"', transcription="é'", timeout=0.25, request_id="a-b", **options)
     body = json.loads(request_body(built))
     assert (body.pop("timeout"), body.pop("id")) == (250000, "a-b")
-    assert set(body) == set(contract.INPUTS)
+    assert set(body) == set(SENT)
     for name, tensor in built.tensors.items():
         value = body[name].encode() if contract.INPUTS[name] == "BYTES" else body[name]
         assert np.array([[value]], DTYPES[contract.INPUTS[name]]) == tensor, name

@@ -65,14 +65,17 @@ def test_the_ensemble_passes_on_what_the_stages_declare() -> None:
 
 def test_both_fronts_send_the_stages_the_same() -> None:
     assert set(steps()["denoiser"].input_map) == set(stage_tensors.DENOISED)
-    assert set(steps()["decoder"].input_map) == {*stage_tensors.DECODED[stage_tensors.WHOLE], "deadline_ns"}
+    assert set(steps()["decoder"].input_map) == {
+        *stage_tensors.DECODED[stage_tensors.WHOLE],
+        *stage_tensors.DECODED_TOO,
+    }
 
 
 def test_the_stages_read_what_they_declare() -> None:
     parsed = (*stage_tensors.TEXT, *stage_tensors.NEGATIVE_TEXT, *stage_tensors.COLUMNS)
     assert set(tensors(CONFIGURATIONS["denoiser"].input)) == {*parsed, *stage_tensors.OPTIONAL}
     of_parts = {name for names in stage_tensors.DECODED.values() for name in names}
-    assert set(tensors(CONFIGURATIONS["decoder"].input)) == {*of_parts, "deadline_ns"}
+    assert set(tensors(CONFIGURATIONS["decoder"].input)) == {*of_parts, *stage_tensors.DECODED_TOO}
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -53,7 +53,7 @@ def in_server(module: str) -> bool:
 
 def is_shared(module: str) -> bool:
     """Whether both sides agree on it; a name out of a module counts as the module."""
-    return module.startswith(("audioldm2_triton.contract", "audioldm2_triton.errors"))
+    return module.startswith(("audioldm2_triton.contract", "audioldm2_triton.errors", "audioldm2_triton.audio"))
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,8 @@ def test_the_package_has_three_floors() -> None:
             assert not {other.partition(".")[0] for other in imports(path)} & {"torch", "diffusers", "transformers"}
         if name in ("audioldm2_triton.contract", "audioldm2_triton.errors"):
             assert used <= {"audioldm2_triton.errors"}, name
+        if name.startswith("audioldm2_triton.audio"):
+            assert all(map(is_shared, used)), (name, used)
 
 
 def test_stages_use_what_is_shared_alone() -> None:

@@ -48,6 +48,14 @@ REFUSED = [
     ("scheduler", b"PNDMScheduler", "'PNDMScheduler'", "DPMSolverMultistepScheduler"),
     ("scheduler", b"", "''", "DPMSolverMultistepScheduler"),
     ("scheduler", b"\xff", r"b'\xff'", "UTF-8"),
+    (
+        "audio_format",
+        b"aac",
+        "'aac'",
+        "one of wav, wav24, wavfloat, flac, flac24, ogg, opus, mp3, for JSON",
+    ),
+    ("audio_format", b";base64", "';base64'", "one of wav, wav24"),
+    ("audio_format", b"wav;base64;base64", "'wav;base64;base64'", "one of wav, wav24"),
 ]
 
 
@@ -80,6 +88,7 @@ def test_value_is_refused(
         ("audio_length_in_s", [1.0, 2.0], "[1.0, 2.0]"),
         ("num_waveforms_per_prompt", [1, 2], "[1, 2]"),
         ("priority", [b"batch", b"interactive"], "['batch', 'interactive']"),
+        ("audio_format", [b"wav", b"ogg"], "['wav', 'ogg']"),
     ],
 )
 def test_rows_that_must_agree(argument: str, values: list, given: str, server: LocalServer) -> None:

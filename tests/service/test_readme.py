@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import soundfile
 
 from environments import python
 from plain_requests import on_test_ports
@@ -26,7 +27,7 @@ def test_python_examples(code: str, server: LocalServer, tmp_path: Path) -> None
     )
     assert run.returncode == 0, run.stderr
     if "rain.wav" in code:
-        assert (tmp_path / "rain.wav").stat().st_size == 44 + 2 * 5 * 16000
+        assert soundfile.info(tmp_path / "rain.wav").frames == 5 * 16000
         assert run.stdout.rstrip().endswith(" 0")
     else:
         assert run.stdout.startswith(("(163840,) 16000 ", "(8, 163840)"))

@@ -23,6 +23,7 @@ class GenerationRow:
     transcription: str = ""  # what is said; only for checkpoints that speak
     window_length_in_s: float = DEFAULT_WINDOW_LENGTH_IN_S  # as the length; 0: generated as a whole
     priority: str = DEFAULT_PRIORITY
+    audio_format: str = ""  # of the files that are wanted; empty: samples
 
     @property
     def do_classifier_free_guidance(self) -> bool:

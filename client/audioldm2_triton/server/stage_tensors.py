@@ -40,4 +40,5 @@ DECODED: Final[Mapping[str, tuple[str, ...]]] = {
     VOCODE: ("mel_window", "kept_samples"),
     SCORE: ("audio", "return_scores", "text_embeds"),
 }
-"""What the decoder needs for each kind of request; `deadline_ns` may be added to any."""
+"""What the decoder needs for each kind of request; `DECODED_TOO` may be added to any."""
+DECODED_TOO: Final = ("deadline_ns", "audio_file")

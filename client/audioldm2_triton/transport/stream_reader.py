@@ -66,6 +66,8 @@ class StreamReader:
                 seed=_integer(tensors["seed_used"]),
                 sampling_rate=_integer(tensors["sampling_rate"]),
                 prompt=self._request.prompts[0],
+                arguments=self._request.arguments(0),
+                checkpoint=self._request.checkpoint,
             )
         )
 

@@ -60,11 +60,16 @@ class InferRequest:
     single: bool  # whether the prompt was one string: then there is one result, not a list
     timeout: float | None  # seconds
     request_id: str
+    checkpoint: str | None = None  # of the server, as far as it is published
 
     @property
     def timeout_us(self) -> int | None:
         """The server's deadline, as Triton's request parameter `timeout`."""
         return None if self.timeout is None else max(1, round(self.timeout * 1e6))
+
+    def arguments(self, row: int) -> dict[str, Any]:
+        """Returns a row's values by the names of the contract, as plain Python values."""
+        return {name: _plain(tensor[row, 0]) for name, tensor in self.tensors.items()}
 
 
 def build_request(
@@ -89,7 +94,7 @@ def build_request(
 
     All inputs of the contract are filled in, because Triton does not batch requests that differ in which optional
     inputs they have. Left out are a length that neither the caller nor the server has specified, and a transcription
-    that is not given, because checkpoints that do not speak refuse one.
+    that is not given, because checkpoints that do not speak refuse one. `audio_format` is for those who have no client.
 
     Raises `InvalidArgumentError` for values that fit no tensor. All other checks are left to the server.
     """
@@ -136,6 +141,7 @@ def build_request(
         single=single,
         timeout=check_timeout(timeout),
         request_id=request_id,
+        checkpoint=info.checkpoint,
     )
 
 
@@ -189,7 +195,7 @@ def grpc_tensors(answer: Any) -> dict[str, NDArray[Any]]:
 
 def read_results(request: InferRequest, answer: Any) -> GenerationResult | list[GenerationResult]:
     """The results in an `InferResult`: one, or a list with one per row. Raises `InternalError` if it is incomplete."""
-    outputs = {name: answer.as_numpy(name) for name in contract.OUTPUTS}
+    outputs = {name: answer.as_numpy(name) for name in contract.OUTPUTS if name != "encoded_audio"}
     rows = len(request.prompts)
     for name, tensor in outputs.items():
         if tensor is None or len(tensor) != rows:
@@ -203,6 +209,8 @@ def read_results(request: InferRequest, answer: Any) -> GenerationResult | list[
             seed=int(outputs["seed_used"][row, 0]),
             sampling_rate=int(outputs["sampling_rate"][row, 0]),
             prompt=request.prompts[row],
+            arguments=request.arguments(row),
+            checkpoint=request.checkpoint,
         )
         for row in range(rows)
     ]
@@ -219,6 +227,12 @@ def _items(given: Any) -> list[Any] | None:
 def _column(values: Sequence[Any], dtype: str) -> NDArray[Any]:
     with np.errstate(over="ignore"):  # too large for FP32 becomes infinite, which the server refuses by name
         return np.array(values, DTYPES[dtype])[:, None]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.float32):
+        return float(str(value))  # its shortest decimal, as the caller may have written it
+    return value.decode() if isinstance(value, bytes) else value.item()
 
 
 def _encoded(texts: Sequence[str]) -> list[bytes]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from audioldm2_triton.errors import DEADLINE_EXCEEDED, DeadlineExceededError
 from audioldm2_triton.server.stage_tensors import CONTROL, DECODER, DENOISED, MEL, SCORE, TEXT_CONDITIONING, VOCODE
+from audioldm2_triton.server.wanted_file import unpack_wanted
 from stage_calls import CallStage, Interruption, Send, StageCall, Tensors
 from watched_denoising import denoise
 
@@ -26,11 +27,12 @@ def stream_generation(
     The responses before the last are, in this order: each with `step` and `num_steps` INT32 [1, 1], counted from 1;
     each with `audio` FP32 [1, N, samples of the chunk] in generation order, `sampling_rate`, `chunk`, counted from 0,
     and `num_chunks`, INT32 [1, 1]. The last has `score` FP32 [1, N] and `order` INT32 [1, N], best first, and
-    `sampling_rate` INT32 and `seed_used` INT64 [1, 1].
+    `sampling_rate` INT32 and `seed_used` INT64 [1, 1]. If files are wanted, no audio is sent before, and the last also
+    has `encoded_audio` BYTES [1, N], best first.
 
     Raises an `AudioLDM2Error`: a stage's own, the interruption, or `DeadlineExceededError`.
     """
-    outputs = [*DENOISED, "num_samples", "return_scores", "text_embeds"]
+    outputs = [*DENOISED, "num_samples", "return_scores", "text_embeds", "audio_file"]
     conditioning = call(StageCall(TEXT_CONDITIONING, request.inputs, outputs, timeout_us=request.timeout_us))
     deadline_ns = int(conditioning["deadline_ns"][0, 0])
 
@@ -44,11 +46,18 @@ def stream_generation(
     check("denoising")
     latents = denoise(call, conditioning, send, interruption)
     check("decoding")
-    audio = _send_audio(latents, conditioning, call, send, check)
+    wanted = unpack_wanted(conditioning["audio_file"])
+    audio = _send_audio(latents, conditioning, call, _drop if wanted else send, check)
     check("scoring")
-    scored = {"audio": audio, **{name: conditioning[name] for name in ("return_scores", "text_embeds", "deadline_ns")}}
-    ranking = call(StageCall(DECODER, scored, ["score", "order", "sampling_rate"], {CONTROL: SCORE}))
+    passed_on = ("return_scores", "text_embeds", "deadline_ns", "audio_file")
+    scored = {"audio": audio, **{name: conditioning[name] for name in passed_on}}
+    outputs = ["score", "order", "sampling_rate", *(["encoded_audio"] if wanted else [])]
+    ranking = call(StageCall(DECODER, scored, outputs, {CONTROL: SCORE}))
     return {**ranking, "seed_used": conditioning["seed"]}
+
+
+def _drop(tensors: Tensors) -> None:
+    """Sends nothing."""
 
 
 def _send_audio(

@@ -1,17 +1,18 @@
 """Triton adapter of the decoder: tensors in, tensors out, errors to codes."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from audio_files import with_files
 from audioldm2_triton.server import faults
 from audioldm2_triton.server import triton_adapter as adapter
 from audioldm2_triton.server.geometry import read_audio_geometry
-from audioldm2_triton.server.settings import resolve_device, resolved_settings
+from audioldm2_triton.server.settings import checkpoint_name, resolve_device, resolved_settings
 from audioldm2_triton.server.triton_metrics import InfoSeries, MemoryGauge
+from audioldm2_triton.server.wanted_file import unpack_wanted
 from decoder_stage import load_decoder_stage
 from decoding_parts import check_decodable, decode_parts
 
@@ -19,6 +20,7 @@ from decoding_parts import check_decodable, decode_parts
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         settings = adapter.model_settings(args)
+        self.checkpoint = checkpoint_name(settings.checkpoint)
         self.default_timeout_in_s = settings.default_timeout_in_s
         device = resolve_device(settings, args["model_instance_kind"], int(args["model_instance_device_id"]))
         self.geometry = read_audio_geometry(Path(settings.checkpoint))
@@ -29,7 +31,7 @@ class TritonPythonModel:
 
     def execute(self, requests: Sequence[Any]) -> None:
         taken = adapter.take(requests, adapter.unchanged, self.settlements, self.default_timeout_in_s)
-        adapter.answer_together(taken, self._parse, partial(decode_parts, self.decoder, self.scorer))
+        adapter.answer_together(taken, self._parse, self._decode)
         self.memory.update()
 
     def finalize(self) -> None:
@@ -38,4 +40,11 @@ class TritonPythonModel:
     def _parse(self, request: adapter.ReadRequest) -> tuple[str, dict[str, np.ndarray]]:
         faults.at("decoder.parse")
         check_decodable(request.control, request.inputs, self.geometry, self.scorer.text_dim)
+        unpack_wanted(request.inputs.get("audio_file"))
         return request.control, request.inputs
+
+    def _decode(self, requests: list[tuple[str, dict[str, np.ndarray]]]) -> list[dict[str, np.ndarray]]:
+        results = decode_parts(self.decoder, self.scorer, requests)
+        return [
+            with_files(inputs, outputs, self.checkpoint) for (_, inputs), outputs in zip(requests, results, strict=True)
+        ]

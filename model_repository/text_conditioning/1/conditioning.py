@@ -12,6 +12,7 @@ from audioldm2_triton.errors import NonFiniteError
 from audioldm2_triton.server import faults
 from audioldm2_triton.server.generation_row import GenerationRow
 from audioldm2_triton.server.geometry import AudioGeometry
+from audioldm2_triton.server.wanted_file import pack_wanted
 from embedding_cache import EmbeddingCache, TextKey
 from row_texts import RowTexts, row_texts
 from text_encoders import EncodedTexts, TextEncoders, encode_texts
@@ -130,4 +131,5 @@ def _resolved(
         "scheduler": column([row.scheduler.encode() for row in rows], np.object_),
         "return_scores": column([row.return_scores for row in rows], np.bool_),
         "priority": column([row.priority.encode() for row in rows], np.object_),
+        "audio_file": pack_wanted(rows),
     }

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from audioldm2_triton.audio.encoding import check_encodable
 from audioldm2_triton.server import faults
 from audioldm2_triton.server import triton_adapter as adapter
 from audioldm2_triton.server.clipping import clipping_schedulers
@@ -19,6 +20,7 @@ from audioldm2_triton.server.request_parameters import check_parameters
 from audioldm2_triton.server.settings import resolve_device, resolved_settings
 from audioldm2_triton.server.stage_tensors import TEXT_CONDITIONING
 from audioldm2_triton.server.triton_metrics import InfoSeries, MemoryGauge
+from audioldm2_triton.server.wanted_file import split_format
 from conditioning import condition
 from embedding_cache import EmbeddingCache
 from gathering import take_batch
@@ -72,6 +74,8 @@ class TritonPythonModel:
         check_parameters(request.parameters)
         native = self.geometry.native_audio_length_in_s
         rows = parse_rows(request.inputs, self.settings.limits, native, self.encoders.speaks, self.clipping)
+        if rows[0].audio_format:
+            check_encodable(split_format(rows[0].audio_format)[0], self.geometry.sampling_rate)
         return rows, request.deadline_ns
 
     def _condition(self, requests: list[ParsedRequest]) -> list[dict[str, np.ndarray]]:

@@ -10,6 +10,7 @@ from audioldm2_triton import contract
 from audioldm2_triton.contract import Limits
 from audioldm2_triton.errors import invalid
 from audioldm2_triton.server.generation_row import GenerationRow, shortest_decimal
+from audioldm2_triton.server.wanted_file import split_format
 
 
 def parse_rows(
@@ -37,7 +38,7 @@ def parse_rows(
         if array.shape != (rows, 1):
             raise invalid(name, list(array.shape), f"the shape [{rows}, 1], one value per row of `prompt`")
     parsed = tuple(_parse_row(inputs, row, limits, native_audio_length_in_s, speaks, clipping) for row in range(rows))
-    for name in ("audio_length_in_s", "num_waveforms_per_prompt", "priority"):
+    for name in ("audio_length_in_s", "num_waveforms_per_prompt", "priority", "audio_format"):
         given = [getattr(row, name) for row in parsed]
         if len(set(given)) > 1:
             raise invalid(name, given, "the same value in all rows of one request")
@@ -90,6 +91,7 @@ def _parse_row(
         transcription=_transcription(inputs, row, speaks),
         window_length_in_s=_window_length(inputs, row, limits),
         priority=_priority(inputs, row),
+        audio_format=_audio_format(inputs, row),
     )
 
 
@@ -150,6 +152,13 @@ def _window_length(inputs: Mapping[str, np.ndarray], row: int, limits: Limits) -
     if value != 0 and not (math.isfinite(value) and low <= value <= high):
         raise invalid(name, value, f"0 for no windows, or a finite number of seconds from {low:g} to {high:g}")
     return value
+
+
+def _audio_format(inputs: Mapping[str, np.ndarray], row: int) -> str:
+    given = _text(inputs, "audio_format", row, "")
+    if given:
+        split_format(given)
+    return given
 
 
 def _guidance_scale(inputs: Mapping[str, np.ndarray], row: int) -> float:

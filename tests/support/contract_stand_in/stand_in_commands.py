@@ -98,6 +98,7 @@ def outputs_for(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "score": np.stack(score),
         "sampling_rate": np.full((len(rows), 1), SAMPLING_RATE, np.int32),
         "seed_used": inputs["seed"],
+        "encoded_audio": np.full((len(rows), len(score[0])), b"", np.object_),
     }
 
 

@@ -123,7 +123,7 @@ def _write_model(repository: Path, name: str, source: str, config: str) -> None:
 
 
 def _tensors(outputs: Mapping[str, str]) -> str:
-    dims = {"audio": "-1, -1", "score": "-1", "order": "-1"}
+    dims = {"audio": "-1, -1", "score": "-1", "order": "-1", "encoded_audio": "-1"}
     return " ".join(
         f'{kind} {{ name: "{name}" data_type: TYPE_{"STRING" if dtype == "BYTES" else dtype} '
         f"dims: [ {dims.get(name, '1')} ] {'optional: true' if kind == 'input' and name != 'prompt' else ''} }}"
