@@ -18,6 +18,7 @@ import triton_python_backend_utils as pb_utils
 
 from audioldm2_triton.errors import (
     DEADLINE_EXCEEDED,
+    OUT_OF_MEMORY,
     AudioLDM2Error,
     DeadlineExceededError,
     InternalError,
@@ -29,7 +30,7 @@ from audioldm2_triton.server.memory import is_out_of_memory, release_memory
 from audioldm2_triton.server.settings import Settings, read_settings
 from audioldm2_triton.server.settlement import AnsweredError, Settlement, Settlements
 from audioldm2_triton.server.stage_tensors import CODED, CONTROL
-from audioldm2_triton.server.triton_metrics import count_failure, requests_gauge
+from audioldm2_triton.server.triton_metrics import count_failure, count_taken, requests_gauge, show_counters
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ def as_known_error(error: BaseException, stage: str) -> AudioLDM2Error:
         count_failure(stage, error.reason)
         return error
     if is_out_of_memory(error):
-        count_failure(stage, "out_of_memory")
+        count_failure(stage, OUT_OF_MEMORY)
         logger.warning("%s is out of memory: %s", stage, error)
         return UnavailableError(f"{stage} is out of memory; try again later, or ask for less")
     count_failure(stage, InternalError.reason)
@@ -155,6 +156,7 @@ def as_known_error(error: BaseException, stage: str) -> AudioLDM2Error:
 
 def open_settlements(model: str) -> Settlements:
     """Opens the settlements of a model, which are counted by the gauge of its requests."""
+    show_counters(model)
     return Settlements(model, requests_gauge(model).add)
 
 
@@ -200,6 +202,7 @@ def take(
         entrance: of a model that is the first that a request reaches, which refuses it while the entrance is closed.
     """
     taken = []
+    controls = 0
     for request in requests:
         sender = request.get_response_sender()
         say = stream_message if in_stream or _asks_for_codes(request) else str
@@ -211,10 +214,13 @@ def take(
             if entrance is not None:
                 entrance.check_open()
             read = read_request(request, default_timeout_in_s)
+            controls += bool(read.control)
             settlement.expect_by(read.deadline_ns)
             taken.append(TakenRequest(read, settlement, request.request_id(), sender, requested))
         except BaseException as error:
             settlement.settle(error)
+    if len(requests) > controls:  # each operation is a round trip to the server
+        count_taken(settlements.stage, len(requests) - controls)
     return taken
 
 
