@@ -30,7 +30,7 @@ from audioldm2_triton.server.memory import is_out_of_memory, release_memory
 from audioldm2_triton.server.settings import Settings, read_settings
 from audioldm2_triton.server.settlement import AnsweredError, Settlement, Settlements
 from audioldm2_triton.server.stage_tensors import CODED, CONTROL
-from audioldm2_triton.server.triton_metrics import count_failure, count_taken, requests_gauge, show_counters
+from audioldm2_triton.server.triton_metrics import count_failure, count_taken, requests_gauge
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +92,7 @@ def read_request(request: Any, default_timeout_in_s: float) -> ReadRequest:
     timeout_us = _timeout_us(request, parameters)
     set_before = inputs.get("deadline_ns")
     deadline = 0 if set_before is None or not set_before.size else int(set_before.flat[0])
-    if deadline == 0:
-        deadline = deadline_ns(timeout_us, default_timeout_in_s)
-    return ReadRequest(inputs, parameters, timeout_us, deadline)
+    return ReadRequest(inputs, parameters, timeout_us, deadline or deadline_ns(timeout_us, default_timeout_in_s))
 
 
 def input_arrays(request: Any) -> dict[str, np.ndarray]:
@@ -156,7 +154,6 @@ def as_known_error(error: BaseException, stage: str) -> AudioLDM2Error:
 
 def open_settlements(model: str) -> Settlements:
     """Opens the settlements of a model, which are counted by the gauge of its requests."""
-    show_counters(model)
     return Settlements(model, requests_gauge(model).add)
 
 
@@ -202,7 +199,6 @@ def take(
         entrance: of a model that is the first that a request reaches, which refuses it while the entrance is closed.
     """
     taken = []
-    controls = 0
     for request in requests:
         sender = request.get_response_sender()
         say = stream_message if in_stream or _asks_for_codes(request) else str
@@ -214,13 +210,11 @@ def take(
             if entrance is not None:
                 entrance.check_open()
             read = read_request(request, default_timeout_in_s)
-            controls += bool(read.control)
             settlement.expect_by(read.deadline_ns)
             taken.append(TakenRequest(read, settlement, request.request_id(), sender, requested))
         except BaseException as error:
             settlement.settle(error)
-    if len(requests) > controls:  # each operation is a round trip to the server
-        count_taken(settlements.stage, len(requests) - controls)
+    count_taken(settlements.stage, len(requests) - sum(bool(each.read.control) for each in taken))
     return taken
 
 

@@ -40,6 +40,10 @@ class RequestsGauge:
     def __init__(self, model: str) -> None:
         self._metric = _requests_family().Metric(labels={"model": model})
         self._lock = threading.Lock()
+        # On the page at 0 from the start: a rate does not see a series that begins at 1.
+        _taken(model)
+        for reason in REASONS:
+            _failures(model, reason)
 
     def add(self, requests: int) -> None:
         # Two concurrent operations on one metric bring down the whole server (2.51.0): they share a buffer.
@@ -82,15 +86,10 @@ _failures_lock = threading.Lock()
 _taken_lock = threading.Lock()
 
 
-def show_counters(model: str) -> None:
-    """Puts a stage's counters on the page at 0: a rate does not see a series that begins at 1."""
-    _taken(model)
-    for reason in REASONS:
-        _failures(model, reason)
-
-
 def count_taken(model: str, requests: int) -> None:
     """Counts requests that a stage has taken. Raises nothing, as `count_failure`."""
+    if requests == 0:  # each operation is a round trip to the server
+        return
     try:
         with _taken_lock:  # as `RequestsGauge`
             _taken(model).increment(requests)
