@@ -15,7 +15,7 @@ from project import ROOT
 ARCHITECTURE: Final = ROOT / "model_repository" / "ARCHITECTURE.md"
 OPERATIONS: Final = ROOT / "model_repository" / "OPERATIONS.md"
 PAGES: Final = (
-    *(ROOT / name for name in ("README.md", "CHANGELOG.md")),
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
     *sorted((ROOT / "docker").rglob("*.md")),
     *sorted((ROOT / "model_repository").glob("*.md")),
 )
