@@ -53,6 +53,25 @@ class NonFiniteError(InternalError):
     reason = "non_finite"
 
 
+OUT_OF_MEMORY: Final = "out_of_memory"
+"""The reason of an `UnavailableError` that follows from a lack of memory."""
+
+REASONS: Final = (
+    *(
+        kind.reason
+        for kind in (
+            InvalidArgumentError,
+            UnavailableError,
+            RequestCancelledError,
+            DeadlineExceededError,
+            NonFiniteError,
+            InternalError,
+        )
+    ),
+    OUT_OF_MEMORY,
+)
+"""All labels `reason` in the metrics."""
+
 DEADLINE_EXCEEDED = "deadline exceeded"
 """The message of a `DeadlineExceededError` begins like this, which distinguishes it from a cancellation on the wire."""
 

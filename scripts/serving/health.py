@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Final
 
+from audioldm2_triton.server import metric_names as names
+from serving.control_group import host_memory
+
 STARTING: Final = "starting"
 READY: Final = "ready"
 UNLOADED: Final = "unloaded"  # a model was unloaded by request, or a newly loaded one is not ready
 RESTARTING: Final = "restarting"
 DRAINING: Final = "draining"
 STOPPED: Final = "stopped"
+STATES: Final = (STARTING, READY, UNLOADED, RESTARTING, DRAINING, STOPPED)
 
 
 @dataclass
@@ -31,14 +35,21 @@ class Health:
         return json.dumps({"state": self.state, "restarts": self.restarts, "reason": self.reason}) + "\n"
 
     def metrics(self) -> str:
-        return (
-            "# HELP audioldm2_server_ready Whether the server takes requests.\n"
-            "# TYPE audioldm2_server_ready gauge\n"
-            f"audioldm2_server_ready {int(self.state == READY)}\n"
-            "# HELP audioldm2_server_restarts_total Restarts of a server that had failed.\n"
-            "# TYPE audioldm2_server_restarts_total counter\n"
-            f"audioldm2_server_restarts_total {self.restarts}\n"
+        memory = host_memory()
+        states = {f'{names.SERVER_STATE}{{state="{state}"}}': int(self.state == state) for state in STATES}
+        families = (
+            (names.SERVER_READY, "gauge", "Whether the server takes requests.", int(self.state == READY)),
+            (names.SERVER_STATE, "gauge", "1 for the state that the server is in, 0 for the others.", states),
+            (names.SERVER_RESTARTS_TOTAL, "counter", "Restarts of a server that had failed.", self.restarts),
+            (names.MEMORY_USED_BYTES, "gauge", "Memory in use, of the container or the machine.", memory.used),
+            (names.MEMORY_LIMIT_BYTES, "gauge", "Memory that the container or the machine has.", memory.limit),
         )
+        lines: list[str] = []
+        for name, kind, meaning, value in families:
+            samples = value if isinstance(value, dict) else {name: value}
+            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+            lines += [f"{series} {number}" for series, number in samples.items()]
+        return "\n".join(lines) + "\n"
 
 
 @contextmanager

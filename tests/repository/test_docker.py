@@ -81,7 +81,7 @@ def is_sent(path: str) -> bool:
 @pytest.fixture(scope="module")
 def service() -> dict[str, Any]:
     compose = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
-    (server,) = compose["services"].values()
+    (server,) = (each for each in compose["services"].values() if "profiles" not in each)
     return dict(server)
 
 

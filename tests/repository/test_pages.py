@@ -15,7 +15,8 @@ from project import ROOT
 ARCHITECTURE: Final = ROOT / "model_repository" / "ARCHITECTURE.md"
 OPERATIONS: Final = ROOT / "model_repository" / "OPERATIONS.md"
 PAGES: Final = (
-    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "docker/README.md")),
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docker").rglob("*.md")),
     *sorted((ROOT / "model_repository").glob("*.md")),
 )
 LINKS: Final = [(page, link) for page in PAGES for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text())]

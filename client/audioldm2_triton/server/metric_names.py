@@ -1,4 +1,4 @@
-"""The names of our own metrics on Triton's `/metrics`; `OPERATIONS.md` explains each."""
+"""The names of our own metrics: on Triton's `/metrics`, and the supervisor's; `OPERATIONS.md` explains each."""
 
 from typing import Final
 
@@ -6,6 +6,7 @@ PREFIX: Final = "audioldm2_"
 
 STAGE_REQUESTS: Final = PREFIX + "stage_requests"
 """`scripts/serve` waits for zero before it stops the server."""
+STAGE_REQUESTS_TAKEN_TOTAL: Final = PREFIX + "stage_requests_taken_total"
 STAGE_FAILURES: Final = PREFIX + "stage_failures"
 STAGE_INFO: Final = PREFIX + "stage_info"
 PEAK_MEMORY_BYTES: Final = PREFIX + "peak_memory_bytes"
@@ -14,6 +15,8 @@ ROWS_IN_FLIGHT: Final = PREFIX + "rows_in_flight"
 ROWS_WAITING: Final = PREFIX + "rows_waiting"
 REQUESTS_IN_FLIGHT: Final = PREFIX + "requests_in_flight"
 REQUESTS_WAITING: Final = PREFIX + "requests_waiting"
+ROWS_IN_FLIGHT_LIMIT: Final = PREFIX + "rows_in_flight_limit"
+REQUESTS_WAITING_LIMIT: Final = PREFIX + "requests_waiting_limit"
 ENGINE_BROKEN: Final = PREFIX + "engine_broken"
 ROWS_PER_FORWARD: Final = PREFIX + "rows_per_forward"
 STEP_COUNT: Final = PREFIX + "step_count"
@@ -21,3 +24,10 @@ STEP_DURATION_MS: Final = PREFIX + "step_duration_ms"
 QUEUE_DURATION_US: Final = PREFIX + "queue_duration_us"
 REQUEST_COUNT: Final = PREFIX + "request_count"
 AUDIO_DURATION_S: Final = PREFIX + "audio_duration_s"
+
+# The supervisor's, on the health address.
+SERVER_READY: Final = PREFIX + "server_ready"
+SERVER_STATE: Final = PREFIX + "server_state"
+SERVER_RESTARTS_TOTAL: Final = PREFIX + "server_restarts_total"
+MEMORY_USED_BYTES: Final = PREFIX + "memory_used_bytes"
+MEMORY_LIMIT_BYTES: Final = PREFIX + "memory_limit_bytes"

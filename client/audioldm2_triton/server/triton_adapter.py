@@ -18,6 +18,7 @@ import triton_python_backend_utils as pb_utils
 
 from audioldm2_triton.errors import (
     DEADLINE_EXCEEDED,
+    OUT_OF_MEMORY,
     AudioLDM2Error,
     DeadlineExceededError,
     InternalError,
@@ -29,7 +30,7 @@ from audioldm2_triton.server.memory import is_out_of_memory, release_memory
 from audioldm2_triton.server.settings import Settings, read_settings
 from audioldm2_triton.server.settlement import AnsweredError, Settlement, Settlements
 from audioldm2_triton.server.stage_tensors import CODED, CONTROL
-from audioldm2_triton.server.triton_metrics import count_failure, requests_gauge
+from audioldm2_triton.server.triton_metrics import count_failure, count_taken, requests_gauge
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +92,7 @@ def read_request(request: Any, default_timeout_in_s: float) -> ReadRequest:
     timeout_us = _timeout_us(request, parameters)
     set_before = inputs.get("deadline_ns")
     deadline = 0 if set_before is None or not set_before.size else int(set_before.flat[0])
-    if deadline == 0:
-        deadline = deadline_ns(timeout_us, default_timeout_in_s)
-    return ReadRequest(inputs, parameters, timeout_us, deadline)
+    return ReadRequest(inputs, parameters, timeout_us, deadline or deadline_ns(timeout_us, default_timeout_in_s))
 
 
 def input_arrays(request: Any) -> dict[str, np.ndarray]:
@@ -145,7 +144,7 @@ def as_known_error(error: BaseException, stage: str) -> AudioLDM2Error:
         count_failure(stage, error.reason)
         return error
     if is_out_of_memory(error):
-        count_failure(stage, "out_of_memory")
+        count_failure(stage, OUT_OF_MEMORY)
         logger.warning("%s is out of memory: %s", stage, error)
         return UnavailableError(f"{stage} is out of memory; try again later, or ask for less")
     count_failure(stage, InternalError.reason)
@@ -215,6 +214,7 @@ def take(
             taken.append(TakenRequest(read, settlement, request.request_id(), sender, requested))
         except BaseException as error:
             settlement.settle(error)
+    count_taken(settlements.stage, len(requests) - sum(bool(each.read.control) for each in taken))
     return taken
 
 

@@ -1,4 +1,4 @@
-"""The gauges that all stages have on Triton's `/metrics`.
+"""The metrics that all stages have on Triton's `/metrics`.
 
 Imports `triton_python_backend_utils`, which exists only inside Triton's Python backend.
 """
@@ -11,8 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import triton_python_backend_utils as pb_utils
 
+from audioldm2_triton.errors import REASONS
 from audioldm2_triton.server.memory import peak_memory_bytes
-from audioldm2_triton.server.metric_names import PEAK_MEMORY_BYTES, STAGE_FAILURES, STAGE_INFO, STAGE_REQUESTS
+from audioldm2_triton.server.metric_names import (
+    PEAK_MEMORY_BYTES,
+    STAGE_FAILURES,
+    STAGE_INFO,
+    STAGE_REQUESTS,
+    STAGE_REQUESTS_TAKEN_TOTAL,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +40,10 @@ class RequestsGauge:
     def __init__(self, model: str) -> None:
         self._metric = _requests_family().Metric(labels={"model": model})
         self._lock = threading.Lock()
+        # On the page at 0 from the start: a rate does not see a series that begins at 1.
+        _taken(model)
+        for reason in REASONS:
+            _failures(model, reason)
 
     def add(self, requests: int) -> None:
         # Two concurrent operations on one metric bring down the whole server (2.51.0): they share a buffer.
@@ -57,7 +68,33 @@ def _failures(model: str, reason: str) -> Any:
     return _failures_family().Metric(labels={"model": model, "reason": reason})
 
 
+@cache
+def _taken_family() -> Any:
+    return pb_utils.MetricFamily(
+        name=STAGE_REQUESTS_TAKEN_TOTAL,
+        description="Requests that a stage has taken, refused ones too, control requests not",
+        kind=pb_utils.MetricFamily.COUNTER,
+    )
+
+
+@cache
+def _taken(model: str) -> Any:
+    return _taken_family().Metric(labels={"model": model})
+
+
 _failures_lock = threading.Lock()
+_taken_lock = threading.Lock()
+
+
+def count_taken(model: str, requests: int) -> None:
+    """Counts requests that a stage has taken. Raises nothing, as `count_failure`."""
+    if requests == 0:  # each operation is a round trip to the server
+        return
+    try:
+        with _taken_lock:  # as `RequestsGauge`
+            _taken(model).increment(requests)
+    except Exception:
+        logger.exception("requests cannot be counted")
 
 
 def count_failure(model: str, reason: str) -> None:

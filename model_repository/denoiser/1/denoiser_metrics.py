@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, Final
@@ -21,7 +21,7 @@ from audioldm2_triton.server import metric_names as names
 from audioldm2_triton.server.entrance import FullSign
 from audioldm2_triton.server.geometry import AudioGeometry
 from audioldm2_triton.server.triton_metrics import MemoryGauge
-from engine.limits import EngineLoad
+from engine.limits import EngineLimits, EngineLoad
 from stepping.request import DenoisingRequest
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ class DenoiserMetrics:
         self.rows_waiting = _family(names.ROWS_WAITING, "UNet batch items that wait for room", gauge)
         self.requests_in_flight = _family(names.REQUESTS_IN_FLIGHT, "Requests with rows in flight", gauge)
         self.requests_waiting = _family(names.REQUESTS_WAITING, "Requests that wait for room", gauge)
+        self.rows_in_flight_limit = _family(names.ROWS_IN_FLIGHT_LIMIT, "UNet batch items that may be in flight", gauge)
+        self.requests_waiting_limit = _family(names.REQUESTS_WAITING_LIMIT, "Requests that may wait", gauge)
         self.engine_broken = _family(names.ENGINE_BROKEN, "1 where an engine was taken out", gauge)
         self.rows_per_forward = _family(names.ROWS_PER_FORWARD, "UNet batch items of each forward", histogram)
         self.step_count = _family(names.STEP_COUNT, "Denoising steps run", counter)
@@ -73,6 +75,11 @@ class DenoiserMetrics:
     def observer(self, device: torch.device) -> "EngineMetrics":
         self._engines.append(EngineMetrics(self, device))
         return self._engines[-1]
+
+    def show_limits(self, limits: Sequence[EngineLimits]) -> None:
+        """Reports the limits of the engines, in the order of their observers."""
+        for engine, of_engine in zip(self._engines, limits, strict=True):
+            engine.limited(of_engine)
 
     def close(self) -> None:
         """Reports what is left. Nothing may be observed any more."""
@@ -105,6 +112,9 @@ class EngineMetrics:
             for outcome in ("success", "failure", *OUTCOMES.values())
         }
         self._audio_duration = families.audio_duration.Metric(labels=labels)
+        self._limits = [
+            family.Metric(labels=labels) for family in (families.rows_in_flight_limit, families.requests_waiting_limit)
+        ]
         self._show_full = families.full_sign.add_engine()
         self._busy = False
         self._newest = 0
@@ -112,6 +122,10 @@ class EngineMetrics:
         self._reports: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._report, name=f"metrics-{device}", daemon=True)
         self._thread.start()
+
+    def limited(self, limits: EngineLimits) -> None:
+        for gauge, limit in zip(self._limits, (limits.max_active_rows, limits.max_waiting), strict=True):
+            self._reports.put(partial(gauge.set, limit))
 
     def stepped(self, rows: int, seconds: float) -> None:
         self._reports.put(partial(self._rows_per_forward.observe, rows))

@@ -40,6 +40,7 @@ class TritonPythonModel:
         sign = FullSign(entrance_of(args["model_name"], DENOISER))
         self.metrics = DenoiserMetrics(self.shapes.geometry, args["model_name"], sign)
         self.engines = load_engines(settings, self.shapes.geometry, self.metrics.observer)
+        self.metrics.show_limits([engine.limits for engine in self.engines.engines])
         self.settlements = adapter.open_settlements(args["model_name"])
         first = self.engines.engines[0]
         resolved = resolved_settings(settings, first.device) | {
