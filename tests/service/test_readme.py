@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -47,10 +48,17 @@ def test_grpc_s_own_limit_is_the_one_described(server: LocalServer) -> None:
 
 
 def test_curl_returns_audio(server: LocalServer) -> None:
-    (command,) = (code for code in code_blocks("bash") if code.startswith("curl"))
+    command = next(code for code in code_blocks("bash") if code.startswith("curl") and "audio_format" not in code)
     run = subprocess.run(["bash", "-c", on_test_ports(command, server)], capture_output=True, text=True, check=True)
     answer = json.loads(run.stdout)
     assert len(answer["audio"]) == 2 * 16000
     assert 0.01 < max(map(abs, answer["audio"])) <= 1
     assert answer["seed_used"] == 0
     assert answer["sampling_rate"] == 16000
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
+def test_curl_returns_a_file(server: LocalServer, tmp_path: Path) -> None:
+    (command,) = (code for code in code_blocks("bash") if "audio_format" in code)
+    subprocess.run(["bash", "-euo", "pipefail", "-c", on_test_ports(command, server)], cwd=tmp_path, check=True)
+    assert soundfile.info(tmp_path / "out.wav").duration == 10.24

@@ -1,7 +1,7 @@
 """`scripts/benchmark formats`: the size of an answer, and what it costs, in each way to carry a sound.
 
-A real server makes the same sound again and again, in one denoising step; what differs is how the sound travels. Times
-are until the caller has samples, or the bytes of a file. The ways take turns, so that all see the same machine.
+A real server makes the same sound again and again, in one denoising step; what differs is how the sound travels.
+Times are until the caller has samples, or the bytes of a file. The ways take turns, so that all see the same machine.
 Encoding is also timed alone, in this process.
 """
 
