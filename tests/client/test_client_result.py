@@ -14,7 +14,7 @@ import soundfile
 from matplotlib.image import imread
 
 from audioldm2_triton import GenerationResult, InvalidArgumentError, contract
-from audioldm2_triton.audio.encoding import FORMATS, read_tags
+from audioldm2_triton.audio.encoding import FORMATS, check_encodable, read_tags
 from audioldm2_triton.audio.origin import Origin, read_origin
 from audioldm2_triton.audio.wav import write_wav
 from audioldm2_triton.plot import MIN_HOP, NUM_MELS, WINDOW, log_mel_spectrogram, mel_filters
@@ -132,6 +132,8 @@ def test_a_sampling_rate_that_a_format_does_not_know_is_refused() -> None:
     made = replace(result(tone(440)[None]), sampling_rate=44100)
     with pytest.raises(InvalidArgumentError, match=r"`audio_format`: got 'opus' but expected one that can hold 44100"):
         made.encode("opus")
+    with pytest.raises(InvalidArgumentError, match=r"`audio_format`: got 'opus' but expected one that can hold 44100"):
+        check_encodable("opus", 44100)
 
 
 def test_a_format_that_is_none_is_refused() -> None:
