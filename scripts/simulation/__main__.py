@@ -25,12 +25,17 @@ from stepping.forward_plan import ForwardCosts  # noqa: E402
 LOADS: Final = (0.5, 0.8, 1.0, 1.3, 2.0)
 HEAD: Final = "| policy | load | requests | refused | per s | p50 s | p99 s | interactive p99 s | good | interactive |"
 
+CHECK_HEAD: Final = "| policy | load | | per s | p50 s | p99 s | good |"
+SHORTER: Final = 8  # the lengths and steps of a real run
+
 
 def main() -> int:
     arguments = _parser().parse_args()
     if arguments.command == "measure":
         write_costs(arguments.out, measure_costs(arguments.checkpoint))
         return 0
+    if arguments.command == "check":
+        return _check(arguments)
     costs = read_costs(arguments.costs)
     limits = EngineLimits(arguments.max_active_rows, arguments.max_waiting, arguments.row_frames)
     plans: list[tuple[str, list[Request]]]
@@ -62,6 +67,28 @@ def run(requests: list[Request], costs: ForwardCosts, limits: EngineLimits, devi
     return report(simulate(requests, engines), [not request.is_batch for request in requests])
 
 
+def _check(arguments: argparse.Namespace) -> int:
+    """Prints what the engine did, and below it what the simulator says of the same requests."""
+    from simulation.check import RealEngine, short
+
+    real = RealEngine(arguments.checkpoint)
+    limits = EngineLimits(32, arguments.requests, 256)
+    saturating = short(mixed_requests(arguments.requests, inf, "poisson", 0), SHORTER)
+    rate = real.run(saturating, limits).throughput
+    print(f"{real.costs.plain}; capacity {rate:.4g} requests per s, measured\n{CHECK_HEAD}\n{'|---' * 7}|")
+    for load in arguments.loads:
+        requests = short(mixed_requests(arguments.requests, load * rate, "poisson", 1), SHORTER)
+        for policy in (ARRIVAL, LAXITY):
+            scheduled = replace(limits, scheduling=policy)
+            for name, found in (
+                ("engine", real.run(requests, scheduled)),
+                ("simulated", run(requests, real.costs, scheduled, 1)),
+            ):
+                figures = f"{found.throughput:.3g} | {found.p50:.3g} | {found.p99:.3g} | {found.goodput:.1%}"
+                print(f"| {policy} | {load:g} | {name} | {figures} |", flush=True)
+    return 0
+
+
 def _row(policy: str, name: str, result: Report) -> str:
     figures = (result.throughput, result.p50, result.p99, result.interactive_p99)
     shares = (result.goodput, result.interactive_goodput)
@@ -75,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     measuring = commands.add_parser("measure", help="time the forwards of a checkpoint")
     measuring.add_argument("checkpoint", type=Path)
     measuring.add_argument("--out", type=Path, required=True, help="a file for the costs")
+    checking = commands.add_parser("check", help="the real engine beside the simulator, on this machine")
+    checking.add_argument("checkpoint", type=Path)
+    checking.add_argument("--requests", type=int, default=100)
+    checking.add_argument("--loads", type=float, nargs="+", default=LOADS, help="multiples of the measured capacity")
     running = commands.add_parser("run", help="simulate")
     running.add_argument("costs", type=Path, help="a file that `measure` has written")
     running.add_argument("--trace", type=Path, help="a CSV: arrived_s, frames, steps, waveforms, items, priority")

@@ -94,6 +94,9 @@ def test_interactive_pauses_batch() -> None:
 def test_what_costs_nothing_is_shared_up_to_the_knee() -> None:
     held = [request(0, 10, costs=SHARED) for _ in range(16)]
     assert sum(counts(held, now=0.0, costs=SHARED)) == 8
+    fixed = ForwardCosts(LinearCost(4.0, 1.0), LinearCost(inf, 1.0))
+    # At best 16 items take 20 s. Three in 7 s have more than half of that throughput, two in 6 s have not.
+    assert sum(counts([request(0, 10, costs=fixed) for _ in range(16)], now=0.0, costs=fixed)) == 3
     assert sum(counts(held, now=1000.0, costs=SHARED)) == 16  # nobody urgent
 
 

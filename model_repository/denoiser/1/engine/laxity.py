@@ -26,8 +26,9 @@ from stepping.forward_plan import ForwardCosts
 OBJECTIVE: Final = 3.0
 """In times alone: what serving systems are measured by. A `timeout` says when to give up, not when it is wanted."""
 AGED_SHARE: Final = 0.1
-KNEE: Final = 0.9
-"""The share of the highest throughput at which a round is full enough."""
+KNEE: Final = 0.5
+"""The share of the highest throughput at which a round is full enough: there, what a forward takes besides its items is
+as long as what they take. A higher share costs goodput, a lower one throughput; see `PERFORMANCE.md`."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _fill(
 def _to_the_knee(
     held: Sequence[Held], chosen: list[tuple[int, int]], must_step: int, costs: ForwardCosts, room: Room
 ) -> list[tuple[int, int]]:
-    """Returns the first waveforms that reach the knee, and all of those that must step."""
+    """Returns the first waveforms that reach the knee, and all that must step or make no round longer."""
     waveforms = [held[index].waveforms[part] for index, part in chosen]
     least: dict[int, float] = {}
     for frames in {waveform.frames for waveform in waveforms}:
@@ -194,4 +195,6 @@ def _to_the_knee(
             high = middle
         else:
             low = middle + 1
+    while low < len(chosen) and round_seconds(waveforms[: low + 1], costs) <= round_seconds(waveforms[:low], costs):
+        low += 1  # for nothing
     return chosen[:low]

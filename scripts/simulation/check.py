@@ -1,0 +1,103 @@
+"""The simulator beside the real engine: the same requests, at the same times, on this machine."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Semaphore
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from audioldm2_triton.contract import BATCH, DEFAULT_SCHEDULER, INTERACTIVE
+from audioldm2_triton.server.geometry import read_audio_geometry
+from audioldm2_triton.server.settings import Settings, resolve_device, resolve_dtype
+from denoiser_stage import load_schedule_tables
+from denoising_inputs import draw_noise, read_tensor_shapes
+from engine.engine import Engine
+from engine.laxity import OBJECTIVE, HeldWaveform, seconds_alone
+from engine.limits import EngineLimits
+from simulation.workload import Request
+from stepping.denoising_unet import load_unet
+from stepping.forward_plan import ForwardCosts
+from stepping.request import DenoisingRequest, DenoisingRow, TextStates
+
+
+@dataclass(frozen=True)
+class Measured:
+    throughput: float  # requests per second
+    p50: float
+    p99: float
+    goodput: float
+
+
+class RealEngine:
+    """An engine with a checkpoint's UNet, for one run at a time."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        settings = Settings(str(checkpoint))
+        self._geometry, self._shapes = read_audio_geometry(checkpoint), read_tensor_shapes(settings)
+        self._device = resolve_device(settings)
+        self._dtype = resolve_dtype(settings, self._device)
+        self._tables = load_schedule_tables(checkpoint)
+        self._unet = load_unet(checkpoint, self._geometry.latent_width, self._device, self._dtype, ())
+        with torch.inference_mode():
+            self.costs: ForwardCosts = self._unet.warm_up()
+
+    def run(self, requests: Sequence[Request], limits: EngineLimits) -> Measured:
+        """Sends each request when it arrives; nothing may be refused."""
+        engine = Engine(self._unet, self._tables, limits, lambda: self.costs, self._device, self._dtype)
+        engine.wait_until_warm()
+        made = [self._request(request, seed) for seed, request in enumerate(requests)]
+        latencies = [math.nan] * len(requests)
+        done = Semaphore(0)
+        start = time.monotonic()
+
+        def answer(index: int, outcome: Tensor | Exception) -> None:
+            if isinstance(outcome, Tensor):
+                latencies[index] = time.monotonic() - start - requests[index].arrived
+            done.release()
+
+        for index, (request, real) in enumerate(zip(requests, made, strict=True)):
+            time.sleep(max(0.0, start + request.arrived - time.monotonic()))
+            engine.submit(real, lambda outcome, index=index: answer(index, outcome))
+        for _ in requests:
+            done.acquire()
+        seconds = time.monotonic() - start - requests[0].arrived
+        engine.close()
+        if any(map(math.isnan, latencies)):
+            raise RuntimeError("got an error from the engine but expected latents")
+        good = [
+            latency <= OBJECTIVE * _alone(request, self.costs)
+            for request, latency in zip(requests, latencies, strict=True)
+        ]
+        p50, p99 = (float(value) for value in np.percentile(latencies, (50, 99)))
+        return Measured(len(requests) / seconds, p50, p99, sum(good) / len(good))
+
+    def _request(self, request: Request, seed: int) -> DenoisingRequest:
+        shapes = self._shapes
+        states = TextStates(
+            torch.zeros(8, shapes.prompt_dim), torch.ones(8), torch.zeros(shapes.generated_tokens, shapes.generated_dim)
+        )
+        shape = (request.waveforms, self._geometry.latent_channels, request.frames, self._geometry.latent_width)
+        guided = request.items == 2
+        row = DenoisingRow(
+            *(states, states if guided else None, 3.5 if guided else 1.0, request.steps, DEFAULT_SCHEDULER),
+            noise=draw_noise(seed, shape),
+        )
+        return DenoisingRequest((row,), priority=BATCH if request.is_batch else INTERACTIVE)
+
+
+def short(requests: Sequence[Request], divisor: int) -> list[Request]:
+    """Returns the requests with a fraction of their length and steps, so that a real run ends."""
+    return [
+        replace(request, frames=8 * max(1, request.frames // divisor // 8), steps=max(2, request.steps // divisor))
+        for request in requests
+    ]
+
+
+def _alone(request: Request, costs: ForwardCosts) -> float:
+    part = HeldWaveform(request.items, request.frames, 0, request.steps)
+    return seconds_alone([part] * request.waveforms, costs)
