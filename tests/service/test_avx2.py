@@ -12,19 +12,25 @@ from pathlib import Path
 import pytest
 
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-# The two schedulers that amplify rounding most stand for all against the real server.
-CHOSEN = "test_precision or LMSDiscrete or DEISMultistep"
 
 
 @pytest.mark.timeout(1200)
-def test_precision_and_parity() -> None:
+@pytest.mark.parametrize(
+    ("file", "chosen"),
+    [
+        ("test_precision.py", "test_"),
+        # The two schedulers that amplify rounding most stand for all against the real server.
+        pytest.param("test_parity.py", "LMSDiscrete or DEISMultistep", marks=pytest.mark.slow),
+    ],
+)
+def test_precision_and_parity(file: str, chosen: str) -> None:
     # A session of its own, with a server of its own: the kernels are chosen when torch is imported.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | AVX2
     check = "import torch; assert torch.backends.cpu.get_cpu_capability() == 'AVX2'"
     subprocess.run([sys.executable, "-c", check], env=environment, check=True)
-    options = ("-n", "0", "-p", "no:cacheprovider", "-k", CHOSEN)
+    options = ("-n", "0", "-p", "no:cacheprovider", "-k", chosen)
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "test_precision.py", "test_parity.py"],
+        [sys.executable, "-m", "pytest", *options, file],
         cwd=Path(__file__).parent,
         env=environment,
         capture_output=True,

@@ -108,6 +108,7 @@ def test_settings_that_no_other_test_gives_a_server(tiny_checkpoint: Path, tmp_p
     assert 0 < np.abs(result.audio).max() <= 1
 
 
+@pytest.mark.slow
 def test_every_kind_of_checkpoint_is_served(tiny_checkpoint: Path, tmp_path: Path) -> None:
     kinds = ("music", "large", "speech")
     for kind in kinds:

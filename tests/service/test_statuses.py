@@ -2,7 +2,7 @@
 
 import http.client
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +12,7 @@ import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from audioldm2_triton.server.entrance import Entrance
-from serving.local_server import LocalServer, local_server
+from serving.local_server import LocalServer
 
 FIELDS: Final = {"BYTES": "bytes_contents", "FP32": "fp32_contents", "INT32": "int_contents"}
 Inputs = Mapping[str, tuple[str, Any]]  # type and value by name
@@ -21,16 +21,9 @@ RAIN: Final[Inputs] = {"prompt": ("BYTES", "rain"), "audio_length_in_s": ("FP32"
 LONG: Final = {**RAIN, "num_inference_steps": ("INT32", 200)}
 
 
-@pytest.fixture(scope="module")
-def own_server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    """Nobody else's, since its entrance is closed."""
-    with local_server(tiny_checkpoint, tmp_path_factory.mktemp("statuses") / "log") as running:
-        yield running
-
-
 @pytest.fixture
-def entrance(own_server: LocalServer) -> Entrance:
-    (triton,) = [each for each in psutil.Process(own_server.process.pid).children() if each.name() == "tritonserver"]
+def entrance(server: LocalServer) -> Entrance:
+    (triton,) = [each for each in psutil.Process(server.process.pid).children() if each.name() == "tritonserver"]
     (repository,) = [word for word in triton.cmdline() if word.startswith("--model-repository=")]
     return Entrance(Path(repository.partition("=")[2]).parent)
 
@@ -85,36 +78,36 @@ def assert_streams_say(found: Mapping[str, tuple[str, str]], words: str) -> None
     assert f'"error":"{words}' in found["generate_stream"][1]
 
 
-def test_a_refused_value(own_server: LocalServer) -> None:
-    found = by_every_way(own_server, {**RAIN, "num_inference_steps": ("INT32", 0)})
+def test_a_refused_value(server: LocalServer) -> None:
+    found = by_every_way(server, {**RAIN, "num_inference_steps": ("INT32", 0)})
     assert codes(found) == ["INVALID_ARGUMENT", "400", "400", "400"]
     assert_streams_say(found, "INVALID_ARG: `num_inference_steps`: got 0")
 
 
-def test_no_prompt(own_server: LocalServer) -> None:
-    found = by_every_way(own_server, {"audio_length_in_s": ("FP32", 0.2)})
+def test_no_prompt(server: LocalServer) -> None:
+    found = by_every_way(server, {"audio_length_in_s": ("FP32", 0.2)})
     assert codes(found) == ["INVALID_ARGUMENT", "400", "400", "400"]
 
 
-def test_a_wrong_type(own_server: LocalServer) -> None:
-    found = by_every_way(own_server, {**RAIN, "num_inference_steps": ("FP32", 2.5)})
+def test_a_wrong_type(server: LocalServer) -> None:
+    found = by_every_way(server, {**RAIN, "num_inference_steps": ("FP32", 2.5)})
     assert codes(found) == ["INVALID_ARGUMENT", "400", "500", "500"]
     assert "INVALID_ARG" not in found["gRPC stream"][1]
 
 
-def test_a_deadline(own_server: LocalServer) -> None:
-    found = by_every_way(own_server, LONG, timeout=1000)
+def test_a_deadline(server: LocalServer) -> None:
+    found = by_every_way(server, LONG, timeout=1000)
     assert codes(found) == ["CANCELLED", "400", "400", "400"]
     assert all("deadline exceeded" in said for _, said in found.values())
     assert_streams_say(found, "CANCELLED: deadline exceeded")
 
 
-def test_a_full_server(own_server: LocalServer, entrance: Entrance) -> None:
+def test_a_full_server(server: LocalServer, entrance: Entrance) -> None:
     sign = entrance.full("denoiser")
     assert sign is not None
     sign.touch()
     try:
-        found = by_every_way(own_server, RAIN)
+        found = by_every_way(server, RAIN)
     finally:
         sign.unlink()
     assert codes(found) == ["UNAVAILABLE", "503", "400", "400"]
@@ -132,7 +125,7 @@ def test_a_full_server(own_server: LocalServer, entrance: Entrance) -> None:
         ("audioldm2_stream/generate", b'{"prompt": "rain", "audio_length_in_s": 0.2, "num_inference_steps": 1}', "200"),
     ],
 )
-def test_what_is_no_request_of_this_model(path: str, body: bytes, status: str, own_server: LocalServer) -> None:
-    found = post(own_server, path, body)
+def test_what_is_no_request_of_this_model(path: str, body: bytes, status: str, server: LocalServer) -> None:
+    found = post(server, path, body)
     assert found[0] == status
     assert '"error":' in found[1]

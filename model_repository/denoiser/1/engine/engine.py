@@ -228,7 +228,7 @@ class Engine:
             if self._groups.stale:
                 with self._changed:
                     request_of = self._roster.request_of()
-                waveforms = (*request_of, *(self._groups.waveforms - request_of.keys()))  # those that pause too
+                waveforms = (*request_of, *(self._groups.waveforms & self._roster.paused.keys()))
                 self._groups.regroup(request_of)
             group = self._groups.next()
             if group is None:
