@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -25,16 +25,16 @@ from audioldm2_triton.errors import (
     UnavailableError,
     stream_message,
 )
+from audioldm2_triton.server.deadlines import deadline_ns
 from audioldm2_triton.server.entrance import Entrance
 from audioldm2_triton.server.memory import is_out_of_memory, release_memory
+from audioldm2_triton.server.request_log import log_outcome
 from audioldm2_triton.server.settings import Settings, read_settings
 from audioldm2_triton.server.settlement import AnsweredError, Settlement, Settlements
 from audioldm2_triton.server.stage_tensors import CODED, CONTROL
 from audioldm2_triton.server.triton_metrics import count_failure, count_taken, requests_gauge
 
 logger = logging.getLogger(__name__)
-
-LATEST_DEADLINE_NS: Final = 2**63 - 1
 
 Outputs: TypeAlias = Mapping[str, np.ndarray]
 """The tensors of a response by name."""
@@ -99,12 +99,6 @@ def input_arrays(request: Any) -> dict[str, np.ndarray]:
     """The tensors of a request by name; BYTES arrive as object arrays of `bytes`."""
     # Copies, because Triton's buffers are gone once execute() has returned or the request is answered.
     return {tensor.name(): tensor.as_numpy().copy() for tensor in request.inputs()}
-
-
-def deadline_ns(timeout_us: int, default_timeout_in_s: float) -> int:
-    """Returns the deadline of a request that has just arrived, on the monotonic clock in ns; 0: none."""
-    timeout_ns = timeout_us * 1000 if timeout_us > 0 else int(default_timeout_in_s * 1e9)
-    return min(time.monotonic_ns() + timeout_ns, LATEST_DEADLINE_NS) if timeout_ns > 0 else 0
 
 
 def _timeout_us(request: Any, parameters: Mapping[str, Any]) -> int:
@@ -201,11 +195,12 @@ def take(
     taken = []
     for request in requests:
         sender = request.get_response_sender()
-        say = stream_message if in_stream or _asks_for_codes(request) else str
         requested = frozenset(request.requested_output_names())
-        settlement: Settlement[T] = settlements.take(
-            partial(_final_response, outputs, requested, settlements.stage, say), partial(_send_final, sender)
-        )
+        is_part = _asks_for_codes(request)  # of a stream
+        say = stream_message if in_stream or is_part else str
+        logged_as = None if is_part else request.request_id()
+        prepare = partial(_final_response, outputs, requested, settlements.stage, say, logged_as)
+        settlement: Settlement[T] = settlements.take(prepare, partial(_send_final, sender))
         try:
             if entrance is not None:
                 entrance.check_open()
@@ -230,8 +225,11 @@ def _final_response(
     requested: Collection[str],
     stage: str,
     say: Callable[[AudioLDM2Error], str],
+    logged_as: str | None,
     outcome: T | BaseException,
 ) -> Any:
+    if logged_as is not None:
+        log_outcome(stage, logged_as, outcome)
     if isinstance(outcome, BaseException):
         return error_response(outcome, stage, say)
     return response(outputs(outcome), requested)
