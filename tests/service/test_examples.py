@@ -20,7 +20,7 @@ from serving.local_server import LocalServer
 
 PAGE: Final = (ROOT / "model_repository" / "EXAMPLES.md").read_text()
 EXAMPLES: Final = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
-NAMES: Final = ("curl", "best", "command", "plain", "asyncio", "diffusers", "node", "events")
+NAMES: Final = ("curl", "best", "command", "plain", "asyncio", "diffusers", "node", "events", "binary")
 FILES: Final = {
     "curl": ["curl.mp3"],
     "best": ["best.wav"],
@@ -33,6 +33,7 @@ FILES: Final = {
     "diffusers": ["best.flac"],
     "node": ["node.flac"],
     "events": ["node.opus"],
+    "binary": ["binary.flac"],
 }
 
 
