@@ -26,7 +26,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ImportError("plots need matplotlib: pip install 'audioldm2-triton[plot]'") from None
+        raise ImportError("plots need matplotlib: pip install matplotlib") from None
 
 
 def save_plot(path: str | PathLike[str], samples: NDArray[np.float32], sampling_rate: int, title: str = "") -> Path:
