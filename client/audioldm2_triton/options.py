@@ -179,12 +179,12 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
         parser.error("several prompts and --batch need -o DIRECTORY and cannot be combined with --plot")
     if len(arguments.seed) > 1 and arguments.plot is not None:
         parser.error("several seeds cannot be combined with --plot")
+    several = many or len(arguments.seed) > 1
     if arguments.output == STANDARD_OUTPUT:
-        if many or len(arguments.seed) > 1:
+        if several:
             parser.error("-o - is for one prompt with one seed")
         if sys.stdout.isatty():
             parser.error("-o -: got a terminal but expected a pipe or a file")
-    several = many or len(arguments.seed) > 1
     if arguments.priority is None:
         arguments.priority = contract.BATCH if several else contract.DEFAULT_PRIORITY
     if arguments.max_retries is None:

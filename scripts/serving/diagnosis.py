@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from typing import Final
 
 from audioldm2_triton.server import metric_names
-from audioldm2_triton.server.stage_tensors import DECODER
+from audioldm2_triton.server.stage_tensors import DECODER, TEXT_CONDITIONING
 
 _BROKEN: Final = f"{metric_names.ENGINE_BROKEN}{{"
 # Triton's own: requests that wait for a model to take them, and how often it has taken some.
 _PENDING: Final = "nv_inference_pending_request_count{"
 _EXECUTIONS: Final = "nv_inference_exec_count{"
 _PENDING_MODEL: Final = re.compile(r'nv_inference_pending_request_count\{model="([^"]*)"')
+# Our own: the text stage takes requests at once, and batches them itself.
+_INSIDE: Final = f"{metric_names.STAGE_REQUESTS}{{"
+_TAKEN: Final = f"{metric_names.STAGE_REQUESTS_TAKEN_TOTAL}{{"
+_TEXT_STAGE: Final = f'{TEXT_CONDITIONING}"}}'  # how the names of its series end
 _IN_FLIGHT: Final = f"{metric_names.ROWS_IN_FLIGHT}{{"
 
 
@@ -87,6 +91,10 @@ def _symptoms(
             executions = name.replace(_PENDING, _EXECUTIONS)
             if observation.metrics.get(executions) == previous.metrics.get(executions):
                 yield f"the model{{{name.removeprefix(_PENDING)} takes no request", patience.stalled_in_s
+        if name.startswith(_INSIDE) and name.endswith(_TEXT_STAGE) and rows > 0 and previous.metrics.get(name, 0) > 0:
+            taken = name.replace(_INSIDE, _TAKEN)
+            if observation.metrics.get(taken, 0) - rows == previous.metrics.get(taken, 0) - previous.metrics[name]:
+                yield f"the model{{{name.removeprefix(_INSIDE)} answers no request", patience.stalled_in_s
 
 
 MAX_WAITING_FOR_DECODER: Final = 64

@@ -74,6 +74,23 @@ def test_a_model_that_takes_no_request_stalls_only_while_some_wait() -> None:
     assert first_failure(*series(*slow)) is None
 
 
+def test_a_text_stage_that_answers_nothing_stalls_only_with_requests_inside() -> None:
+    labels = '{model="music_text_conditioning"}'
+
+    def inside(requests: float, answered: float) -> dict[str, float]:
+        return {
+            f"audioldm2_stage_requests{labels}": requests,
+            f"audioldm2_stage_requests_taken_total{labels}": requests + answered,
+        }
+
+    assert first_failure(*series(*[inside(0, 7)] * 60)) is None
+    assert first_failure(*series(*[inside(2, 7)] * 60)) == (21.0, f"the model{labels} answers no request")
+    # More and more come, and none is answered.
+    assert first_failure(*series(*[inside(2 + second, 7) for second in range(60)])) is not None
+    slow = [inside(2, second // 15) for second in range(200)]  # an answer every 15 s
+    assert first_failure(*series(*slow)) is None
+
+
 def test_a_silent_metrics_page_is_a_failure_in_time() -> None:
     assert first_failure(*series(*[None] * 60)) == (10.0, "the metrics page does not answer")
     assert first_failure(*series(*[*[None] * 9, page(0, 0)] * 5)) is None

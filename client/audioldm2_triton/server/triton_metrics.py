@@ -41,9 +41,9 @@ class RequestsGauge:
         self._metric = _requests_family().Metric(labels={"model": model})
         self._lock = threading.Lock()
         # On the page at 0 from the start: a rate does not see a series that begins at 1.
-        _taken(model)
+        _taken.add(0, model=model)
         for reason in REASONS:
-            _failures(model, reason)
+            _failures.add(0, model=model, reason=reason)
 
     def add(self, requests: int) -> None:
         # Two concurrent operations on one metric bring down the whole server (2.51.0): they share a buffer.
@@ -54,56 +54,41 @@ class RequestsGauge:
 requests_gauge = cache(RequestsGauge)
 
 
-@cache
-def _failures_family() -> Any:
-    return pb_utils.MetricFamily(
-        name=STAGE_FAILURES,
-        description="Requests that a stage has answered with an error",
-        kind=pb_utils.MetricFamily.COUNTER,
-    )
+class _Counters:
+    """Counters of one family by their labels, safe from any thread. The family is made with its first counter."""
+
+    def __init__(self, name: str, description: str) -> None:
+        self._family = cache(lambda: pb_utils.MetricFamily(name, description, pb_utils.MetricFamily.COUNTER))
+        self._counters: dict[tuple[str, ...], Any] = {}
+        self._lock = threading.Lock()
+
+    def add(self, count: int, **labels: str) -> None:
+        """Adds to a counter; 0 shows it on the page. Raises nothing: a count must not cost the answer."""
+        try:
+            with self._lock:  # as `RequestsGauge`
+                key = tuple(labels.values())
+                if key not in self._counters:
+                    self._counters[key] = self._family().Metric(labels=labels)
+                if count:  # each operation is a round trip to the server
+                    self._counters[key].increment(count)
+        except Exception:
+            logger.exception("%d cannot be counted: %s", count, labels)
 
 
-@cache
-def _failures(model: str, reason: str) -> Any:
-    return _failures_family().Metric(labels={"model": model, "reason": reason})
-
-
-@cache
-def _taken_family() -> Any:
-    return pb_utils.MetricFamily(
-        name=STAGE_REQUESTS_TAKEN_TOTAL,
-        description="Requests that a stage has taken, refused ones too, control requests not",
-        kind=pb_utils.MetricFamily.COUNTER,
-    )
-
-
-@cache
-def _taken(model: str) -> Any:
-    return _taken_family().Metric(labels={"model": model})
-
-
-_failures_lock = threading.Lock()
-_taken_lock = threading.Lock()
+_failures = _Counters(STAGE_FAILURES, "Requests that a stage has answered with an error")
+_taken = _Counters(
+    STAGE_REQUESTS_TAKEN_TOTAL, "Requests that a stage has taken, refused ones too, control requests not"
+)
 
 
 def count_taken(model: str, requests: int) -> None:
-    """Counts requests that a stage has taken. Raises nothing, as `count_failure`."""
-    if requests == 0:  # each operation is a round trip to the server
-        return
-    try:
-        with _taken_lock:  # as `RequestsGauge`
-            _taken(model).increment(requests)
-    except Exception:
-        logger.exception("requests cannot be counted")
+    """Counts requests that a stage has taken."""
+    _taken.add(requests, model=model)
 
 
 def count_failure(model: str, reason: str) -> None:
-    """Counts a request that a stage has answered with an error. Raises nothing: a count must not cost the answer."""
-    try:
-        with _failures_lock:  # as `RequestsGauge`
-            _failures(model, reason).increment(1)
-    except Exception:
-        logger.exception("a failure cannot be counted")
+    """Counts a request that a stage has answered with an error."""
+    _failures.add(1, model=model, reason=reason)
 
 
 class InfoSeries:

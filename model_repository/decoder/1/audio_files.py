@@ -1,18 +1,18 @@
 """The audio of a request as files, where it wants them instead of samples."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from audioldm2_triton.audio.encoding import encode_audio
 from audioldm2_triton.audio.origin import Origin, tags_of
-from audioldm2_triton.server.wanted_file import WantedFile, unpack_wanted
+from audioldm2_triton.server.wanted_file import WantedFile
 from decoding import in_order
 
 
 def with_files(
-    inputs: Mapping[str, np.ndarray], outputs: dict[str, np.ndarray], checkpoint: str
+    wanted: Sequence[WantedFile], inputs: Mapping[str, np.ndarray], outputs: dict[str, np.ndarray], checkpoint: str
 ) -> dict[str, np.ndarray]:
     """Returns a request's outputs with `encoded_audio`, BYTES [B, N], best first; empty where no file is wanted.
 
@@ -21,7 +21,6 @@ def with_files(
     if "order" not in outputs:
         return outputs
     files = np.full(outputs["order"].shape, b"", np.object_)
-    wanted = unpack_wanted(inputs.get("audio_file"))
     if not wanted:
         return {**outputs, "encoded_audio": files}
     audio = outputs["audio"] if "audio" in outputs else in_order(inputs["audio"], outputs["order"])

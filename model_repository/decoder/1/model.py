@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -12,9 +12,11 @@ from audioldm2_triton.server import triton_adapter as adapter
 from audioldm2_triton.server.geometry import read_audio_geometry
 from audioldm2_triton.server.settings import checkpoint_name, resolve_device, resolved_settings
 from audioldm2_triton.server.triton_metrics import InfoSeries, MemoryGauge
-from audioldm2_triton.server.wanted_file import unpack_wanted
+from audioldm2_triton.server.wanted_file import WantedFile, unpack_wanted
 from decoder_stage import load_decoder_stage
 from decoding_parts import check_decodable, decode_parts
+
+ParsedRequest: TypeAlias = tuple[str, dict[str, np.ndarray], list[WantedFile]]  # its control and its inputs first
 
 
 class TritonPythonModel:
@@ -37,14 +39,14 @@ class TritonPythonModel:
     def finalize(self) -> None:
         self.settlements.close()
 
-    def _parse(self, request: adapter.ReadRequest) -> tuple[str, dict[str, np.ndarray]]:
+    def _parse(self, request: adapter.ReadRequest) -> ParsedRequest:
         faults.at("decoder.parse")
         check_decodable(request.control, request.inputs, self.geometry, self.scorer.text_dim)
-        unpack_wanted(request.inputs.get("audio_file"))
-        return request.control, request.inputs
+        return request.control, request.inputs, unpack_wanted(request.inputs.get("audio_file"))
 
-    def _decode(self, requests: list[tuple[str, dict[str, np.ndarray]]]) -> list[dict[str, np.ndarray]]:
-        results = decode_parts(self.decoder, self.scorer, requests)
+    def _decode(self, requests: list[ParsedRequest]) -> list[dict[str, np.ndarray]]:
+        results = decode_parts(self.decoder, self.scorer, [(control, inputs) for control, inputs, _ in requests])
         return [
-            with_files(inputs, outputs, self.checkpoint) for (_, inputs), outputs in zip(requests, results, strict=True)
+            with_files(wanted, inputs, outputs, self.checkpoint)
+            for (_, inputs, wanted), outputs in zip(requests, results, strict=True)
         ]
