@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import secrets
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -25,6 +24,7 @@ from audioldm2_triton.server.settings import (
 )
 from audioldm2_triton.terminal import escape_unprintable
 from audioldm2_triton.transport.endpoint import API_KEY_HEADER, API_KEY_VARIABLE
+from serving.checkpoint_directory import SCRIPTS, local_checkpoint, verify_checkpoint
 from serving.diagnosis import Patience, RestartLimit
 from serving.health import Health, health_server
 from serving.installation import InstallationError, find_triton
@@ -41,7 +41,6 @@ from serving.supervision import (
     run_server,
 )
 
-SCRIPTS: Final = Path(__file__).resolve().parent.parent
 MODEL_REPOSITORY: Final = SCRIPTS.parent / "model_repository"
 DEFAULT_CACHE: Final = "~/.cache/audioldm2-triton"
 _NAME: Final = re.compile(r"[A-Za-z]\w*", re.ASCII)
@@ -123,7 +122,9 @@ def parse_arguments() -> argparse.Namespace:
         f"(default: {RestartLimit.longest_delay_in_s:g})",
     )
     parser.add_argument(
-        "--cache-dir", default=DEFAULT_CACHE, help=f"where hub checkpoints are stored (default: {DEFAULT_CACHE})"
+        "--cache-dir",
+        default=DEFAULT_CACHE,
+        help=f"where hub checkpoints are stored, and which were verified (default: {DEFAULT_CACHE})",
     )
     parser.add_argument("triton_arguments", nargs="*", help="after --: more arguments for tritonserver")
     return parser.parse_args()
@@ -172,15 +173,22 @@ def _check_triton_arguments(arguments: Sequence[str]) -> None:
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Settings]:
     """The settings of each checkpoint, by the prefix of its models' names. Raises `SettingsError`, `ServerError`."""
-    given = {field.name: getattr(arguments, field.name) for field in fields(Settings)}
-    further = _further_checkpoints(arguments.also)
+    given = {
+        field.name: getattr(arguments, field.name) or os.environ.get(environment_name(field.name), "")
+        for field in fields(Settings)
+    }
+    checkpoints = {"": given["checkpoint"], **_further_checkpoints(arguments.also)}
+    # Whatever can be refused at once is, before the minutes that fetching, verifying and loading may take.
+    early = read_settings({**given, "checkpoint": "not known yet"}, {})
+    if early.device.startswith("cuda"):
+        resolve_device(early)
     cache = Path(arguments.cache_dir).expanduser()
-    settings = {"": read_settings(_with_local_checkpoint(given, cache, "--checkpoint"), {})}
-    for prefix, checkpoint in further.items():
-        of_checkpoint = _with_local_checkpoint({**given, "checkpoint": checkpoint}, cache, "--also")
-        settings[prefix] = read_settings(of_checkpoint, {})
-    if settings[""].device.startswith("cuda"):  # all checkpoints have the same
-        resolve_device(settings[""])  # raises what the stages would, before minutes of loading
+    settings: dict[str, Settings] = {}
+    for prefix, checkpoint in checkpoints.items():
+        option = "--also" if prefix else "--checkpoint"
+        directory = local_checkpoint(checkpoint, cache, option)
+        verify_checkpoint(directory, cache, option)
+        settings[prefix] = read_settings({**given, "checkpoint": str(directory)}, {})
     return settings
 
 
@@ -194,35 +202,6 @@ def _further_checkpoints(given: Sequence[str]) -> dict[str, str]:
             raise SettingsError(f"--also: got {text!r} but expected {expected}")
         checkpoints[f"{name}_"] = checkpoint
     return checkpoints
-
-
-def _with_local_checkpoint(given: dict[str, str], cache: Path, option: str) -> dict[str, str]:
-    """Returns the settings as text, from the command line or the environment, with a verified local checkpoint."""
-    resolved = {name: value or os.environ.get(environment_name(name), "") for name, value in given.items()}
-    checkpoint = resolved["checkpoint"]
-    if not checkpoint:
-        raise SettingsError(f"{option}: got nothing but expected a directory or a hub id")
-    path = Path(checkpoint).expanduser()
-    # A hub id, with a revision or without: cvssp/audioldm2, cvssp/audioldm2@refs/pr/3.
-    repository, _, revision = checkpoint.partition("@")
-    if not path.exists() and repository.count("/") == 1 and not repository.startswith((".", "~", "/")):
-        path = cache / (f"{repository}@{revision.replace('/', '--')}" if revision else repository)
-        if not path.exists():
-            asked = ("--revision", revision) if revision else ()
-            _run_checkpoint_command(option, "fetch", repository, *asked, "--out", str(path))
-    if not path.is_dir():
-        raise SettingsError(f"{option}: got {checkpoint!r} but expected a directory or a hub id")
-    _run_checkpoint_command(option, "verify", str(path))
-    return {**resolved, "checkpoint": str(path.resolve())}
-
-
-def _run_checkpoint_command(option: str, *arguments: str) -> None:
-    """Runs it in a separate process, so that the memory of its imports is free again when the server runs."""
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
-    command = [sys.executable, "-m", "checkpoints", *arguments]
-    # Standard output belongs to this command; progress bars and faults go to standard error.
-    if subprocess.run(command, env=environment, stdout=sys.stderr).returncode:
-        raise ServerError(f"{option}: {' '.join(arguments[:2])} failed, see above")
 
 
 def _serve(

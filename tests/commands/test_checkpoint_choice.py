@@ -13,6 +13,7 @@ from environments import python
 from hub_fetching import Fetch, assert_refused, contents, hub_environment
 from hub_stand_in import Hub
 from project import ROOT
+from serving.local_server import free_ports
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -68,10 +69,11 @@ def test_a_revision_of_a_pull_request(hub: Hub, fetch: Fetch, tmp_path: Path) ->
 
 def test_serve_takes_a_revision(hub: Hub, tmp_path: Path) -> None:
     hub.branch = "refs/pr/3"
-    arguments = [f"--checkpoint={hub.repo_id}@refs/pr/3", f"--cache-dir={tmp_path / 'cache'}", "--dtype=float8"]
-    command = [python("tools"), "-m", "serving", *arguments]
+    options = [f"--{name}-port={port}" for name, port in zip(("http", "grpc", "metrics"), free_ports(3), strict=True)]
+    options += [f"--checkpoint={hub.repo_id}@refs/pr/3", f"--cache-dir={tmp_path / 'cache'}", "--health-port=0"]
+    command = [python("tools"), "-m", "serving", *options, "--", "--no-such-option-of-triton"]
     variables = {**hub_environment(hub, tmp_path), "PYTHONPATH": str(ROOT / "scripts")}
-    # It does not start: the fetch comes first, and then a setting that it refuses.
+    # It does not start: the fetch comes first, and then Triton refuses.
     run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
     assert run.returncode == 1
     assert (tmp_path / "cache" / f"{hub.repo_id}@refs--pr--3" / UNET).is_file(), run.stderr
