@@ -42,6 +42,8 @@ class Observation:
 class Patience:
     """For how many seconds a symptom may last before the server counts as failed."""
 
+    answering_in_s: float = 3.0  # of a broken engine that refuses what it held, as long as requests are inside
+    answered_in_s: float = 1.0  # the last answers may be on their way when nothing is inside any more
     stopped_in_s: float = 3.0
     silent_in_s: float = 60.0
     stalled_in_s: float = 600.0
@@ -79,7 +81,9 @@ def _symptoms(
     for name, value in observation.metrics.items():
         if name.startswith(_BROKEN):
             broken.setdefault(name.partition('model="')[2].partition('"')[0], []).append(value > 0)
-    yield from ((f"all engines of {model} are broken", 0.0) for model, engines in broken.items() if all(engines))
+    inside = observation.metrics.get(metric_names.STAGE_REQUESTS, 0) > 0
+    allowed = patience.answering_in_s if inside else patience.answered_in_s
+    yield from ((f"all engines of {model} are broken", allowed) for model, engines in broken.items() if all(engines))
     if previous is None or previous.metrics is None:
         return
     for name, rows in observation.metrics.items():

@@ -98,7 +98,13 @@ def test_a_silent_metrics_page_is_a_failure_in_time() -> None:
 
 def test_one_broken_engine_of_two_is_no_failure() -> None:
     assert first_failure(*series(page(0, 0, broken=1))) is None
-    assert first_failure(*series(page(0, 0, 1, 1))) == (0.0, "all engines of denoiser are broken")
+    assert first_failure(*series(*[page(0, 0, 1, 1)] * 5)) == (1.0, "all engines of denoiser are broken")
+
+
+def test_a_broken_engine_has_time_to_answer_what_it_held() -> None:
+    busy = page(0, 0, 1, 1) | {"audioldm2_stage_requests": 2.0}
+    assert first_failure(*series(*[busy] * 9)) == (3.0, "all engines of denoiser are broken")
+    assert first_failure(*series(busy, busy, *[page(0, 0, 1, 1)] * 9)) == (2.0, "all engines of denoiser are broken")
 
 
 def test_a_decoder_is_full_when_too_many_wait_for_it() -> None:
