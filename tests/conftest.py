@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-# Before anything imports torch: idle OpenMP threads that spin take the cores from the server's processes.
+# Before anything imports torch: idle OpenMP threads that spin take the cores from the server's processes. And servers
+# would measure how many threads to use; the number decides the last bits of a product.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Whoever starts the suite with Ctrl-C or SIGHUP ignored (a shell's background job, nohup, some CI) would have every
 # program that is tested ignore it too: programs inherit that.

@@ -23,24 +23,15 @@ CALLS = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Servers measure how many threads to use, and the number decides the last bits of a product."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-
-
 @pytest.fixture(scope="module")
 def offloading_server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     with local_server(tiny_checkpoint, tmp_path_factory.mktemp("offload") / "log", "--offload=on") as running:
         yield running
 
 
-def test_no_bit_of_the_audio_changes(tiny_checkpoint: Path, tmp_path: Path, offloading_server: LocalServer) -> None:
+def test_no_bit_of_the_audio_changes(server: LocalServer, offloading_server: LocalServer) -> None:
     with (
-        local_server(tiny_checkpoint, tmp_path / "log") as resident_server,
-        AudioLDM2Client(resident_server.grpc_url) as resident,
+        AudioLDM2Client(server.grpc_url) as resident,
         AudioLDM2Client(offloading_server.grpc_url) as offloaded,
     ):
         for client in (resident, offloaded):

@@ -86,28 +86,6 @@ def test_every_schedule_in_a_process_of_its_own(name: str, tiny_checkpoint: Path
     assert report["numpy"].startswith("2." if name == "image" else "1.26.")
 
 
-def test_settings_that_no_other_test_gives_a_server(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    arguments = (
-        "--device=cpu",
-        "--dtype=float32",
-        "--compile=off",
-        "--max-audio-length-in-s=0.5",
-        "--max-num-waveforms-per-prompt=2",
-        "--embedding-cache-size=0",
-        "--guidance-interval=0.1,0.7",
-        "--timestep-spacing=karras",
-    )
-    with (
-        local_server(tiny_checkpoint, tmp_path / "log", *arguments) as server,
-        AudioLDM2Client(server.http_url) as client,
-    ):
-        limits = client.server_info().limits
-        assert (limits.max_audio_length_in_s, limits.max_num_waveforms_per_prompt) == (0.5, 2)
-        result = client.generate("rain", audio_length_in_s=0.5, num_inference_steps=3, num_waveforms_per_prompt=2)
-    assert result.audio.shape == (2, 8000)
-    assert 0 < np.abs(result.audio).max() <= 1
-
-
 @pytest.mark.slow
 def test_every_kind_of_checkpoint_is_served(tiny_checkpoint: Path, tmp_path: Path) -> None:
     kinds = ("music", "large", "speech")

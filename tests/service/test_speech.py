@@ -222,16 +222,12 @@ def test_512_states_unless_told_otherwise(
 ) -> None:
     """As the pipeline's documentation demands for speech: through both doors, uncompiled and compiled."""
     reference = Reference(speech_checkpoint, max_new_tokens=512)
-    calls = [
-        Call(PROMPT, "low quality", 0.32, 3, 3.5, 1, 1, transcription=GREETING),
-        Call("a man whispers", "", 0.2, 2, 1.0, 1, 2, transcription="No!"),
-    ]
+    call = Call(PROMPT, "low quality", 0.32, 3, 3.5, 1, 1, transcription=GREETING)
     options = (f"--compile={compile_option}", "--compile-lengths-in-s=0.32")
     with (
         local_server(speech_checkpoint, tmp_path_factory.mktemp("512") / "log", *options) as running,
         AudioLDM2Client(running.grpc_url) as client,
     ):
-        for call in calls:
-            for ensemble in (True, False):
-                result = generate(client, call, ensemble)
-                assert difference(result.audio, reference.generate(call)) <= reference.tolerance(call)
+        for ensemble in (True, False):
+            result = generate(client, call, ensemble)
+            assert difference(result.audio, reference.generate(call)) <= reference.tolerance(call)
