@@ -272,7 +272,7 @@ def _serve(
         command,
         stop,
         health,
-        lambda: _report_ready(arguments, health),
+        lambda: _report_ready(arguments),
         arguments.drain_timeout_in_s,
         Patience(stalled_in_s=arguments.stall_timeout_in_s),
         RestartLimit(arguments.max_restarts, longest_delay_in_s=arguments.max_restart_delay_in_s),
@@ -287,10 +287,7 @@ def _restricted_to(api_key: str) -> list[str]:
     return [f"--http-restricted-api={guarded}", f"--grpc-restricted-protocol={guarded}"]
 
 
-def _report_ready(arguments: argparse.Namespace, health: Health) -> None:
-    if health.restarts:
-        logging.getLogger(__name__).info("ready again after restart %d", health.restarts)
-        return
+def _report_ready(arguments: argparse.Namespace) -> None:
     host = "localhost" if arguments.host in ("127.0.0.1", "0.0.0.0") else arguments.host
     print(
         f"ready: grpc://{host}:{arguments.grpc_port} http://{host}:{arguments.http_port}"

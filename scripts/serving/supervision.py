@@ -120,7 +120,9 @@ def run_server(
     patience: Patience | None = None,
     limit: RestartLimit | None = None,
 ) -> None:
-    """Runs the server until a stop signal; replaces it whenever it fails after it was ready.
+    """Runs the server until a stop signal; replaces it whenever it crashes, or fails after it was ready.
+
+    Calls `on_ready` once, when it is ready for the first time.
 
     A first stop signal drains: new requests are refused, those inside are answered, at most `drain_timeout_in_s` long.
     A second one stops at once.
@@ -131,10 +133,20 @@ def run_server(
     patience, limit = patience or Patience(), limit or RestartLimit()
     stop.raises = False
     failures: tuple[float, ...] = ()
+    announced = False
+
+    def announce() -> None:
+        nonlocal announced
+        if announced:
+            logger.info("ready again after restart %d", health.restarts)
+        else:
+            on_ready()
+        announced = True
+
     try:
         while True:
             running = _start(command)
-            reason = _watch(running, command, stop, health, on_ready, patience)
+            reason = _watch(running, command, stop, health, announce, patience)
             if reason is None:
                 health.state = states.DRAINING
                 _drain(running, command, stop, drain_timeout_in_s)
@@ -142,7 +154,9 @@ def run_server(
             end_server(command.directory)
             running.process.wait()
             running.log.join(timeout=5)
-            if not failures and health.state == states.STARTING:
+            # A signal that ends a server while it starts is no refusal: 2.51.0 aborts on a machine that is starved.
+            refused = running.failures or running.process.returncode >= 0
+            if not failures and health.state == states.STARTING and refused:
                 raise ServerError(running.failures[0] if running.failures else reason)
             failures += (time.monotonic(),)
             delay = restart_delay(failures, limit)

@@ -211,7 +211,7 @@ def test_a_drain_refuses_new_requests_and_finishes_those_inside(tiny_checkpoint:
 
 @pytest.mark.parametrize("signal_number", [signal.SIGHUP, signal.SIGKILL])
 def test_nothing_is_left_of_a_supervisor(signal_number: signal.Signals, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """Whether it is asked to go while it starts, or killed while a stage is stopped."""
+    """Whether it is asked to go while it starts, or killed with a stopped stage, after a first start that crashed."""
     ports = free_ports(4)
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with (tmp_path / "log").open("w") as log:
@@ -227,6 +227,8 @@ def test_nothing_is_left_of_a_supervisor(signal_number: signal.Signals, tiny_che
     if signal_number == signal.SIGHUP:  # while it starts
         family = wait_until(lambda: find_stages(process.pid), "the stages")
     else:
+        wait_until(lambda: find_stages(process.pid), "the stages")
+        triton(server).send_signal(signal.SIGABRT)
         assert process.stdout.readline().startswith("ready:")
         family = find_stages(process.pid)
         if signal_number == signal.SIGKILL:
