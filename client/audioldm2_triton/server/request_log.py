@@ -53,7 +53,7 @@ def _sentence(known: dict[str, Any]) -> str:
     """Says it on one line; whatever a client sent is in quotes."""
     name = f"request {known['request_id']!r}" if known["request_id"] else "a request without an id"
     end = f"failed: {known['error']}" if "error" in known else "is done"
-    said = {"request_id", "error", "outcome"}
+    said = {"request_id", "error"}
     rest = " ".join(f"{key}={value!r}" for key, value in known.items() if key not in said)
     return f"{name} {end}; {rest}"
 
