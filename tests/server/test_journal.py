@@ -19,9 +19,18 @@ def test_what_is_written_is_read() -> None:
 def test_the_parts_of_the_duration() -> None:
     second = 1_000_000_000
     whole = Journal(second, 2 * second, 4 * second, 8 * second)
-    assert whole.stage_seconds(16 * second) == {"text": 1, "queue": 2, "denoising": 4, "decoding": 8}
-    assert Journal(second, 2 * second).stage_seconds(16 * second) == {"text": 1}
-    assert Journal(second).stage_seconds(16 * second) == {}
+    seconds = {part: (end - begin) / second for part, (begin, end) in whole.parts(16 * second).items()}
+    assert seconds == {"text": 1, "queue": 2, "denoising": 4, "decoding": 8}
+
+
+def test_what_fails_was_in_its_last_part() -> None:
+    assert Journal(1, 2).parts(16) == {"text": (1, 2), "queue": (2, 16)}
+    assert Journal(1, 2, 4).parts(16) == {"text": (1, 2), "queue": (2, 4), "denoising": (4, 16)}
+    assert Journal(1).parts(16) == {}
+
+
+def test_no_part_takes_less_than_no_time() -> None:
+    assert Journal(10, 9, 8, 7).parts(6) == {"text": (10, 10), "queue": (9, 9), "denoising": (8, 8), "decoding": (7, 7)}
 
 
 @pytest.mark.parametrize("tensor", [None, np.zeros((1, WIDTH - 1), np.int64), np.zeros((0, WIDTH), np.int64)])

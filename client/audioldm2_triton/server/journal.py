@@ -5,12 +5,12 @@ It travels as the tensor `journal`, INT64 [B, 8], with the same numbers in every
 
 import time
 from dataclasses import astuple, dataclass, fields
-from itertools import pairwise
 from typing import Final
 
 import numpy as np
 
 TENSOR: Final = "journal"
+PARTS: Final = ("text", "queue", "denoising", "decoding")
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,20 @@ class Journal:
     def tensor(self, rows: int) -> np.ndarray:
         return np.tile(np.array(astuple(self), np.int64), (rows, 1))
 
-    def stage_seconds(self, ended_ns: int) -> dict[str, float]:
-        """Returns how long each part took, as far as it is known."""
-        moments = (self.arrived_ns, self.conditioned_ns, self.admitted_ns, self.denoised_ns, ended_ns)
-        parts = zip(("text", "queue", "denoising", "decoding"), pairwise(moments), strict=True)
-        return {part: max(0, end - begin) / 1e9 for part, (begin, end) in parts if begin and end}
+    def parts(self, ended_ns: int) -> dict[str, tuple[int, int]]:
+        """Returns from when to when each part took, of which the last was under way at the end.
+
+        Nothing for a request whose texts were not encoded here: which part it was in is not known.
+        """
+        found: dict[str, tuple[int, int]] = {}
+        begin = self.arrived_ns
+        for part, end in zip(PARTS, (self.conditioned_ns, self.admitted_ns, self.denoised_ns, ended_ns), strict=True):
+            if self.conditioned_ns:
+                found[part] = (begin, max(begin, end or ended_ns))
+            if not end:
+                break
+            begin = end
+        return found
 
 
 WIDTH: Final = len(fields(Journal))

@@ -42,8 +42,8 @@ def describe(record: RequestRecord, outcome: object, ended_ns: int) -> dict[str,
     known["duration_seconds"] = round((ended_ns - journal.arrived_ns) / 1e9, 3)
     if record.first_audio_ns:
         known["first_audio_seconds"] = round((record.first_audio_ns - journal.arrived_ns) / 1e9, 3)
-    for part, seconds in journal.stage_seconds(ended_ns).items():
-        known[f"{part}_seconds"] = round(seconds, 3)
+    for part, (begin, end) in journal.parts(ended_ns).items():
+        known[f"{part}_seconds"] = round((end - begin) / 1e9, 3)
     if record.traceparent:
         known["traceparent"] = record.traceparent
     return known

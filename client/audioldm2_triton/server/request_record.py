@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -73,8 +73,12 @@ class RequestRecord:
     def admitted(self) -> None:
         self.journal = replace(self.journal, admitted_ns=time.monotonic_ns())
 
-    def sent_audio(self) -> None:
-        self.first_audio_ns = self.first_audio_ns or time.monotonic_ns()
+    def sent(self, names: Collection[str]) -> None:
+        """Notes the moments that the parts of a stream's answer tell of; only the first of each kind counts."""
+        if "audio" in names and not self.first_audio_ns:
+            self.first_audio_ns = time.monotonic_ns()
+        if "step" in names and not self.journal.admitted_ns:
+            self.admitted()  # the denoiser tells the right moment at its end, if it gets there
 
 
 def outcome_name(outcome: object) -> str:

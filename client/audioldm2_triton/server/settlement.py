@@ -189,8 +189,7 @@ class _OpenRequest(Generic[T]):
         try:
             with self._sending:
                 error = self._deliver(prepared, *ways)
-            if self._told is not None:
-                self._told(answered if error is None else error)
+            self._tell(answered if error is None else error)
         except BaseException:
             logger.exception("%s: a request could not be answered", self._settlements.stage)
         finally:
@@ -228,6 +227,13 @@ class _OpenRequest(Generic[T]):
             send(prepare(instead))
             return instead
         return None
+
+    def _tell(self, answered: T | BaseException) -> None:
+        try:
+            if self._told is not None:
+                self._told(answered)
+        except BaseException:
+            logger.exception("%s: an answer was sent, but not recorded", self._settlements.stage)
 
     def _not_sent(self, error: BaseException) -> InternalError:
         stage = self._settlements.stage

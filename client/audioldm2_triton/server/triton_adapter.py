@@ -34,6 +34,7 @@ from audioldm2_triton.server.request_log import direct_log, log_outcome
 from audioldm2_triton.server.request_record import RequestRecord, read_traceparent
 from audioldm2_triton.server.settings import Settings, read_setting, read_settings
 from audioldm2_triton.server.settlement import AnsweredError, Settlement, Settlements
+from audioldm2_triton.server.spans import close_spans, trace_request
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ def close_settlements(settlements: Settlements) -> None:
     """Answers every open request, and reports the last metrics."""
     settlements.close()
     metrics.close_metrics()
+    close_spans()
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,7 @@ def _ended(record: RequestRecord, outcome: object) -> None:
     now = time.monotonic_ns()
     log_outcome(record, outcome, now)
     metrics.measure_request(record, outcome, now)
+    trace_request(record, outcome, now)
 
 
 def _send_final(sender: Any, final: Any) -> None:

@@ -116,6 +116,7 @@ class Histogram:
         _reports().put(lambda: self._metric(labels))
 
     def observe(self, value: float, **labels: str) -> None:
+        """Adds an observation. Raises nothing, and waits for nothing."""
         _reports().put(lambda: self._metric(labels).observe(value))
 
     def _metric(self, labels: dict[str, str]) -> Any:

@@ -55,8 +55,7 @@ class TritonPythonModel:
         def send(tensors: Tensors) -> None:
             faults.at("audioldm2_stream.send")
             taken.send_part(tensors)
-            if "audio" in tensors:
-                taken.record.sent_audio()
+            taken.record.sent(tensors)
 
         def interruption() -> AudioLDM2Error | None:
             if taken.is_cancelled():
