@@ -6,6 +6,7 @@ Sent when a request ends, as OTLP in JSON over HTTP, to where OpenTelemetry's ow
 import json
 import logging
 import os
+import re
 import secrets
 import time
 import urllib.request
@@ -24,7 +25,10 @@ MAX_UNSENT: Final = 1000  # requests, for a collector that does not answer
 
 _INTERNAL: Final = 1  # a span's kind
 _ERROR: Final = 2  # a status
-_SAMPLED: Final = 1  # of the flags of a traceparent
+_TRACEPARENT: Final = re.compile(
+    r"[0-9a-f]{2}-(?P<trace>(?!0{32})[0-9a-f]{32})-(?P<parent>(?!0{16})[0-9a-f]{16})-(?P<flags>[0-9a-f]{2})"
+)
+_SAMPLED: Final = 1  # a flag
 
 logger = logging.getLogger(__name__)
 
@@ -41,21 +45,17 @@ def spans_of(record: RequestRecord, outcome: object, ended_ns: int) -> list[dict
 
     They are children of what `traceparent` names: of Triton's span of this model where Triton traces too.
     """
-    try:
-        _, trace, parent, flags = record.traceparent.split("-")[:4]
-        sampled = int(flags, 16) & _SAMPLED and int(trace, 16) and int(parent, 16)
-    except ValueError:
-        return []
-    if not sampled:
+    named = _TRACEPARENT.match(record.traceparent)
+    if not named or not int(named["flags"], 16) & _SAMPLED:
         return []
     to_epoch = time.time_ns() - time.monotonic_ns()
     parts = record.journal.parts(ended_ns)
     known = {"audioldm2.model": record.door, "audioldm2.request_id": record.request_id}
     spans: list[dict[str, Any]] = [
         {
-            "traceId": trace,
+            "traceId": named["trace"],
             "spanId": secrets.token_hex(8),
-            "parentSpanId": parent,
+            "parentSpanId": named["parent"],
             "name": f"audioldm2.{part}",
             "kind": _INTERNAL,
             "startTimeUnixNano": str(begin + to_epoch),
