@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from audioldm2_triton.server import entrance
+from audioldm2_triton.server.request_record import TRACEPARENT
 from audioldm2_triton.server.settings import (
     ENVIRONMENT_PREFIX,
     Settings,
@@ -248,6 +249,8 @@ def _serve(
         "--grpc-http2-max-pings-without-data=0",
         # Clients that ping as often are welcome.
         "--grpc-http2-min-recv-ping-interval-without-data=5000",
+        # Whose trace a request belongs to reaches the models as a parameter, and stands in their log.
+        *(f"--{protocol}-header-forward-pattern=(?i){TRACEPARENT}" for protocol in ("http", "grpc")),
         "--disable-auto-complete-config",
         "--model-control-mode=none",
         "--backend-config=python,stub-timeout-seconds=600",  # a busy machine may take minutes to import torch

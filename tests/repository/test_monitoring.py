@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from monitoring_files import MONITORING, OF_A_GPU, OWN, dashboard_expressions, families, metrics_in, rules
+from operations_tables import first_cells
 from project import ROOT
 from serving.loopback import read_page
 
@@ -105,3 +106,20 @@ def test_every_metric_that_is_asked_for_exists(server: "LocalServer") -> None:
     library = triton_library()
     assert {name for name in OF_A_GPU if not is_in(name, library)} == set()
     assert not is_in("nv_gpu_memory_lost_bytes", library)
+
+
+def test_the_page_of_a_real_server_and_the_table_agree(server: "LocalServer") -> None:
+    """In both directions: every metric with its kind, before the first request."""
+    listed = dict(first_cells("Metrics"))
+    pages = [read_page(port, "/metrics", 10).decode() for port in (server.metrics_port, server.health_port)]
+    shown = {name: kind for page in pages for name, kind in re.findall(r"^# TYPE (audioldm2_\w+) (\w+)$", page, re.M)}
+    assert shown == listed
+    empty = {name for name in shown if not any(name in series for series in families(pages))}
+    assert empty == set()
+
+
+def test_buckets_of_times_double(server: "LocalServer") -> None:
+    page = read_page(server.metrics_port, "/metrics", 10).decode()
+    for name in sorted(set(re.findall(r"^# TYPE (audioldm2_\w+_seconds) histogram$", page, re.M))):
+        bounds = dict.fromkeys(re.findall(rf'^{name}_bucket{{.*le="([^"]+)"', page, re.M))
+        assert [float(bound) for bound in bounds][:-1] == [0.01 * 2**power for power in range(17)], name

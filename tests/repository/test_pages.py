@@ -10,10 +10,10 @@ import pytest
 
 from audioldm2_triton.server import metric_names
 from audioldm2_triton.server.settings import Settings
+from operations_tables import first_cells
 from project import ROOT
 
 ARCHITECTURE: Final = ROOT / "model_repository" / "ARCHITECTURE.md"
-OPERATIONS: Final = ROOT / "model_repository" / "OPERATIONS.md"
 PAGES: Final = (
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
     *sorted((ROOT / "docker").rglob("*.md")),
@@ -43,12 +43,6 @@ def test_the_files_of_the_architecture_exist() -> None:
     files = [str(path) for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert named
     assert {name for name in named if not any(file.endswith(f"/{name}") for file in files)} == set()
-
-
-def first_cells(heading: str) -> list[tuple[str, str]]:
-    """The first two cells of each row of the table below a heading."""
-    section = OPERATIONS.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return re.findall(r"^\| `(\w+)` \| ([^|]*) \|", section, re.MULTILINE)
 
 
 def test_all_settings_are_listed_with_their_defaults() -> None:

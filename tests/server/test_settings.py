@@ -6,7 +6,7 @@ from audioldm2_triton.server.settings import (
     Settings,
     SettingsError,
     misspelt_variables,
-    read_default_timeout,
+    read_setting,
     read_settings,
 )
 
@@ -44,6 +44,7 @@ def test_guided_steps() -> None:
         ("compile_max_rows", "-1"),
         ("embedding_cache_size", "many"),
         ("full_negative_prompt", "auto"),
+        ("log_format", "xml"),
         ("guidance_interval", "0.5"),
         ("guidance_interval", "0.7,0.2"),
         ("guidance_interval", "0,1.1"),
@@ -60,9 +61,10 @@ def test_the_environment_overrides() -> None:
     assert read_settings({"checkpoint": "c", "compile": "on"}, {"AUDIOLDM2_COMPILE": "off"}).compile == "off"
 
 
-def test_the_default_timeout_alone() -> None:
-    assert read_default_timeout({}, {}) == Settings("c").default_timeout_in_s == 3600
-    assert read_default_timeout({"default_timeout_in_s": "5"}, {}) == 5
-    assert read_default_timeout({"default_timeout_in_s": "5"}, {"AUDIOLDM2_DEFAULT_TIMEOUT_IN_S": "0"}) == 0
+def test_one_setting_alone() -> None:
+    name = "default_timeout_in_s"
+    assert read_setting(name, {}, {}) == Settings("c").default_timeout_in_s == 3600
+    assert read_setting(name, {name: "5"}, {}) == 5
+    assert read_setting(name, {name: "5"}, {"AUDIOLDM2_DEFAULT_TIMEOUT_IN_S": "0"}) == 0
     with pytest.raises(SettingsError, match="default_timeout_in_s: got 'never' but expected"):
-        read_default_timeout({"default_timeout_in_s": "never"}, {})
+        read_setting(name, {name: "never"}, {})

@@ -345,3 +345,33 @@ def test_a_great_number_of_requests_lost_and_late_and_answered(
     assert all(kind is kinds[index % 3] for index, kind in kinds.items())
     assert not any(client.has_more() for client in clients)
     gauge.wait_for_zero()
+
+
+def test_the_answer_is_told_once_and_afterwards(gauge: Gauge) -> None:
+    settlements, client = Settlements(STAGE, gauge.add), Client()
+    told: list[tuple[object, bool, int]] = []
+
+    def tell(outcome: object) -> None:
+        told.append((outcome, client.has_more(), gauge.value))
+        raise RuntimeError("nobody listens")
+
+    settlement: Settlement[object] = settlements.take(same, client.answers.put, tell)
+    settlement.settle("the answer")
+    settlement.settle("another")
+    assert told == [("the answer", True, 1)]
+    gauge.wait_for_zero()
+    settlements.close()
+
+
+def test_what_could_not_be_sent_is_not_told(gauge: Gauge) -> None:
+    settlements, told = Settlements(STAGE, gauge.add), SimpleQueue[object]()
+
+    def send(response: object) -> None:
+        if not isinstance(response, InternalError):
+            raise RuntimeError("too large")
+
+    settlement: Settlement[object] = settlements.take(same, send, told.put)
+    settlement.settle("the answer")
+    assert isinstance(told.get(timeout=WAIT_IN_S), InternalError)
+    assert told.empty()
+    settlements.close()

@@ -177,6 +177,7 @@ def test_metrics_count_what_was_done(small_server: LocalServer) -> None:
     assert gained["audioldm2_audio_duration_s"] == pytest.approx(2 * 0.64)
     assert gained['audioldm2_request_count{engine="cpu",model="denoiser",outcome="success"}'] == 1
     assert 'audioldm2_engine_broken{engine="cpu",model="denoiser"}' in after
+    assert gained["audioldm2_request_queue_seconds_count"] == 1
 
 
 def test_the_decoder_batches_requests_too(server: LocalServer) -> None:

@@ -6,7 +6,7 @@ with the prefix `AUDIOLDM2_`, overrides it for all models at once.
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,6 +21,7 @@ DEVICES: Final = "auto, cpu, cuda or cuda:INDEX"
 DTYPES: Final = ("auto", "float32", "float16", "bfloat16")
 COMPILE: Final = ("auto", "on", "graphs", "off")
 SWITCH: Final = ("off", "on")
+LOG_FORMATS: Final = ("text", "json")
 ARRIVAL: Final = "arrival"
 LAXITY: Final = "laxity"
 TIMESTEP_SPACINGS: Final = ("leading", "linspace", "trailing", "karras", "exponential", "lu_lambdas")
@@ -45,13 +46,10 @@ def _setting(default: Any, help: str, choices: Sequence[str] = (), range: tuple[
 class Settings:
     """The settings of a server; every field is a parameter of the same name."""
 
-    checkpoint: str = field(
-        metadata={
-            "help": "a directory in the layout of `AudioLDM2Pipeline.save_pretrained`; for scripts/serve also a hub id "
-            "such as cvssp/audioldm2, which is fetched first",
-            "choices": (),
-            "range": None,
-        }
+    checkpoint: str = _setting(
+        MISSING,
+        "a directory in the layout of `AudioLDM2Pipeline.save_pretrained`; for scripts/serve also a hub id "
+        "such as cvssp/audioldm2, which is fetched first",
     )
     device: str = _setting("auto", f"{DEVICES} (default: auto: all GPUs, or the CPU if there are none)")
     dtype: str = _setting(
@@ -118,6 +116,7 @@ class Settings:
         "seconds after which a request without a timeout is given up; 0: never (default: 3600)",
         range=(0, 1_000_000),
     )
+    log_format: str = _setting("text", "text or json, of the models' own log (default: text)", LOG_FORMATS)
 
     @property
     def limits(self) -> Limits:
@@ -180,11 +179,11 @@ def read_settings(parameters: Mapping[str, str], environ: Mapping[str, str] = os
     return settings
 
 
-def read_default_timeout(parameters: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> float:
-    """Reads `default_timeout_in_s` alone, for a model without a checkpoint. Raises `SettingsError`."""
-    setting = next(each for each in fields(Settings) if each.name == "default_timeout_in_s")
-    given = _given(setting.name, parameters, environ)
-    return float(_parse(setting, given)) if given else Settings.default_timeout_in_s
+def read_setting(name: str, parameters: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> Any:
+    """Reads one setting alone, as for a model without a checkpoint. Raises `SettingsError`."""
+    setting = next(each for each in fields(Settings) if each.name == name)
+    given = _given(name, parameters, environ)
+    return _parse(setting, given) if given else setting.default
 
 
 def _given(name: str, parameters: Mapping[str, str], environ: Mapping[str, str]) -> str:

@@ -20,6 +20,8 @@ Prepare: TypeAlias = Callable[[T | BaseException], Any]
 """Makes the final response from an outcome: the result, or the error."""
 Send: TypeAlias = Callable[[Any], None]
 """Sends a final response."""
+Told: TypeAlias = Callable[[T | BaseException], None]
+"""Is told what was answered."""
 
 GRACE_IN_S: Final = 1.0
 """How long after the deadline the stage may still answer, since its message says more; less than a client's margin."""
@@ -84,14 +86,15 @@ class Settlements:
         self._thread = threading.Thread(target=self._watch, name=f"settlements-{stage}", daemon=True)
         self._thread.start()
 
-    def take(self, prepare: Prepare[T], send: Send) -> Settlement[T]:
+    def take(self, prepare: Prepare[T], send: Send, told: Told[T] | None = None) -> Settlement[T]:
         """Opens the settlement of a request that has just arrived.
 
         Args:
             prepare: makes the response, and may be slow: until it returns, another thread may answer instead.
             send: called once, and once more with an error if that failed.
+            told: called once, after the answer.
         """
-        open_request: _OpenRequest[T] = _OpenRequest(self, prepare, send)
+        open_request: _OpenRequest[T] = _OpenRequest(self, prepare, send, told)
         self._add(1)
         with self._lock:
             self._open.add(open_request)
@@ -163,7 +166,8 @@ class Settlements:
 class _OpenRequest(Generic[T]):
     """The means to answer a request. It outlives its `Settlement`, so it holds no reference to it."""
 
-    def __init__(self, settlements: Settlements, prepare: Prepare[T], send: Send) -> None:
+    def __init__(self, settlements: Settlements, prepare: Prepare[T], send: Send, told: Told[T] | None) -> None:
+        self._told = told
         self.deadline_ns = 0
         self._settlements = settlements
         self._ways: tuple[Prepare[T], Send] | None = (prepare, send)
@@ -176,7 +180,7 @@ class _OpenRequest(Generic[T]):
 
     def answer(self, outcome: T | BaseException) -> bool:
         ways = self._ways
-        prepared = None if ways is None or self.settled else self._prepare(outcome, ways[0])
+        prepared, answered = (None, outcome) if ways is None or self.settled else self._prepare(outcome, ways[0])
         if not self._claim.acquire(blocking=False):
             kind = type(outcome).__name__
             logger.warning("%s: not sent, since the request has been answered: %s", self._settlements.stage, kind)
@@ -184,11 +188,12 @@ class _OpenRequest(Generic[T]):
         assert ways is not None  # it is set until the answer is claimed
         try:
             with self._sending:
-                self._deliver(prepared, *ways)
+                error = self._deliver(prepared, *ways)
+            self._tell(answered if error is None else error)
         except BaseException:
             logger.exception("%s: a request could not be answered", self._settlements.stage)
         finally:
-            self._ways = None  # with all that they refer to
+            self._ways = self._told = None  # with all that they refer to
             self._settlements.forget(self)
         return True
 
@@ -198,25 +203,37 @@ class _OpenRequest(Generic[T]):
                 raise AnsweredError(f"{self._settlements.stage}: the request has already had its final answer")
             return call()
 
-    def _prepare(self, outcome: T | BaseException, prepare: Prepare[T]) -> Any:
-        """Makes the response; None if not even an error could be made."""
+    def _prepare(self, outcome: T | BaseException, prepare: Prepare[T]) -> tuple[Any, T | BaseException]:
+        """Makes the response, and says of what; None if not even an error could be made."""
         try:
-            return prepare(outcome)
+            return prepare(outcome), outcome
         except BaseException as error:
             logger.exception("%s: an answer could not be made", self._settlements.stage)
+            instead = self._not_sent(error)
             try:
-                return prepare(self._not_sent(error))
+                return prepare(instead), instead
             except BaseException:
                 logger.exception("%s: nor could an error", self._settlements.stage)
-                return None
+                return None, instead
 
-    def _deliver(self, prepared: Any, prepare: Prepare[T], send: Send) -> None:
+    def _deliver(self, prepared: Any, prepare: Prepare[T], send: Send) -> InternalError | None:
+        """Returns the error that was sent instead, if there was one."""
         try:
             send(prepared)
         except BaseException as error:
             # The answer may have been too large for the shared memory.
             logger.exception("%s: an answer could not be sent", self._settlements.stage)
-            send(prepare(self._not_sent(error)))
+            instead = self._not_sent(error)
+            send(prepare(instead))
+            return instead
+        return None
+
+    def _tell(self, answered: T | BaseException) -> None:
+        try:
+            if self._told is not None:
+                self._told(answered)
+        except BaseException:
+            logger.exception("%s: an answer was sent, but not recorded", self._settlements.stage)
 
     def _not_sent(self, error: BaseException) -> InternalError:
         stage = self._settlements.stage

@@ -14,7 +14,7 @@ TEXT: Final = ("prompt_embeds", "attention_mask", "generated_prompt_embeds")
 NEGATIVE_TEXT: Final = tuple(f"negative_{name}" for name in TEXT)
 COLUMNS: Final = ("latent_frames", "num_inference_steps", "guidance_scale", "num_waveforms_per_prompt", "scheduler")
 """What the denoiser needs of every row."""
-OPTIONAL: Final = ("seed", "noise", "window_frames", "overlap_frames", "priority", "deadline_ns")
+OPTIONAL: Final = ("seed", "noise", "window_frames", "overlap_frames", "priority", "deadline_ns", "journal")
 """What the denoiser also accepts; it needs one of the first two."""
 DENOISED: Final = (*TEXT, *NEGATIVE_TEXT, *COLUMNS, *(name for name in OPTIONAL if name != "noise"))
 """What `audioldm2` and `audioldm2_stream` send it: everything from the text stage, which draws no noise."""
@@ -41,4 +41,4 @@ DECODED: Final[Mapping[str, tuple[str, ...]]] = {
     SCORE: ("audio", "return_scores", "text_embeds"),
 }
 """What the decoder needs for each kind of request; `DECODED_TOO` may be added to any."""
-DECODED_TOO: Final = ("deadline_ns", "audio_file")
+DECODED_TOO: Final = ("deadline_ns", "audio_file", "journal")

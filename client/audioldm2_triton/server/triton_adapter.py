@@ -25,14 +25,16 @@ from audioldm2_triton.errors import (
     UnavailableError,
     stream_message,
 )
-from audioldm2_triton.server.deadlines import deadline_ns
+from audioldm2_triton.server import triton_metrics as metrics
 from audioldm2_triton.server.entrance import Entrance
+from audioldm2_triton.server.journal import TENSOR as JOURNAL
 from audioldm2_triton.server.memory import is_out_of_memory, release_memory
-from audioldm2_triton.server.request_log import log_outcome
-from audioldm2_triton.server.settings import Settings, read_settings
+from audioldm2_triton.server.read_request import ReadRequest, asks_for_codes, read_request
+from audioldm2_triton.server.request_log import direct_log, log_outcome
+from audioldm2_triton.server.request_record import RequestRecord, read_traceparent
+from audioldm2_triton.server.settings import Settings, read_setting, read_settings
 from audioldm2_triton.server.settlement import AnsweredError, Settlement, Settlements
-from audioldm2_triton.server.stage_tensors import CODED, CONTROL
-from audioldm2_triton.server.triton_metrics import count_failure, count_taken, requests_gauge
+from audioldm2_triton.server.spans import close_spans, trace_request
 
 logger = logging.getLogger(__name__)
 
@@ -53,62 +55,17 @@ def model_settings(args: Mapping[str, str]) -> Settings:
 
 
 def prepare_process(args: Mapping[str, str]) -> None:
-    """Sets the locale and the log of a model's process."""
+    """Sets the locale and the log of a model's process. Raises `SettingsError`."""
     # Triton's embedded interpreter starts in the locale C, whatever the environment says: files with non-ASCII text,
     # such as the compiler's, could not be read.
     locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s {args['model_name']}: %(message)s")
+    direct_log(args["model_name"], read_setting("log_format", model_parameters(args)))
 
 
 def model_parameters(args: Mapping[str, str]) -> dict[str, str]:
     """The `parameters` of a model's `config.pbtxt`."""
     parameters = json.loads(args["model_config"]).get("parameters", {})
     return {name: value["string_value"] for name, value in parameters.items()}
-
-
-@dataclass(frozen=True)
-class ReadRequest:
-    """The contents of a request, independent of Triton's buffers."""
-
-    inputs: dict[str, np.ndarray]
-    parameters: Mapping[str, Any]
-    timeout_us: int  # 0: none
-    deadline_ns: int  # on the monotonic clock; 0: none
-
-    @property
-    def control(self) -> str:
-        """The kind of a request between the models of one server; empty for an ordinary request."""
-        return str(self.parameters.get(CONTROL, ""))
-
-
-def read_request(request: Any, default_timeout_in_s: float) -> ReadRequest:
-    """Reads a request that has just arrived.
-
-    Its deadline is the input `deadline_ns`, if an earlier stage has set it; otherwise it follows from the request's own
-    `timeout`; otherwise from the default timeout, unless that is 0.
-    """
-    inputs = input_arrays(request)
-    parameters = json.loads(request.parameters() or "{}")
-    timeout_us = _timeout_us(request, parameters)
-    set_before = inputs.get("deadline_ns")
-    deadline = 0 if set_before is None or not set_before.size else int(set_before.flat[0])
-    return ReadRequest(inputs, parameters, timeout_us, deadline or deadline_ns(timeout_us, default_timeout_in_s))
-
-
-def input_arrays(request: Any) -> dict[str, np.ndarray]:
-    """The tensors of a request by name; BYTES arrive as object arrays of `bytes`."""
-    # Copies, because Triton's buffers are gone once execute() has returned or the request is answered.
-    return {tensor.name(): tensor.as_numpy().copy() for tensor in request.inputs()}
-
-
-def _timeout_us(request: Any, parameters: Mapping[str, Any]) -> int:
-    """Returns the request's own timeout in microseconds; 0 if it sets none.
-
-    From the endpoints `generate` and `generate_stream`, `timeout` arrives among the custom parameters.
-    """
-    own: int = request.timeout()
-    given = parameters.get("timeout", 0)
-    return own or (int(given) if isinstance(given, int | float) else 0)
 
 
 def unchanged(outputs: Outputs) -> Outputs:
@@ -135,20 +92,28 @@ def as_known_error(error: BaseException, stage: str) -> AudioLDM2Error:
     Counts each by its reason.
     """
     if isinstance(error, AudioLDM2Error):
-        count_failure(stage, error.reason)
+        metrics.count_failure(stage, error.reason)
         return error
     if is_out_of_memory(error):
-        count_failure(stage, OUT_OF_MEMORY)
+        metrics.count_failure(stage, OUT_OF_MEMORY)
         logger.warning("%s is out of memory: %s", stage, error)
         return UnavailableError(f"{stage} is out of memory; try again later, or ask for less")
-    count_failure(stage, InternalError.reason)
+    metrics.count_failure(stage, InternalError.reason)
     logger.error("%s failed\n%s", stage, "".join(traceback.format_exception(error)))
     return InternalError(f"{stage} failed: {type(error).__name__}: {error}")
 
 
 def open_settlements(model: str) -> Settlements:
     """Opens the settlements of a model, which are counted by the gauge of its requests."""
-    return Settlements(model, requests_gauge(model).add)
+    metrics.show_histograms(model)
+    return Settlements(model, metrics.requests_gauge(model).add)
+
+
+def close_settlements(settlements: Settlements) -> None:
+    """Answers every open request, and reports the last metrics."""
+    settlements.close()
+    metrics.close_metrics()
+    close_spans()
 
 
 @dataclass(frozen=True)
@@ -157,7 +122,7 @@ class TakenRequest(Generic[T]):
 
     read: ReadRequest
     settlement: Settlement[T]
-    request_id: str
+    record: RequestRecord
     _sender: Any
     _requested: Collection[str]  # names of outputs
 
@@ -196,28 +161,24 @@ def take(
     for request in requests:
         sender = request.get_response_sender()
         requested = frozenset(request.requested_output_names())
-        is_part = _asks_for_codes(request)  # of a stream
+        is_part = asks_for_codes(request)  # of a stream
         say = stream_message if in_stream or is_part else str
-        logged_as = None if is_part else request.request_id()
-        prepare = partial(_final_response, outputs, requested, settlements.stage, say, logged_as)
-        settlement: Settlement[T] = settlements.take(prepare, partial(_send_final, sender))
+        record = RequestRecord(settlements.stage, request.request_id(), is_part=is_part)
+        prepare = partial(_final_response, outputs, requested, settlements.stage, say)
+        settlement: Settlement[T] = settlements.take(prepare, partial(_send_final, sender), partial(_ended, record))
         try:
             if entrance is not None:
                 entrance.check_open()
-            read = read_request(request, default_timeout_in_s)
+            read = read_request(request, default_timeout_in_s, record.arrived_ns)
             settlement.expect_by(read.deadline_ns)
-            taken.append(TakenRequest(read, settlement, request.request_id(), sender, requested))
+            record.control = read.control
+            record.traceparent = read_traceparent(read.parameters, request.trace().get_context())
+            record.read(read.inputs.get(JOURNAL))
+            taken.append(TakenRequest(read, settlement, record, sender, requested))
         except BaseException as error:
             settlement.settle(error)
-    count_taken(settlements.stage, len(requests) - sum(bool(each.read.control) for each in taken))
+    metrics.count_taken(settlements.stage, len(requests) - sum(bool(each.read.control) for each in taken))
     return taken
-
-
-def _asks_for_codes(request: Any) -> bool:
-    try:
-        return CODED in json.loads(request.parameters() or "{}")
-    except Exception:  # whatever is wrong with them is found again where it can be answered
-        return False
 
 
 def _final_response(
@@ -225,14 +186,18 @@ def _final_response(
     requested: Collection[str],
     stage: str,
     say: Callable[[AudioLDM2Error], str],
-    logged_as: str | None,
     outcome: T | BaseException,
 ) -> Any:
-    if logged_as is not None:
-        log_outcome(stage, logged_as, outcome)
     if isinstance(outcome, BaseException):
         return error_response(outcome, stage, say)
     return response(outputs(outcome), requested)
+
+
+def _ended(record: RequestRecord, outcome: object) -> None:
+    now = time.monotonic_ns()
+    log_outcome(record, outcome, now)
+    metrics.measure_request(record, outcome, now)
+    trace_request(record, outcome, now)
 
 
 def _send_final(sender: Any, final: Any) -> None:

@@ -5,9 +5,9 @@ Imports `triton_python_backend_utils`, which exists only inside Triton's Python 
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import triton_python_backend_utils as pb_utils
 
@@ -15,11 +15,18 @@ from audioldm2_triton.errors import REASONS
 from audioldm2_triton.server.memory import peak_memory_bytes
 from audioldm2_triton.server.metric_names import (
     PEAK_MEMORY_BYTES,
+    REQUEST_DURATION_SECONDS,
+    REQUEST_REAL_TIME_FACTOR,
+    REQUEST_STEPS,
+    STAGE_DURATION_SECONDS,
     STAGE_FAILURES,
     STAGE_INFO,
     STAGE_REQUESTS,
     STAGE_REQUESTS_TAKEN_TOTAL,
+    TIME_TO_FIRST_AUDIO_SECONDS,
 )
+from audioldm2_triton.server.reports import Reports
+from audioldm2_triton.server.request_record import SUCCESS, RequestRecord, outcome_name
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +96,79 @@ def count_taken(model: str, requests: int) -> None:
 def count_failure(model: str, reason: str) -> None:
     """Counts a request that a stage has answered with an error."""
     _failures.add(1, model=model, reason=reason)
+
+
+SECONDS_BUCKETS: Final = tuple(0.01 * 2**power for power in range(17))
+"""From 0.01 to 81.92 as OpenTelemetry has them for generated contents, and on to 655.36 for long clips."""
+STEPS_BUCKETS: Final = tuple(float(2**power) for power in range(11))
+
+
+class Histogram:
+    """A histogram by its labels. Observations are put in a thread's queue, so that no answer waits for them."""
+
+    def __init__(self, name: str, description: str, buckets: Sequence[float]) -> None:
+        self._family = cache(lambda: pb_utils.MetricFamily(name, description, pb_utils.MetricFamily.HISTOGRAM))
+        self._buckets = list(buckets)
+        self._metrics: dict[tuple[str, ...], Any] = {}
+
+    def show(self, **labels: str) -> None:
+        """Puts a series on the page before its first observation, which a rate would not see otherwise."""
+        self._metric(labels)
+
+    def observe(self, value: float, **labels: str) -> None:
+        """Adds an observation. Raises nothing, and waits for nothing."""
+        _reports().put(lambda: self._metric(labels).observe(value))
+
+    def _metric(self, labels: dict[str, str]) -> Any:
+        key = tuple(labels.values())
+        if key not in self._metrics:
+            self._metrics[key] = self._family().Metric(labels=labels, buckets=self._buckets)
+        return self._metrics[key]
+
+
+@cache
+def _reports() -> Reports:
+    return Reports("of-requests")
+
+
+_stage_duration = Histogram(STAGE_DURATION_SECONDS, "Time that a request is in a model", SECONDS_BUCKETS)
+_duration = Histogram(REQUEST_DURATION_SECONDS, "Time from a request's arrival to its end", SECONDS_BUCKETS)
+_first_audio = Histogram(TIME_TO_FIRST_AUDIO_SECONDS, "Time to the first audio of a stream", SECONDS_BUCKETS)
+_real_time_factor = Histogram(REQUEST_REAL_TIME_FACTOR, "Time of a request over that of its audio", SECONDS_BUCKETS)
+_steps = Histogram(REQUEST_STEPS, "Denoising steps that a request asks for", STEPS_BUCKETS)
+
+
+def show_histograms(model: str) -> None:
+    """Puts the histograms of a model on the page, before it has any request."""
+    record = RequestRecord(model)
+    _stage_duration.show(model=model)
+    if record.gives_the_answer:
+        _duration.show(model=record.door, outcome=SUCCESS)
+        _real_time_factor.show(model=record.door)
+        _steps.show(model=record.door)
+    if record.is_stream:
+        _first_audio.show(model=record.door)
+
+
+def measure_request(record: RequestRecord, outcome: object, ended_ns: int) -> None:
+    """Observes a request that has ended in a model."""
+    if record.is_watched:
+        _stage_duration.observe((ended_ns - record.arrived_ns) / 1e9, model=record.model)
+    if not record.ends_with(outcome):
+        return
+    seconds = (ended_ns - record.journal.arrived_ns) / 1e9
+    name = outcome_name(outcome)
+    _duration.observe(seconds, model=record.door, outcome=name)
+    if record.first_audio_ns:
+        _first_audio.observe((record.first_audio_ns - record.journal.arrived_ns) / 1e9, model=record.door)
+    if name == SUCCESS and record.journal.audio_ms:
+        _real_time_factor.observe(seconds * 1000 / record.journal.audio_ms, model=record.door)
+        _steps.observe(record.journal.steps, model=record.door)
+
+
+def close_metrics() -> None:
+    """Reports what is left. What is observed afterwards is not shown any more."""
+    _reports().close()
 
 
 class InfoSeries:

@@ -104,7 +104,7 @@ def _denoise(
     try:
         faults.at("audioldm2_stream.denoise")
         inputs = {name: conditioning[name] for name in DENOISED}
-        outcomes.put(call(StageCall(DENOISER, inputs, ["latents", "num_steps"], {JOB: job})))
+        outcomes.put(call(StageCall(DENOISER, inputs, ["latents", "num_steps", "journal"], {JOB: job})))
     except BaseException as error:
         outcomes.put(as_exception(error))
 

@@ -10,6 +10,7 @@ from audio_files import with_files
 from audioldm2_triton.server import faults
 from audioldm2_triton.server import triton_adapter as adapter
 from audioldm2_triton.server.geometry import read_audio_geometry
+from audioldm2_triton.server.read_request import ReadRequest
 from audioldm2_triton.server.settings import checkpoint_name, resolve_device, resolved_settings
 from audioldm2_triton.server.triton_metrics import InfoSeries, MemoryGauge
 from audioldm2_triton.server.wanted_file import WantedFile, unpack_wanted
@@ -37,9 +38,9 @@ class TritonPythonModel:
         self.memory.update()
 
     def finalize(self) -> None:
-        self.settlements.close()
+        adapter.close_settlements(self.settlements)
 
-    def _parse(self, request: adapter.ReadRequest) -> ParsedRequest:
+    def _parse(self, request: ReadRequest) -> ParsedRequest:
         faults.at("decoder.parse")
         check_decodable(request.control, request.inputs, self.geometry, self.scorer.text_dim)
         return request.control, request.inputs, unpack_wanted(request.inputs.get("audio_file"))

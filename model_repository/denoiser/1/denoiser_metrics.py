@@ -1,10 +1,8 @@
 """The engine's metrics on Triton's `/metrics` endpoint. Triton's own cover only `execute()`, which returns at once."""
 
-import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from queue import SimpleQueue
 from typing import Any, Final
 
 import torch
@@ -20,14 +18,12 @@ from audioldm2_triton.errors import (
 from audioldm2_triton.server import metric_names as names
 from audioldm2_triton.server.entrance import FullSign
 from audioldm2_triton.server.geometry import AudioGeometry
-from audioldm2_triton.server.triton_metrics import MemoryGauge
+from audioldm2_triton.server.reports import Reports
+from audioldm2_triton.server.triton_metrics import SECONDS_BUCKETS, MemoryGauge
 from engine.limits import EngineLimits, EngineLoad
 from stepping.request import DenoisingRequest
 
-logger = logging.getLogger(__name__)
-
 SHOWN_WITHIN_IN_S: Final = 1.0
-CLOSE_TIMEOUT_IN_S: Final = 2.0
 ROWS_BUCKETS = [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64]
 STEP_BUCKETS_MS = [1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000]
 # Subclasses before their base classes.
@@ -66,7 +62,8 @@ class DenoiserMetrics:
         self.rows_per_forward = _family(names.ROWS_PER_FORWARD, "UNet batch items of each forward", histogram)
         self.step_count = _family(names.STEP_COUNT, "Denoising steps run", counter)
         self.step_duration = _family(names.STEP_DURATION_MS, "Time from one step to the next", histogram)
-        self.queue_duration = _family(names.QUEUE_DURATION_US, "Time before a request's first step", counter)
+        self.queue_duration = _family(names.QUEUE_DURATION_US, "Old: use audioldm2_request_queue_seconds_sum", counter)
+        self.queue_seconds = _family(names.REQUEST_QUEUE_SECONDS, "Time before a request's first step", histogram)
         self.request_count = _family(names.REQUEST_COUNT, "Requests finished, by outcome", counter)
         self.audio_duration = _family(names.AUDIO_DURATION_S, "Seconds of audio denoised", counter)
 
@@ -90,8 +87,7 @@ class DenoiserMetrics:
 class EngineMetrics:
     """Implements the engine's `Observer`.
 
-    A thread of its own tells the server: each operation is a round trip of 0.1 to 2 ms, for which no step should wait.
-    Being the only one, it also keeps apart the operations of one metric: two at a time bring down the server (2.51.0).
+    Never waits for the server: a thread of its own tells it.
     """
 
     def __init__(self, families: DenoiserMetrics, device: torch.device) -> None:
@@ -107,6 +103,7 @@ class EngineMetrics:
         self._step_count = families.step_count.Metric(labels=labels)
         self._step_duration = families.step_duration.Metric(labels=labels, buckets=STEP_BUCKETS_MS)
         self._queue_duration = families.queue_duration.Metric(labels=labels)
+        self._queue_seconds = families.queue_seconds.Metric(labels=labels, buckets=list(SECONDS_BUCKETS))
         self._request_count = {
             outcome: families.request_count.Metric(labels={**labels, "outcome": outcome})
             for outcome in ("success", "failure", *OUTCOMES.values())
@@ -119,9 +116,7 @@ class EngineMetrics:
         self._busy = False
         self._newest = 0
         self._changing = threading.Lock()
-        self._reports: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._report, name=f"metrics-{device}", daemon=True)
-        self._thread.start()
+        self._reports = Reports(str(device))
 
     def limited(self, limits: EngineLimits) -> None:
         for gauge, limit in zip(self._limits, (limits.max_active_rows, limits.max_waiting), strict=True):
@@ -134,6 +129,7 @@ class EngineMetrics:
 
     def admitted(self, waited_s: float) -> None:
         self._reports.put(partial(self._queue_duration.increment, waited_s * 1e6))
+        self._reports.put(partial(self._queue_seconds.observe, waited_s))
 
     def finished(self, request: DenoisingRequest, outcome: Tensor | Exception) -> None:
         self._reports.put(self._memory.update)
@@ -170,15 +166,7 @@ class EngineMetrics:
 
     def close(self) -> None:
         """Reports what is left, and ends the thread."""
-        self._reports.put(None)
-        self._thread.join(CLOSE_TIMEOUT_IN_S)
-
-    def _report(self) -> None:
-        while (operation := self._reports.get()) is not None:
-            try:
-                operation()
-            except BaseException:  # no other thread would tell the rest
-                logger.exception("denoiser: the metrics miss something")
+        self._reports.close()
 
 
 def _family(name: str, description: str, kind: Any) -> Any:

@@ -12,6 +12,8 @@ from torch import Tensor
 from audioldm2_triton.contract import DEFAULT_PRIORITY, MAX_GUIDANCE_SCALE, MAX_SEED, PRIORITIES, SCHEDULERS, Limits
 from audioldm2_triton.errors import invalid
 from audioldm2_triton.server.geometry import AudioGeometry, read_audio_geometry
+from audioldm2_triton.server.journal import TENSOR as JOURNAL
+from audioldm2_triton.server.journal import WIDTH as JOURNAL_WIDTH
 from audioldm2_triton.server.settings import Settings
 from audioldm2_triton.server.stage_tensors import COLUMNS, NEGATIVE_TEXT, OPTIONAL, TEXT
 from audioldm2_triton.server.tensor_checks import check_equal, check_floats, check_range, check_shape
@@ -104,7 +106,7 @@ def _expected_shape(
         geometry = shapes.geometry
         waveforms, frames = int(inputs["num_waveforms_per_prompt"][0, 0]), int(inputs["latent_frames"][0, 0])
         return rows, waveforms, geometry.latent_channels, frames, geometry.latent_width
-    return rows, 1
+    return rows, JOURNAL_WIDTH if name == JOURNAL else 1
 
 
 def _parse_row(inputs: Mapping[str, np.ndarray], row: int, geometry: AudioGeometry) -> DenoisingRow:

@@ -1,5 +1,6 @@
 """Triton adapter of the denoiser: requests to the engines, their answers to responses, errors to codes."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +13,8 @@ from audioldm2_triton.errors import invalid
 from audioldm2_triton.server import faults
 from audioldm2_triton.server import triton_adapter as adapter
 from audioldm2_triton.server.entrance import FullSign, entrance_of
+from audioldm2_triton.server.journal import TENSOR as JOURNAL
+from audioldm2_triton.server.journal import Journal
 from audioldm2_triton.server.settings import resolved_settings
 from audioldm2_triton.server.settlement import Settlement
 from audioldm2_triton.server.stage_tensors import AFTER, CANCEL, CONTROL, DENOISER, JOB, PROGRESS
@@ -26,6 +29,7 @@ from stepping.request import DenoisingRequest
 class Denoised:
     latents: Tensor  # [B, N, C, H, W]
     num_steps: int  # UNet evaluations
+    journal: Journal
 
 
 Answer: TypeAlias = Denoised | tuple[int, int]
@@ -63,7 +67,7 @@ class TritonPythonModel:
             self.engines.close()
             self.metrics.close()
         finally:
-            self.settlements.close()
+            adapter.close_settlements(self.settlements)
 
     def is_ready(self) -> bool:
         """Returns whether the model is ready; Triton asks from 26.04 on."""
@@ -85,16 +89,18 @@ class TritonPythonModel:
         elif read.control:
             raise invalid(CONTROL, read.control, f"{PROGRESS} or {CANCEL}")
         else:
-            request = replace(parse_denoising_request(read.inputs, self.shapes), deadline_ns=read.deadline_ns)
-            self.engines.submit(request, partial(self._finish, settlement, request), taken.is_cancelled, job)
+            request = parse_denoising_request(read.inputs, self.shapes)
+            request = replace(request, deadline_ns=read.deadline_ns, on_admitted=taken.record.admitted)
+            self.engines.submit(request, partial(self._finish, taken, request), taken.is_cancelled, job)
 
     def _finish(
-        self, settlement: Settlement[Answer], request: DenoisingRequest, outcome: Tensor | BaseException
+        self, taken: adapter.TakenRequest[Answer], request: DenoisingRequest, outcome: Tensor | BaseException
     ) -> None:
         if isinstance(outcome, BaseException):
-            settlement.settle(outcome)
+            taken.settlement.settle(outcome)
         else:
-            settlement.settle(Denoised(outcome, self.engines.num_steps(request)))
+            journal = replace(taken.record.journal, denoised_ns=time.monotonic_ns())
+            taken.settlement.settle(Denoised(outcome, self.engines.num_steps(request), journal))
 
 
 def _settle_progress(settlement: Settlement[Answer], step: int, num_steps: int) -> None:
@@ -107,4 +113,6 @@ def _tensors(outcome: Answer) -> dict[str, np.ndarray]:
         return {"step": np.array([[step]], np.int32), "num_steps": np.array([[num_steps]], np.int32)}
     faults.at("denoiser.answer")
     latents = outcome.latents.numpy()
-    return {"latents": latents, "num_steps": np.full((len(latents), 1), outcome.num_steps, np.int32)}
+    rows = len(latents)
+    steps = np.full((rows, 1), outcome.num_steps, np.int32)
+    return {"latents": latents, "num_steps": steps, JOURNAL: outcome.journal.tensor(rows)}

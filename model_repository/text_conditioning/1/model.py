@@ -1,6 +1,7 @@
 """Triton adapter of the text stage: tensors in, tensors out, errors to codes."""
 
 import json
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,9 @@ from audioldm2_triton.server.clipping import clipping_schedulers
 from audioldm2_triton.server.entrance import entrance_of
 from audioldm2_triton.server.generation_row import GenerationRow
 from audioldm2_triton.server.geometry import read_audio_geometry
+from audioldm2_triton.server.journal import TENSOR as JOURNAL
+from audioldm2_triton.server.journal import Journal
+from audioldm2_triton.server.read_request import ReadRequest
 from audioldm2_triton.server.request_parameters import check_parameters
 from audioldm2_triton.server.settings import resolve_device, resolved_settings
 from audioldm2_triton.server.stage_tensors import TEXT_CONDITIONING
@@ -28,7 +32,7 @@ from request_rows import parse_rows
 from text_encoders import EncodedTexts
 from text_stage import load_text_stage
 
-ParsedRequest: TypeAlias = tuple[tuple[GenerationRow, ...], int]  # and its deadline, in ns; 0: none
+ParsedRequest: TypeAlias = tuple[tuple[GenerationRow, ...], ReadRequest]
 
 
 class TritonPythonModel:
@@ -60,7 +64,7 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         self.encoding.shutdown(wait=False, cancel_futures=True)
-        self.settlements.close()
+        adapter.close_settlements(self.settlements)
 
     def _answer_waiting(self) -> None:
         """Answers together all that have come while the last batch was encoded; there may be none left."""
@@ -69,22 +73,37 @@ class TritonPythonModel:
             adapter.answer_together(batch, self._parse, self._condition)
             self.memory.update()
 
-    def _parse(self, request: adapter.ReadRequest) -> ParsedRequest:
+    def _parse(self, request: ReadRequest) -> ParsedRequest:
         faults.at("text_conditioning.parse")
         check_parameters(request.parameters)
         native = self.geometry.native_audio_length_in_s
         rows = parse_rows(request.inputs, self.settings.limits, native, self.encoders.speaks, self.clipping)
         if rows[0].audio_format:
             check_encodable(split_format(rows[0].audio_format)[0], self.geometry.sampling_rate)
-        return rows, request.deadline_ns
+        return rows, request
 
     def _condition(self, requests: list[ParsedRequest]) -> list[dict[str, np.ndarray]]:
         full = self.settings.full_negative_prompt == "on"
         resolved = condition(self.encoders, self.cache, self.geometry, [rows for rows, _ in requests], full)
         return [
-            {**tensors, "deadline_ns": np.full((len(rows), 1), deadline, np.int64)}
-            for tensors, (rows, deadline) in zip(resolved, requests, strict=True)
+            {
+                **tensors,
+                "deadline_ns": np.full((len(rows), 1), request.deadline_ns, np.int64),
+                JOURNAL: _journal(rows, request.arrived_ns).tensor(len(rows)),
+            }
+            for tensors, (rows, request) in zip(resolved, requests, strict=True)
         ]
+
+
+def _journal(rows: Sequence[GenerationRow], arrived_ns: int) -> Journal:
+    return Journal(
+        arrived_ns,
+        conditioned_ns=time.monotonic_ns(),
+        prompts=len(rows),
+        waveforms=sum(row.num_waveforms_per_prompt for row in rows),
+        steps=max(row.num_inference_steps for row in rows),
+        audio_ms=round(rows[0].audio_length_in_s * 1000),
+    )
 
 
 def _num_rows(request: adapter.TakenRequest[adapter.Outputs]) -> int:

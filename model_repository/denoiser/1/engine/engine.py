@@ -213,6 +213,7 @@ class Engine:
             for job, reason in admission.failed:
                 self._finish(job, reason)
             for job in admission.started:
+                call_all([job.request.on_admitted])
                 self._observer.admitted((time.monotonic_ns() - job.submitted_ns) / 1e9)
             if admission.started:
                 self._observer.changed(self.load)

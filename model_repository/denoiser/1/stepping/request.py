@@ -53,6 +53,10 @@ class DenoisingRow:
         return 1 if self.negative is None else 2
 
 
+def _ignore() -> None:
+    """Does nothing."""
+
+
 @dataclass(frozen=True)
 class DenoisingRequest:
     """The rows of one request; they share the number of waveforms and the latent frames."""
@@ -60,6 +64,7 @@ class DenoisingRequest:
     rows: tuple[DenoisingRow, ...]
     deadline_ns: int = 0  # on the monotonic clock; 0: none
     priority: str = DEFAULT_PRIORITY
+    on_admitted: Callable[[], None] = _ignore  # called from the engine's thread before the first step
 
     @property
     def unet_items(self) -> int:
