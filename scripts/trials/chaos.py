@@ -90,7 +90,7 @@ def chaos(
         grpc_proxy, http_proxy = (stack.enter_context(proxy(port)) for port in (server.grpc_port, server.http_port))
         pool = stack.enter_context(ThreadPoolExecutor(4 + IN_FLIGHT))
         urls = [f"grpc://localhost:{grpc_proxy.port}", f"http://localhost:{http_proxy.port}"] * 2
-        loads = [pool.submit(_keep_sending, url, known, resent, over, Random(random.random())) for url in urls]
+        loads = [pool.submit(keep_sending, url, known, resent, over, Random(random.random())) for url in urls]
         try:
             for number in itertools.count():
                 if time.monotonic() > until:
@@ -108,7 +108,8 @@ def chaos(
     return rounds, resent, struck
 
 
-def _keep_sending(url: str, known: Sequence[Known], resent: Resent, over: threading.Event, random: Random) -> None:
+def keep_sending(url: str, known: Sequence[Known], resent: Resent, over: threading.Event, random: Random) -> None:
+    """Sends one of these requests after the other until it is over, each until it succeeds or two minutes have passed."""
     with AudioLDM2Client(url, max_retries=1000) as client:
         while not over.is_set():
             chosen = random.choice(known)
