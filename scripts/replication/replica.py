@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from replication.envoy import Balancer, Upstream, envoy
+from replication.envoy import Balancer, Upstream, envoy, find_envoy
 from serving.local_server import LocalServer, free_ports, serve_command, server_on
 from serving.server_error import DRAIN_TIMEOUT_IN_S, ServerError
 from serving.stage_processes import kill_group
@@ -83,6 +83,7 @@ def replicated(replicas: Sequence[Replica], log: Path, grpc_port: int = 0, http_
 
     Raises `ServerError` if anything does not start, or a server ends with another exit code than 0.
     """
+    find_envoy()  # before anything is started
     try:
         for replica in replicas:
             replica.start()

@@ -1,4 +1,4 @@
-"""What a server must survive: `scripts/chaos`, `drains`, `failover`, `fuzz` and `soak`, each one command with a verdict."""
+"""What a server must survive: `scripts/chaos`, `drains`, `failover`, `fuzz`, `soak`; each a command with a verdict."""
 
 import sys
 from typing import Final

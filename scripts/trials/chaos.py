@@ -109,7 +109,7 @@ def chaos(
 
 
 def keep_sending(url: str, known: Sequence[Known], resent: Resent, over: threading.Event, random: Random) -> None:
-    """Sends one of these requests after the other until it is over, each until it succeeds or two minutes have passed."""
+    """Sends one request after the other until it is over, each for at most two minutes."""
     with AudioLDM2Client(url, max_retries=1000) as client:
         while not over.is_set():
             chosen = random.choice(known)
