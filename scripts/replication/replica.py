@@ -14,7 +14,7 @@ from serving.local_server import LocalServer, free_ports, serve_command, server_
 from serving.server_error import DRAIN_TIMEOUT_IN_S, ServerError
 from serving.stage_processes import kill_group
 
-PATIENCE_IN_S: Final = 240.0  # for a start
+PATIENCE_IN_S: Final = 600.0  # for a start
 
 
 @dataclass

@@ -108,14 +108,21 @@ def chaos(
     return rounds, resent, struck
 
 
-def keep_sending(url: str, known: Sequence[Known], resent: Resent, over: threading.Event, random: Random) -> None:
-    """Sends one request after the other until it is over, each for at most two minutes."""
+def keep_sending(
+    url: str,
+    known: Sequence[Known],
+    resent: Resent,
+    over: threading.Event,
+    random: Random,
+    patience_in_s: float = _PATIENCE_IN_S,
+) -> None:
+    """Sends one request after the other until it is over, each again and again for at most that long."""
     with AudioLDM2Client(url, max_retries=1000) as client:
         while not over.is_set():
             chosen = random.choice(known)
             try:
                 # Not as a stream of the caller's, which is never sent again.
-                right = chosen.is_right(client.generate(**chosen.arguments, timeout=_PATIENCE_IN_S).audio)
+                right = chosen.is_right(client.generate(**chosen.arguments, timeout=patience_in_s).audio)
                 resent.note(right, "" if right else f"the audio of {chosen.arguments}")
             except AudioLDM2Error as error:
                 resent.note(False)

@@ -21,6 +21,7 @@ from trials.requests import Known, known_requests
 from trials.watching import left_behind, left_in_memory
 
 SERVERS: Final = 2
+REQUEST_PATIENCE_IN_S: Final = 900.0  # a busy machine is not what is tried here
 KILL: Final = "killed"
 ROLLOUT: Final = "restarted in turn"
 
@@ -50,7 +51,10 @@ def under_load(
     resent, over = Resent(), threading.Event()
     with ThreadPoolExecutor(clients) as pool:
         urls = [balancer.urls[number % 2] for number in range(clients)]
-        loads = [pool.submit(keep_sending, url, known, resent, over, Random(random.random())) for url in urls]
+        loads = [
+            pool.submit(keep_sending, url, known, resent, over, Random(random.random()), REQUEST_PATIENCE_IN_S)
+            for url in urls
+        ]
         try:
             faults = meanwhile(resent)
         finally:
