@@ -11,10 +11,10 @@ from typing import Final
 
 from replication.envoy import Balancer, Upstream, envoy, find_envoy
 from serving.local_server import LocalServer, free_ports, serve_command, server_on
-from serving.server_error import DRAIN_TIMEOUT_IN_S, ServerError
+from serving.server_error import ServerError
 from serving.stage_processes import kill_group
 
-PATIENCE_IN_S: Final = 600.0  # for a start
+PATIENCE_IN_S: Final = 600.0  # for a start, and half as much as for a drain
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Replica:
     def wait(self) -> int:
         """Returns its exit code once it has ended."""
         process = self.running.process
-        code = process.wait(timeout=3 * DRAIN_TIMEOUT_IN_S)
+        code = process.wait(timeout=2 * PATIENCE_IN_S)
         if process.stdout:
             process.stdout.close()
         return code

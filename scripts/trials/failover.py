@@ -22,6 +22,7 @@ from trials.watching import left_behind, left_in_memory
 
 SERVERS: Final = 2
 REQUEST_PATIENCE_IN_S: Final = 900.0  # a busy machine is not what is tried here
+OPTIONS: Final = ("--drain-timeout-in-s=600",)  # for the same reason
 KILL: Final = "killed"
 ROLLOUT: Final = "restarted in turn"
 
@@ -143,7 +144,7 @@ def measure(arguments: argparse.Namespace) -> None:
     kinds = [KILL] * arguments.kills + [ROLLOUT] * arguments.rollouts
     random.shuffle(kinds)
     logs = arguments.log.with_suffix("")
-    replicas = make_replicas(checkpoint, SERVERS, logs)
+    replicas = make_replicas(checkpoint, SERVERS, logs, OPTIONS)
     with replicated(replicas, logs / "envoy.log") as balancer:
         known = known_requests(replicas[0].running)
         started = time.monotonic()

