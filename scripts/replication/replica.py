@@ -14,7 +14,8 @@ from serving.local_server import LocalServer, free_ports, serve_command, server_
 from serving.server_error import ServerError
 from serving.stage_processes import kill_group
 
-PATIENCE_IN_S: Final = 600.0  # for a start, and half as much as for a drain
+STARTS: Final = 3
+PATIENCE_IN_S: Final = 600.0  # for a start; a drain may take twice as long
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Replica:
     options: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     process: subprocess.Popen[str] | None = None
+    failed_starts: int = 0
 
     @property
     def running(self) -> LocalServer:
@@ -53,11 +55,20 @@ class Replica:
             )
 
     def wait_until_ready(self) -> None:
-        """Raises `ServerError` if it ends before."""
-        output = self.running.process.stdout
-        assert output is not None
-        if not output.readline().startswith("ready:"):
-            raise ServerError(f"a server did not start:\n{self.log.read_text()[-4000:]}")
+        """Starts it anew where it ends before, as an orchestrator would. Raises `ServerError` if it always does."""
+        for attempt in range(STARTS):
+            if attempt:
+                self.start()
+            output = self.running.process.stdout
+            assert output is not None
+            if output.readline().startswith("ready:"):
+                return
+            self.wait()
+            self.failed_starts += 1
+        raise ServerError(f"got {STARTS} starts that failed but expected one that succeeds:\n{self._end_of_log()}")
+
+    def _end_of_log(self) -> str:
+        return self.log.read_text()[-4000:]
 
     def stop(self) -> None:
         """Has it drain, and does not wait."""

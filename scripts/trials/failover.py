@@ -163,5 +163,7 @@ def measure(arguments: argparse.Namespace) -> None:
             gone, back = (max(getattr(fault, f"{what}_in_s") for fault in those) for what in ("gone", "back"))
             print(f"{len(those):4} {kind}: no more requests within {gone} s, some again within {back} s")
     right = sum(right for _, right in resent.ended)
+    if failed := sum(replica.failed_starts for replica in replicas):
+        print(f"{failed:4} starts failed, and were repeated; the logs say why")
     print(f"{right} of {len(resent.ended)} requests right, in {took:.0f} s")
     end("failover", [*failures(faults, resent), *held, *orphans(), *left_in_memory(memory)], logs)
