@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Final
 
 from project import CACHE
-from replication.replica import Replica, make_replicas, replicated
+from replication.replica import make_replicas, replicated, wait_until_all_are_ready
 from serving.server_error import ServerError
 
 _LOOK_INTERVAL_IN_S: Final = 2.0
@@ -42,7 +42,10 @@ def main() -> int:
             for replica in replicas:
                 grpc = replica.running.grpc_url
                 print(f"  {grpc}, health {replica.running.health_port}, process {replica.running.process.pid}")
-            _look_after(replicas)
+            while True:
+                # What has ended is started anew; so stopping one after the other is a rolling restart.
+                wait_until_all_are_ready(replicas, balancer)
+                time.sleep(_LOOK_INTERVAL_IN_S)
     except ServerError as error:
         print(f"scripts/replicas: {error}", file=sys.stderr)
         return 1
@@ -53,16 +56,6 @@ def _leave(_number: int, _frame: FrameType | None) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the servers are draining
     raise KeyboardInterrupt
-
-
-def _look_after(replicas: list[Replica]) -> None:
-    """Starts a server anew that has ended, for as long as this runs; so stopping one by one is a rolling restart."""
-    while True:
-        time.sleep(_LOOK_INTERVAL_IN_S)
-        for replica in replicas:
-            if (code := replica.running.process.poll()) is not None:
-                print(f"{replica.log.stem} ended with {code}; starting it anew", file=sys.stderr)
-                replica.start()
 
 
 if __name__ == "__main__":

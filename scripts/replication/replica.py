@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,8 +15,8 @@ from serving.local_server import LocalServer, free_ports, serve_command, server_
 from serving.server_error import ServerError
 from serving.stage_processes import kill_group
 
-STARTS: Final = 3
-PATIENCE_IN_S: Final = 600.0  # for a start; a drain may take twice as long
+MAX_FAILURES_IN_A_ROW: Final = 3
+PATIENCE_IN_S: Final = 1800.0  # for whatever a busy machine may take long for
 
 
 @dataclass
@@ -28,7 +29,8 @@ class Replica:
     options: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     process: subprocess.Popen[str] | None = None
-    failed_starts: int = 0
+    failures: int = 0  # how often it ended by itself
+    failures_in_a_row: int = 0
 
     @property
     def running(self) -> LocalServer:
@@ -54,21 +56,17 @@ class Replica:
                 start_new_session=True,  # so that all of it can be killed, and Ctrl-C reaches only who starts it
             )
 
-    def wait_until_ready(self) -> None:
-        """Starts it anew where it ends before, as an orchestrator would. Raises `ServerError` if it always does."""
-        for attempt in range(STARTS):
-            if attempt:
-                self.start()
-            output = self.running.process.stdout
-            assert output is not None
-            if output.readline().startswith("ready:"):
-                return
-            self.wait()
-            self.failed_starts += 1
-        raise ServerError(f"got {STARTS} starts that failed but expected one that succeeds:\n{self._end_of_log()}")
-
-    def _end_of_log(self) -> str:
-        return self.log.read_text()[-4000:]
+    def revive(self) -> None:
+        """Starts it anew if it has ended by itself. Raises `ServerError` if it has done so too often in a row."""
+        code = self.running.process.poll()
+        if code is None:
+            return
+        self.wait()
+        self.failures += 1
+        self.failures_in_a_row += 1
+        if self.failures_in_a_row == MAX_FAILURES_IN_A_ROW:
+            raise ServerError(f"a server ended again and again, now with {code}:\n{self.log.read_text()[-4000:]}")
+        self.start()
 
     def stop(self) -> None:
         """Has it drain, and does not wait."""
@@ -77,7 +75,7 @@ class Replica:
     def wait(self) -> int:
         """Returns its exit code once it has ended."""
         process = self.running.process
-        code = process.wait(timeout=2 * PATIENCE_IN_S)
+        code = process.wait(timeout=PATIENCE_IN_S)
         if process.stdout:
             process.stdout.close()
         return code
@@ -98,10 +96,8 @@ def replicated(replicas: Sequence[Replica], log: Path, grpc_port: int = 0, http_
     try:
         for replica in replicas:
             replica.start()
-        for replica in replicas:
-            replica.wait_until_ready()
         with envoy([replica.upstream for replica in replicas], log, grpc_port, http_port) as balancer:
-            balancer.wait_for(len(replicas), PATIENCE_IN_S)
+            wait_until_all_are_ready(replicas, balancer)
             yield balancer
     finally:
         living = [replica for replica in replicas if replica.process and replica.process.poll() is None]
@@ -110,6 +106,19 @@ def replicated(replicas: Sequence[Replica], log: Path, grpc_port: int = 0, http_
         codes = [replica.wait() for replica in living]
     if any(codes):
         raise ServerError(f"got servers that ended with {codes} but expected 0; logs: {replicas[0].log.parent}")
+
+
+def wait_until_all_are_ready(replicas: Sequence[Replica], balancer: Balancer) -> None:
+    """Starts anew what ends meanwhile, as an orchestrator would. Raises `ServerError` if it takes too long."""
+    deadline = time.monotonic() + PATIENCE_IN_S
+    while (healthy := balancer.healthy()) != len(replicas):
+        for replica in replicas:
+            replica.revive()
+        if time.monotonic() > deadline:
+            raise ServerError(f"Envoy: got {healthy} healthy servers but expected {len(replicas)}")
+        time.sleep(0.1)
+    for replica in replicas:
+        replica.failures_in_a_row = 0
 
 
 def make_replicas(checkpoint: Path, count: int, folder: Path, options: Sequence[str] = ()) -> list[Replica]:

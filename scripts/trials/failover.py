@@ -14,7 +14,7 @@ from random import Random
 from typing import Final
 
 from replication.envoy import Balancer
-from replication.replica import PATIENCE_IN_S, Replica, make_replicas, replicated
+from replication.replica import Replica, make_replicas, replicated, wait_until_all_are_ready
 from trials.chaos import Resent, keep_sending, orphans
 from trials.command import add_common_arguments, add_load_arguments, end, tiny_checkpoint
 from trials.requests import Known, known_requests
@@ -69,7 +69,7 @@ def kill(replicas: Sequence[Replica], balancer: Balancer, server: int) -> Fault:
     """Kills all processes of one server, and starts it anew once nothing is sent to it."""
     started = time.monotonic()
     replicas[server].kill()
-    return _bring_back(KILL, replicas[server], balancer, server, started)
+    return _bring_back(KILL, replicas, balancer, server, started)
 
 
 def roll_out(replicas: Sequence[Replica], balancer: Balancer) -> list[Fault]:
@@ -78,17 +78,18 @@ def roll_out(replicas: Sequence[Replica], balancer: Balancer) -> list[Fault]:
     for server, replica in enumerate(replicas):
         started = time.monotonic()
         replica.stop()
-        faults.append(_bring_back(ROLLOUT, replica, balancer, server, started))
+        faults.append(_bring_back(ROLLOUT, replicas, balancer, server, started))
     return faults
 
 
-def _bring_back(kind: str, replica: Replica, balancer: Balancer, server: int, started: float) -> Fault:
-    balancer.wait_for(SERVERS - 1, PATIENCE_IN_S)
+def _bring_back(kind: str, replicas: Sequence[Replica], balancer: Balancer, server: int, started: float) -> Fault:
+    replica = replicas[server]
+    while balancer.healthy() == SERVERS:
+        time.sleep(0.1)
     gone = time.monotonic() - started
     code = replica.wait() if kind == ROLLOUT else 0
     replica.start()
-    replica.wait_until_ready()
-    balancer.wait_for(SERVERS, PATIENCE_IN_S)
+    wait_until_all_are_ready(replicas, balancer)
     fault = Fault(kind, server, round(gone, 1), round(time.monotonic() - started, 1), code)
     print(fault, flush=True)
     return fault
@@ -163,7 +164,7 @@ def measure(arguments: argparse.Namespace) -> None:
             gone, back = (max(getattr(fault, f"{what}_in_s") for fault in those) for what in ("gone", "back"))
             print(f"{len(those):4} {kind}: no more requests within {gone} s, some again within {back} s")
     right = sum(right for _, right in resent.ended)
-    if failed := sum(replica.failed_starts for replica in replicas):
-        print(f"{failed:4} starts failed, and were repeated; the logs say why")
+    if failed := sum(replica.failures for replica in replicas):
+        print(f"{failed:4} times a server ended by itself, and was started anew; the logs say why")
     print(f"{right} of {len(resent.ended)} requests right, in {took:.0f} s")
     end("failover", [*failures(faults, resent), *held, *orphans(), *left_in_memory(memory)], logs)

@@ -58,6 +58,7 @@ def pair(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # a busy machine is slow to start servers
 @pytest.mark.parametrize("kind", [KILL, ROLLOUT])
 def test_nothing_is_lost_when_servers_go(pair: Pair, kind: str) -> None:
     struck, resent = under_load(
