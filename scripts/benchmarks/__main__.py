@@ -13,6 +13,7 @@ COMMANDS: Final = {
     "latency": "one request alone: the pipeline, the guide's recipe, the stages, the server",
     "ledger": "what each change to the UNet's step gains",
     "load": "perf_analyzer over concurrency and Poisson rates: the engine, dynamic batching, one by one",
+    "loadtest": "perf_analyzer against a server that runs, anywhere; as scripts/loadtest",
     "memory": "the most memory that each stage holds, by the length of the audio",
     "precision": "how exact float32 is on a CPU, beside the reference pipeline's own float32",
     "stages": "time and arithmetic of each stage, beside the pipeline's, and what Triton adds",

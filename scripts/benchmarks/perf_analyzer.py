@@ -2,17 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-import venv
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-TIMEOUT_S: Final = 240
+from benchmarks.measurement import Record, with_latencies
+
+TIMEOUT_S: Final = 240.0
 NS_PER_S: Final = 1_000_000_000
 WHEEL: Final = "tritonclient==2.51.0"
 MISSING_LIBRARIES: Final = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
@@ -20,11 +22,12 @@ MISSING_LIBRARIES: Final = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12":
 
 @dataclass(frozen=True)
 class Target:
-    """A model on a server of this machine."""
+    """A model on a server."""
 
     model: str
     protocol: str  # grpc or http
-    port: int
+    address: str  # HOST:PORT
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,20 @@ class Answered:
         return self.answered - self.sent
 
 
+def find_perf_analyzer(directory: Path) -> Path:
+    """Returns the binary of this machine, as in Triton's SDK container; where there is none, installs one."""
+    found = shutil.which("perf_analyzer")
+    return Path(found) if found else install_perf_analyzer(directory)
+
+
 def install_perf_analyzer(directory: Path) -> Path:
-    """Returns the binary, in a separate virtual environment: its client library must not replace the project's.
+    """Returns the binary, in a folder apart: its client library must not replace the project's.
 
     It wants two libraries that it does not bring; copies lie in the wheel `nvidia-pytriton`.
     """
     binary = directory / "bin" / "perf_analyzer"
     if not binary.exists():
-        venv.create(directory, with_pip=True)
-        pip = [str(directory / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-deps", WHEEL]
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", f"--target={directory}", WHEEL]
         subprocess.run(pip, check=True, stdout=sys.stderr)
     libraries = directory / "libraries"
     libraries.mkdir(exist_ok=True)
@@ -68,9 +76,18 @@ def write_input_data(path: Path, requests: Sequence[dict[str, Any]]) -> None:
 
 
 def run_load(
-    binary: Path, target: Target, input_data: Path, request_count: int, concurrency: int = 0, rate_per_s: float = 0
+    binary: Path,
+    target: Target,
+    input_data: Path,
+    request_count: int,
+    concurrency: int = 0,
+    rate_per_s: float = 0,
+    timeout_s: float = TIMEOUT_S,
 ) -> list[Answered]:
     """Sends `request_count` requests of `input_data` in turn: `concurrency` at a time, or at Poisson arrivals.
+
+    Args:
+        timeout_s: for all of them; has to exceed the slowest answer.
 
     Raises `RuntimeError` where a request failed, nothing was reported, or it does not end.
     """
@@ -82,18 +99,19 @@ def run_load(
             rates = f"{rate_per_s:g}:{rate_per_s:g}:1"
             load = ["--request-rate-range", rates, "--request-distribution", "poisson", "--async"]
         command = [
-            *(str(binary), "-m", target.model, "-i", target.protocol, "-u", f"localhost:{target.port}", "-b", "1"),
+            *(str(binary), "-m", target.model, "-i", target.protocol, "-u", target.address, "-b", "1"),
             *("--input-data", str(input_data), *load),
             # One pass over a known number of requests, not windows until three of them agree.
             *("--request-count", str(request_count), "--percentile", "99"),
             *("--profile-export-file", str(export)),
+            *(word for header in target.headers.items() for word in ("-H", ":".join(header))),
         ]
         environment = {**os.environ, "LD_LIBRARY_PATH": str(binary.parent.parent / "libraries")}
         try:
-            run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+            run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s)
         except subprocess.TimeoutExpired:
             # Seen at Poisson arrivals: every request was answered, and it waited for more.
-            raise RuntimeError(f"perf_analyzer did not end within {TIMEOUT_S} s") from None
+            raise RuntimeError(f"perf_analyzer did not end within {timeout_s:g} s") from None
         if not export.exists():
             # What is wrong stands before the help.
             raise RuntimeError(f"perf_analyzer gave no report:\n{run.stdout[-2000:]}\n{run.stderr[:2000]}")
@@ -129,6 +147,18 @@ def throughput(requests: Sequence[Answered]) -> float:
 def goodput(requests: Sequence[Answered], objective_s: float) -> float:
     """Answers within the objective per second of the same time; the late ones count for nothing."""
     return sum(request.latency <= objective_s for request in requests) / _duration(requests)
+
+
+def with_answers(
+    record: Record, answered: Sequence[Answered], objective_ms: float | None, rows: float | None
+) -> Record:
+    """`record` with latencies, throughput, UNet items of a forward, and goodput if there is an objective."""
+    timed = replace(
+        with_latencies(record, [request.latency for request in answered]), clips_per_s=throughput(answered), rows=rows
+    )
+    if objective_ms is None:
+        return timed
+    return replace(timed, objective_ms=objective_ms, goodput_per_s=goodput(answered, objective_ms / 1000))
 
 
 def _duration(requests: Sequence[Answered]) -> float:

@@ -4,12 +4,13 @@ Triton's own readiness stays true when a stage has died (before 26.04) or is sto
 """
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Final
+from typing import Any, Final
 
 from audioldm2_triton.server import metric_names as names
 from serving.control_group import host_memory
@@ -52,6 +53,15 @@ class Health:
         return "\n".join(lines) + "\n"
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Keeps those who did not wait for the answer out of the log."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def health_server(health: Health, host: str, port: int) -> Iterator[None]:
     """Answers `/live` with 200, `/ready` with 200 or 503, and `/metrics`. Raises `OSError` if the port is taken."""
@@ -74,8 +84,7 @@ def health_server(health: Health, host: str, port: int) -> Iterator[None]:
         def log_message(self, format: str, *arguments: object) -> None:
             """Keeps the probes of every few seconds out of the log."""
 
-    with ThreadingHTTPServer((host, port), Handler) as server:
-        server.daemon_threads = True
+    with _Server((host, port), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield

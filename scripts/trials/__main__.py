@@ -1,4 +1,4 @@
-"""What a server must survive: `scripts/chaos`, `drains`, `fuzz` and `soak`, each one command with a verdict."""
+"""What a server must survive: `scripts/chaos`, `drains`, `failover`, `fuzz`, `soak`; each a command with a verdict."""
 
 import sys
 from typing import Final
@@ -8,6 +8,7 @@ from command_line import measure
 COMMANDS: Final = {
     "chaos": "stages killed and stopped under load, over a bad network",
     "drains": "SIGTERM at random moments, under load and during the start",
+    "failover": "two servers behind one address, killed and restarted in turn under load",
     "soak": "mixed load for as long as wanted, part of it cancelled, late or cut off",
     "fuzz": "hostile requests by every way into a server",
 }

@@ -90,7 +90,7 @@ def chaos(
         grpc_proxy, http_proxy = (stack.enter_context(proxy(port)) for port in (server.grpc_port, server.http_port))
         pool = stack.enter_context(ThreadPoolExecutor(4 + IN_FLIGHT))
         urls = [f"grpc://localhost:{grpc_proxy.port}", f"http://localhost:{http_proxy.port}"] * 2
-        loads = [pool.submit(_keep_sending, url, known, resent, over, Random(random.random())) for url in urls]
+        loads = [pool.submit(keep_sending, url, known, resent, over, Random(random.random())) for url in urls]
         try:
             for number in itertools.count():
                 if time.monotonic() > until:
@@ -108,13 +108,21 @@ def chaos(
     return rounds, resent, struck
 
 
-def _keep_sending(url: str, known: Sequence[Known], resent: Resent, over: threading.Event, random: Random) -> None:
+def keep_sending(
+    url: str,
+    known: Sequence[Known],
+    resent: Resent,
+    over: threading.Event,
+    random: Random,
+    patience_in_s: float = _PATIENCE_IN_S,
+) -> None:
+    """Sends one request after the other until it is over, each again and again for at most that long."""
     with AudioLDM2Client(url, max_retries=1000) as client:
         while not over.is_set():
             chosen = random.choice(known)
             try:
                 # Not as a stream of the caller's, which is never sent again.
-                right = chosen.is_right(client.generate(**chosen.arguments, timeout=_PATIENCE_IN_S).audio)
+                right = chosen.is_right(client.generate(**chosen.arguments, timeout=patience_in_s).audio)
                 resent.note(right, "" if right else f"the audio of {chosen.arguments}")
             except AudioLDM2Error as error:
                 resent.note(False)

@@ -245,6 +245,7 @@ def test_other_urls_are_refused_with_what_is_accepted(url: str) -> None:
         ("StatusCode.UNIMPLEMENTED", "no", errors.InternalError),
         ("500", "in ensemble 'a', Stub process 'decoder_0_0' is not healthy.", errors.UnavailableError),
         ("StatusCode.INTERNAL", "Stub process 'decoder_0_0' is not healthy.", errors.UnavailableError),
+        ("StatusCode.INTERNAL", "Stream removed (Received RST_STREAM with error code 2)", errors.UnavailableError),
         (None, "Failed to process the request: Stub process 'x' is not healthy.", errors.UnavailableError),
         (None, "malformed", errors.InternalError),
         # As in a stream, whose errors have no status.

@@ -59,6 +59,8 @@ _RAISED_IN_STAGE: Final = re.compile(
 )
 _NO_CONNECTION: Final = re.compile(r"connect|DNS|socket|proxy|handshake", re.IGNORECASE)
 """gRPC's own words, in messages that are not Triton's."""
+_CUT: Final = re.compile(r"\bReceived RST_STREAM with error code 2\b")
+"""gRPC's words, with the status INTERNAL, for an answer that a proxy had begun to pass on when the server died."""
 _NOT_HTTP: Final = "Expected HTTP/"
 """The words of llhttp, which both HTTP libraries have, before the bytes that they got."""
 OTHER_PROTOCOL: Final = "the answer is not HTTP; gRPC has a port of its own (by default HTTP is 8000, gRPC 8001)"
@@ -107,7 +109,7 @@ def _from_triton(error: InferenceServerException, endpoint: Endpoint, timeout: f
         # stages' errors carry their code in the message.
         return _located(read_message(message), endpoint)
     kind = _KINDS.get(status, InternalError)
-    if kind is InternalError and is_model_away(message):
+    if kind is InternalError and (is_model_away(message) or _CUT.search(message)):
         kind = UnavailableError
     if _RESTRICTED.match(message):
         return PermissionDeniedError(f"{endpoint.url}: {message}")

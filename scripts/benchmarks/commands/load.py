@@ -8,24 +8,17 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from audioldm2_triton.contract import ENSEMBLE
-from benchmarks.measurement import Record, print_table, with_latencies
-from benchmarks.perf_analyzer import (
-    Answered,
-    Target,
-    goodput,
-    install_perf_analyzer,
-    run_load,
-    throughput,
-    write_input_data,
-)
+from benchmarks.measurement import Record, print_table
+from benchmarks.perf_analyzer import Target, install_perf_analyzer, run_load, with_answers, write_input_data
 from benchmarks.run import Run, add_common_arguments, read_run
+from benchmarks.server_metrics import change
 from benchmarks.whole_requests import MODEL, whole_request_server
 from benchmarks.workload import as_inputs, make_rows
 from project import CACHE
@@ -118,7 +111,7 @@ def running(way: str, run: Run) -> Iterator[Server]:
     if way != ENGINE:
         max_batch = MAX_BATCH if way == DYNAMIC else 1
         with whole_request_server(run.checkpoint, run.device, run.dtype_name, max_batch) as port:
-            yield Server(way, (Target(MODEL, "grpc", port),), None)
+            yield Server(way, (Target(MODEL, "grpc", f"localhost:{port}"),), None)
         return
     # Texts are encoded anew, as in the other ways: the same few come again and again here.
     arguments = (*run.serve_arguments, "--embedding-cache-size=0")
@@ -126,7 +119,8 @@ def running(way: str, run: Run) -> Iterator[Server]:
         tempfile.TemporaryDirectory() as directory,
         local_server(run.checkpoint, Path(directory) / "log", *arguments) as server,
     ):
-        targets = Target(ENSEMBLE, "grpc", server.grpc_port), Target(ENSEMBLE, "http", server.http_port)
+        ports = {"grpc": server.grpc_port, "http": server.http_port}
+        targets = tuple(Target(ENSEMBLE, protocol, f"localhost:{port}") for protocol, port in ports.items())
         yield Server(way, targets, server.metrics_port)
 
 
@@ -137,40 +131,23 @@ def under_load(
     for target in server.targets:
         for concurrency in options.concurrencies:
             record = replace(base, path=f"{server.way}, {target.protocol}", concurrency=concurrency)
-            before = _forwards(server)
+            before = _page(server)
             answered = run_load(binary, target, input_data, max(options.requests, concurrency), concurrency=concurrency)
-            yield with_answers(record, answered, options.objective_ms, _rows_per_forward(before, _forwards(server)))
+            yield with_answers(record, answered, options.objective_ms, _rows_per_forward(server, before))
     for rate in () if without_rates else options.rates_per_s:
         record = replace(base, path=f"{server.way}, {server.targets[0].protocol}", rate_per_s=rate)
-        before = _forwards(server)
+        before = _page(server)
         try:
             answered = run_load(binary, server.targets[0], input_data, options.requests, rate_per_s=rate)
         except RuntimeError as error:
             yield replace(record, note=f"failed: {str(error)[:200]}")
             continue
-        yield with_answers(record, answered, options.objective_ms, _rows_per_forward(before, _forwards(server)))
+        yield with_answers(record, answered, options.objective_ms, _rows_per_forward(server, before))
 
 
-def with_answers(
-    record: Record, answered: Sequence[Answered], objective_ms: float | None, rows: float | None
-) -> Record:
-    timed = replace(
-        with_latencies(record, [request.latency for request in answered]), clips_per_s=throughput(answered), rows=rows
-    )
-    if objective_ms is None:
-        return timed
-    return replace(timed, objective_ms=objective_ms, goodput_per_s=goodput(answered, objective_ms / 1000))
+def _rows_per_forward(server: Server, before: Mapping[str, float]) -> float | None:
+    return change(before, _page(server)).rows_per_forward
 
 
-def _forwards(server: Server) -> tuple[float, float] | None:
-    """Returns the UNet batch items and forwards so far."""
-    if server.metrics_port is None:
-        return None
-    metrics = read_metrics(server.metrics_port)
-    return metrics["audioldm2_rows_per_forward_sum"], metrics["audioldm2_rows_per_forward_count"]
-
-
-def _rows_per_forward(before: tuple[float, float] | None, after: tuple[float, float] | None) -> float | None:
-    if before is None or after is None or after[1] == before[1]:
-        return None
-    return (after[0] - before[0]) / (after[1] - before[1])
+def _page(server: Server) -> dict[str, float]:
+    return {} if server.metrics_port is None else read_metrics(server.metrics_port)
