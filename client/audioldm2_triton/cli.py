@@ -36,8 +36,13 @@ REFRESH_IN_S: Final = 0.2
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     escape_unprintable()
+    given = sys.argv[1:] if argv is None else argv
     try:
-        return asyncio.run(_run(*parse_arguments(argv)))
+        if given[:1] == ["web"]:
+            from audioldm2_triton.web.command import run_web
+
+            run_web(given[1:])
+        return asyncio.run(_run(*parse_arguments(given)))
     except KeyboardInterrupt:
         _complain("interrupted")
         return INTERRUPTED
