@@ -12,7 +12,7 @@ FILES: Final = "gradio_api/file="
 
 STYLE: Final = """
 .request { margin-bottom: 1.5rem; }
-.request h3 { margin: 0 0 0.2rem; overflow-wrap: anywhere; }
+.request h2 { margin: 0 0 0.2rem; overflow-wrap: anywhere; }
 .request .candidates { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }
 .request figure { margin: 0; }
 .request img, .request audio, .status progress { width: 100%; }
@@ -54,7 +54,7 @@ def _show(generated: Generated) -> str:
     said = escape(", ".join(f"{name} {value}" for name, value in generated.options.items()))
     figures = "\n".join(_figure(generated, rank, each) for rank, each in enumerate(generated.candidates))
     return (
-        f'<section class="request"><h3>{escape(generated.prompt)}</h3><p>{generated.length_in_s:.2f} s, {said}</p>'
+        f'<section class="request"><h2>{escape(generated.prompt)}</h2><p>{generated.length_in_s:.2f} s, {said}</p>'
         f'<div class="candidates">{figures}</div></section>'
     )
 
@@ -64,8 +64,9 @@ def _figure(generated: Generated, rank: int, candidate: Candidate) -> str:
     score = "" if candidate.score is None else f", score {candidate.score:.4f}"
     label = escape(f"{name}: {generated.prompt}", quote=True)
     sound, picture = (f"{FILES}{escape(str(path), quote=True)}" for path in (candidate.sound, candidate.picture))
+    file = f"seed{generated.options.get('seed')}-{rank}.wav"
     return (
-        f'<figure><img src="{picture}" alt="waveform and spectrogram, {label}">'
-        f'<audio controls src="{sound}" aria-label="{label}"></audio>'
-        f'<figcaption>{name}{score}, <a href="{sound}" download>download</a></figcaption></figure>'
+        f'<figure><img src="{picture}" alt="waveform and spectrogram, {label}"/>'
+        f'<audio controls="" src="{sound}" aria-label="{label}"></audio>'
+        f'<figcaption>{name}{score}, <a href="{sound}" download="{file}">download</a></figcaption></figure>'
     )

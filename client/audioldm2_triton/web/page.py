@@ -38,7 +38,7 @@ def build_page(client: AsyncAudioLDM2Client, info: ServerInfo, url: str, model: 
                 sounds = gr.HTML()
                 with gr.Accordion("The same sound from a program", open=False):
                     texts = [
-                        gr.Code(label=label, language=language, interactive=False)
+                        gr.Code(label=label, language=language, interactive=False, lines=1, wrap_lines=True)
                         for label, language in (("Python", "python"), ("Command", "shell"), ("curl", "shell"))
                     ]
         history = gr.State(list[Generated]())

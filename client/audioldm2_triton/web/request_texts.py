@@ -61,9 +61,9 @@ def _command(url: str, model: str, prompt: str, options: Mapping[str, Any]) -> s
     if model != contract.ENSEMBLE:
         where["model"] = model
     given = [f"--{name.replace('_', '-')}={value}" for name, value in {**options, **where}.items()]
-    # Behind -- it is a prompt, whatever it looks like.
-    marked = ["--"] if prompt.startswith("-") or prompt == "web" else []
-    return shlex.join(["audioldm2", *given, *marked, prompt])
+    if prompt.startswith("-") or prompt == "web":
+        return shlex.join(["audioldm2", *given, "--", prompt])  # behind -- it is a prompt, whatever it looks like
+    return shlex.join(["audioldm2", prompt, *given])
 
 
 def _curl(url: str, model: str, prompt: str, options: Mapping[str, Any]) -> str:
