@@ -12,7 +12,6 @@ from typing import Final, NoReturn
 from audioldm2_triton import contract
 from audioldm2_triton.aio import AsyncAudioLDM2Client
 from audioldm2_triton.errors import UnavailableError
-from audioldm2_triton.plot import require_matplotlib
 from audioldm2_triton.server_info import ServerInfo
 from audioldm2_triton.transport.endpoint import DEFAULT_URL
 from audioldm2_triton.web.gallery import STYLE
@@ -42,28 +41,32 @@ def run_web(argv: Sequence[str]) -> NoReturn:
     is no server.
     """
     arguments = build_web_parser().parse_args(argv)
-    require_matplotlib()
     try:
+        import matplotlib  # noqa: F401
+
         from audioldm2_triton.web.page import build_page
-    except ImportError as error:
-        raise ImportError(f"the page needs gradio: pip install 'audioldm2-triton[web]' ({error})") from None
+    except ImportError:
+        raise ImportError("the page needs gradio and matplotlib: pip install gradio matplotlib") from None
     info = asyncio.run(_info(arguments.url, arguments.model))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="audioldm2-web-") as folder:
         client = AsyncAudioLDM2Client(arguments.url, model=arguments.model)
         page = build_page(client, info, arguments.url, arguments.model, Path(folder))
-        _, address, _ = page.launch(
-            server_name=arguments.host,
-            server_port=arguments.port,
-            prevent_thread_lock=True,
-            quiet=True,
-            share=False,
-            ssr_mode=False,
-            run_history=False,
-            footer_links=[],
-            allowed_paths=[folder],
-            css=STYLE,
-        )
+        try:
+            _, address, _ = page.launch(
+                server_name=arguments.host,
+                server_port=arguments.port,
+                prevent_thread_lock=True,
+                quiet=True,
+                share=False,
+                ssr_mode=False,
+                run_history=False,
+                footer_links=[],
+                allowed_paths=[folder],
+                css=STYLE,
+            )
+        except OSError:
+            raise OSError(f"--port: got {arguments.port} but expected a free one of {arguments.host}") from None
         try:
             print(f"ready: {address}", flush=True)
             threading.Event().wait()

@@ -28,7 +28,7 @@ def build_page(client: AsyncAudioLDM2Client, info: ServerInfo, url: str, model: 
         gr.Markdown(f"# AudioLDM 2\n{info.checkpoint or 'A checkpoint without a name'} at {url}")
         with gr.Row():
             with gr.Column(scale=1):
-                prompt = gr.Textbox(label="Prompt", lines=2, autofocus=True)
+                prompt = gr.Textbox(label="Prompt", max_lines=5, autofocus=True)
                 controls = _controls(info)
                 with gr.Row():
                     start = gr.Button("Generate", variant="primary")
