@@ -95,6 +95,13 @@ def test_the_light_client_is_enough(url: str) -> None:
     assert "pip install matplotlib" in refused.stderr
 
 
+def test_the_page_says_what_it_needs() -> None:
+    run = installed("web")
+    error = "audioldm2: the page needs gradio and matplotlib: pip install gradio matplotlib\n"
+    assert (run.returncode, run.stdout, run.stderr) == (1, "", error)
+    assert installed("web", "--no-such-option").returncode == 2
+
+
 def test_a_server_on_this_machine_is_reached_without_the_proxy(url: str) -> None:
     dead = dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")
     for arguments in ([PROMPT], ["--batch=prompts.txt", "-o=made"], ["--info"]):

@@ -16,6 +16,7 @@ ARCHITECTURE: Final = ROOT / "model_repository" / "ARCHITECTURE.md"
 OPERATIONS: Final = ROOT / "model_repository" / "OPERATIONS.md"
 PAGES: Final = (
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "client").glob("*.md")),
     *sorted((ROOT / "docker").rglob("*.md")),
     *sorted((ROOT / "model_repository").glob("*.md")),
 )

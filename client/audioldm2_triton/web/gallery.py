@@ -13,7 +13,7 @@ FILES: Final = "gradio_api/file="
 STYLE: Final = """
 .request { margin-bottom: 1.5rem; }
 .request h2 { margin: 0 0 0.2rem; overflow-wrap: anywhere; }
-.request .candidates { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }
+.request .candidates { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 1rem; }
 .request figure { margin: 0; }
 .request img, .request audio, .status progress { width: 100%; }
 .status.error { color: #b91c1c; font-weight: 600; }

@@ -24,23 +24,23 @@ Updates = dict[Any, Any]
 def build_page(client: AsyncAudioLDM2Client, info: ServerInfo, url: str, model: str, folder: Path) -> gr.Blocks:
     """Makes the page for one server. Sounds and pictures go to `folder`, which has to be served."""
     runs = Runs()
-    with gr.Blocks(title="AudioLDM 2", analytics_enabled=False) as page:
+    with gr.Blocks(title="AudioLDM 2", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(f"# AudioLDM 2\n{info.checkpoint or 'A checkpoint without a name'} at {url}")
         with gr.Row():
-            with gr.Column(scale=1):
+            with gr.Column(scale=1, min_width=300):
                 prompt = gr.Textbox(label="Prompt", max_lines=5, autofocus=True)
                 controls = _controls(info)
                 with gr.Row():
-                    start = gr.Button("Generate", variant="primary")
-                    cancel = gr.Button("Cancel", interactive=False)
-            with gr.Column(scale=2):
+                    start = gr.Button("Generate", variant="primary", min_width=100)
+                    cancel = gr.Button("Cancel", interactive=False, min_width=100)
+            with gr.Column(scale=3):
                 status = gr.HTML(show_end("ready"))
-                sounds = gr.HTML()
                 with gr.Accordion("The same sound from a program", open=False):
                     texts = [
                         gr.Code(label=label, language=language, interactive=False, lines=1, wrap_lines=True)
                         for label, language in (("Python", "python"), ("Command", "shell"), ("curl", "shell"))
                     ]
+                sounds = gr.HTML()
         history = gr.State(list[Generated]())
 
         def show_texts(made: RequestTexts) -> Updates:
