@@ -24,7 +24,7 @@ def build_web_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"audioldm2 {NAME}",
         description="Opens a page to generate and listen on, in a browser. Ctrl-C ends it.",
-        epilog="The page of whoever reaches it can use the server, with your API key if you have one.",
+        epilog="Whoever can open the page can use the server, with your API key if you have one.",
         allow_abbrev=False,
     )
     parser.add_argument("--url", default=DEFAULT_URL, help="the server; default: %(default)s")
