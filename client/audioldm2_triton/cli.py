@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Final, NoReturn, TypeVar
+from typing import Final, NoReturn, TypeAlias, TypeVar
 
 from tqdm import tqdm
 
@@ -20,11 +20,13 @@ from audioldm2_triton.events import Progress
 from audioldm2_triton.files import STANDARD_OUTPUT, check_path, check_writable
 from audioldm2_triton.options import parse_arguments
 from audioldm2_triton.orders import Order, most_files, read_orders, report
+from audioldm2_triton.players import find_player, play
 from audioldm2_triton.result import GenerationResult
 from audioldm2_triton.server_info import ServerInfo
 from audioldm2_triton.terminal import escape_unprintable, print_info, report_text
 
 T = TypeVar("T")
+Player: TypeAlias = Sequence[str] | None
 
 FAILED: Final = 1
 INTERRUPTED: Final = 130  # as shells report it: 128 plus the number of SIGINT
@@ -34,8 +36,13 @@ REFRESH_IN_S: Final = 0.2
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     escape_unprintable()
+    given = sys.argv[1:] if argv is None else argv
     try:
-        return asyncio.run(_run(*parse_arguments(argv)))
+        if given[:1] == ["web"]:
+            from audioldm2_triton.web.command import run_web
+
+            run_web(given[1:])
+        return asyncio.run(_run(*parse_arguments(given)))
     except KeyboardInterrupt:
         _complain("interrupted")
         return INTERRUPTED
@@ -60,6 +67,7 @@ async def _run(arguments: argparse.Namespace, origin: Origin | None) -> int:
 
             require_matplotlib()
             check_writable(check_path(arguments.plot, (".png",)))
+        player = find_player() if arguments.play else None
         # Without a server all requests would fail; this is one message.
         info = await client.server_info(arguments.timeout)
         check_encodable(orders[0].audio_format, info.sampling_rate)
@@ -69,13 +77,13 @@ async def _run(arguments: argparse.Namespace, origin: Origin | None) -> int:
         if origin is not None and origin.checkpoint != info.checkpoint:
             _complain(f"{arguments.like} was made with {origin.checkpoint}, but the server has {info.checkpoint}")
         if len(orders) == 1 and not orders[0].label:
-            await _generate_one(client, arguments, orders[0], info)
+            await _generate_one(client, arguments, orders[0], info, player)
             return 0
-        return await _generate_all(client, arguments, orders)
+        return await _generate_all(client, arguments, orders, player)
 
 
 async def _generate_one(
-    client: AsyncAudioLDM2Client, arguments: argparse.Namespace, order: Order, info: ServerInfo
+    client: AsyncAudioLDM2Client, arguments: argparse.Namespace, order: Order, info: ServerInfo, player: Player
 ) -> None:
     start = time.monotonic()
     with _progress_bar() as bar:
@@ -86,6 +94,8 @@ async def _generate_one(
     _save(result, order, time.monotonic() - start, arguments.json)
     if arguments.plot is not None:
         result.plot(arguments.plot)
+    if player is not None:
+        await play(player, result)
 
 
 def _progress_bar() -> "tqdm[NoReturn]":
@@ -113,9 +123,12 @@ async def _refreshing(bar: "tqdm[NoReturn]", answer: Awaitable[T]) -> T:
     return task.result()
 
 
-async def _generate_all(client: AsyncAudioLDM2Client, arguments: argparse.Namespace, orders: Sequence[Order]) -> int:
+async def _generate_all(
+    client: AsyncAudioLDM2Client, arguments: argparse.Namespace, orders: Sequence[Order], player: Player
+) -> int:
     failed: list[str] = []
     waiting = iter(orders)
+    playing = asyncio.Lock()  # one sound after another
     with tqdm(total=len(orders), unit="request", mininterval=0, disable=None, file=sys.stderr) as bar:
 
         async def work() -> None:
@@ -124,6 +137,9 @@ async def _generate_all(client: AsyncAudioLDM2Client, arguments: argparse.Namesp
                 try:
                     result = await client.generate(order.prompt, **order.options)
                     _save(result, order, time.monotonic() - start, arguments.json)
+                    if player is not None:
+                        async with playing:
+                            await play(player, result)
                 except (AudioLDM2Error, OSError) as error:
                     failed.append(order.label)
                     _complain(f"{order.label}: {error}")

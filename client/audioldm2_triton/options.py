@@ -7,9 +7,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
+import shtab
+
 from audioldm2_triton import contract
 from audioldm2_triton.audio.origin import Origin
 from audioldm2_triton.files import STANDARD_OUTPUT, read_file_origin
+from audioldm2_triton.players import PLAYERS
 from audioldm2_triton.transport.endpoint import DEFAULT_URL
 from audioldm2_triton.transport.resending import DEFAULT_MAX_RETRIES
 
@@ -23,6 +26,7 @@ is named after the number of its prompt, or the line, as 0001.wav. Existing file
 on standard output (on standard error with -o -): path, length, seed, score, latency of its request.
 Files say that they were generated, and how; --like makes their sound again.
 Ctrl-C also cancels running requests on the server (over HTTP not with several requests).
+`audioldm2 web` opens a page to listen on; `audioldm2 web --help` has its options.
 Exit code: 0 for success; 1 if anything failed; 2 for a wrong command line; 130 after Ctrl-C.
 """
 
@@ -37,13 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     what = parser.add_argument_group("what to do")
     what.add_argument("prompt", nargs="*", metavar="PROMPT", help="what to hear; with several, -o is a directory")
-    what.add_argument(
+    batch = what.add_argument(
         "--batch",
         metavar="FILE",
         type=Path,
         help="a file with one prompt per line, or - for standard input; blank lines are skipped",
     )
-    what.add_argument(
+    like = what.add_argument(
         "--like",
         metavar="FILE",
         type=Path,
@@ -51,8 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--info", action="store_true", help="print what the server accepts")
     what.add_argument("--version", action="version", version=f"%(prog)s {version('audioldm2-triton')}")
+    shtab.add_argument_to(
+        what, "--print-completion", help="print what completes this command in a shell, and exit: bash, zsh or tcsh"
+    )
     output = parser.add_argument_group("output")
-    output.add_argument(
+    to = output.add_argument(
         "-o",
         "--output",
         metavar="PATH",
@@ -65,8 +72,15 @@ def build_parser() -> argparse.ArgumentParser:
         choices=contract.AUDIO_FORMATS,
         help="default: by the suffix, or wav; wav and flac have 16 bits, wavfloat does not clip",
     )
-    output.add_argument("--plot", metavar="PATH", type=Path, help="also draw the best waveform to this .png file")
+    plot = output.add_argument(
+        "--plot", metavar="PATH", type=Path, help="also draw the best waveform to this .png file"
+    )
+    output.add_argument(
+        "--play", action="store_true", help=f"also play the best waveform, with {', '.join(PLAYERS)}: the first on PATH"
+    )
     output.add_argument("--json", action="store_true", help="report each file, or --info, as one line of JSON")
+    for names_a_file in (batch, like, to, plot):
+        names_a_file.complete = shtab.FILE  # type: ignore[attr-defined]
     _add_request(parser.add_argument_group("request"))
     server = parser.add_argument_group("server")
     server.add_argument("--url", default=DEFAULT_URL, help="default: %(default)s; also grpcs://, http://, https://")

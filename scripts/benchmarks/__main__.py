@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "memory": "the most memory that each stage holds, by the length of the audio",
     "precision": "how exact float32 is on a CPU, beside the reference pipeline's own float32",
     "stages": "time and arithmetic of each stage, beside the pipeline's, and what Triton adds",
+    "timeline": "a picture and a trace of forwards that mix requests which differ in everything",
 }
 
 

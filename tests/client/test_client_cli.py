@@ -95,6 +95,13 @@ def test_the_light_client_is_enough(url: str) -> None:
     assert "pip install matplotlib" in refused.stderr
 
 
+def test_the_page_says_what_it_needs() -> None:
+    run = installed("web")
+    error = "audioldm2: the page needs gradio and matplotlib: pip install gradio matplotlib\n"
+    assert (run.returncode, run.stdout, run.stderr) == (1, "", error)
+    assert installed("web", "--no-such-option").returncode == 2
+
+
 def test_a_server_on_this_machine_is_reached_without_the_proxy(url: str) -> None:
     dead = dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")
     for arguments in ([PROMPT], ["--batch=prompts.txt", "-o=made"], ["--info"]):
@@ -345,6 +352,100 @@ def test_json_for_scripts(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert (info["checkpoint"], info["limits"]["max_num_waveforms_per_prompt"]) == ("stand-in", 4)
 
 
+def player(folder: Path, name: str, script: str) -> None:
+    """Makes a program with the name of a player. There is neither a player nor a loudspeaker on a machine for tests."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_the_first_player_plays_the_best(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = 'for last; do :; done; cat "$last" >>'
+    player(Path("bin"), "aplay", f'{heard} aplay; echo "$@" >>arguments')
+    player(Path("bin"), "paplay", f"{heard} paplay")
+    monkeypatch.setenv("PATH", f"{Path('bin').absolute()}:/usr/bin:/bin")
+    request = [PROMPT, url, "--seed=7", "--num-waveforms-per-prompt=2", "--play"]
+    assert main([*request, "-o=out.wav"]) == 0
+    assert Path("aplay").read_bytes() == Path("out.wav").read_bytes()
+    assert Path("arguments").read_text().startswith("--quiet /")
+    assert not Path("paplay").exists()
+    # In whatever format the file is.
+    assert main([*request, "-o=out.flac"]) == 0
+    assert Path("aplay").read_bytes() == 2 * Path("out.wav").read_bytes()
+
+
+def test_several_sounds_are_played_one_after_another(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    player(Path("bin"), "afplay", "mkdir playing || exit 1; sleep 0.1; rmdir playing; echo >>played")
+    monkeypatch.setenv("PATH", f"{Path('bin').absolute()}:/usr/bin:/bin")
+    assert main([PROMPT, url, "--seed=1..4", "--play"]) == 0
+    assert Path("played").read_text() == 4 * "\n"
+
+
+def test_no_player_is_found_before_the_generation(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(Path().absolute()))
+    assert main([f"!watch {Path('seen').absolute()}", url, "--play"]) == 1
+    error = "audioldm2: --play: got no player on PATH but expected one of ffplay, aplay, paplay, afplay\n"
+    assert capsys.readouterr().err == error
+    assert not Path("seen").exists(), "the server has had a request"
+
+
+def test_a_player_that_fails_is_one_line(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    player(Path("bin"), "aplay", "printf 'aplay: audio open error:\n no such device\n' >&2; exit 3")
+    monkeypatch.setenv("PATH", f"{Path('bin').absolute()}:/usr/bin:/bin")
+    assert main([PROMPT, url, "--play"]) == 1
+    error = f"audioldm2: {Path('bin/aplay').absolute()}: exit code 3: aplay: audio open error: no such device\n"
+    assert capsys.readouterr().err == error
+    assert Path("out.wav").exists()
+
+
+def test_ctrl_c_stops_the_player(url: str) -> None:
+    player(Path("bin"), "aplay", "echo $$ >playing; exec sleep 60")
+    command = [environment("client") / "bin" / "audioldm2", PROMPT, url, "--play"]
+    variables = {**os.environ, "PATH": f"{Path('bin').absolute()}:/usr/bin:/bin"}
+    with subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (Path("playing").exists() and Path("playing").read_text().endswith("\n")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.stderr is not None
+        assert process.stderr.read() == "audioldm2: interrupted\n"
+    assert not Path(f"/proc/{Path('playing').read_text().strip()}").exists()
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("audioldm2 --num-w", {"--num-waveforms-per-prompt"}),
+        ("audioldm2 --priority b", {"batch"}),
+        ("audioldm2 rain --audio-format wav", {"wav", "wav24", "wavfloat"}),
+        ("audioldm2 --batch pro", {"prompts.txt"}),
+    ],
+)
+def test_a_shell_completes(typed: str, offered: set[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Bash itself runs what is printed, as it does after TAB."""
+    Path("prompts.txt").touch()
+    with pytest.raises(SystemExit) as caught:
+        main(["--print-completion", "bash"])
+    assert caught.value.code == 0
+    Path("completion").write_text(capsys.readouterr().out)
+    script = """
+    . ./completion
+    read -ra COMP_WORDS <<<"$1"
+    COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+    $(complete -p audioldm2 | sed 's/.*-F \\([^ ]*\\).*/\\1/') audioldm2 "${COMP_WORDS[-1]}" "${COMP_WORDS[-2]}"
+    printf '%s\\n' "${COMPREPLY[@]}"
+    """
+    run = subprocess.run(["bash", "-c", script, "bash", typed], capture_output=True, text=True)
+    assert set(run.stdout.split()) == offered, run.stderr
+
+
 def test_a_batch_keeps_several_requests_in_flight(url: str) -> None:
     Path("prompts.txt").write_text("!meet 4\n" * 8)
     # Each is answered only when four of them are in flight.
@@ -433,7 +534,10 @@ def test_wrong_command_lines_exit_with_2(arguments: list[str], capsys: pytest.Ca
 
 @pytest.mark.parametrize(
     ("arguments", "shown"),
-    [(["!watch {}", "--num-inference-steps=7"], "step 1/7"), (["--batch=prompts.txt", "-o=made"], "1/3")],
+    [
+        (["!watch {}", "--num-inference-steps=7"], r"step 1/7 [\d:]+, [\d:]+ left"),
+        (["--batch=prompts.txt", "-o=made"], r"1/3 \[[\d:]+<[\d:]+"),
+    ],
 )
 def test_a_terminal_shows_a_bar_and_ctrl_c_cancels_on_the_server(
     url: str, arguments: list[str], shown: str, tmp_path: Path
@@ -446,7 +550,7 @@ def test_a_terminal_shows_a_bar_and_ctrl_c_cancels_on_the_server(
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs) as process:
         os.close(theirs)
         seen = ""
-        while shown not in seen:
+        while not re.search(shown, seen):
             seen += os.read(ours, 1024).decode()
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130

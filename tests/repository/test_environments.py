@@ -25,6 +25,7 @@ EXTRAS: Final = {
     "product": ["server", "triton"],
     "client": [],
     "plot": ["plot"],
+    "web": ["web"],
     "tools": ["server", "triton", "plot", "dev"],
 }
 PIP: Final = "pip"  # which installs the others
@@ -53,7 +54,9 @@ def required(found: dict[str, Distribution], extras: list[str]) -> dict[str, lis
     return reasons
 
 
-@pytest.mark.parametrize("name", EXTRAS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "web" else []) for name in EXTRAS]
+)
 def test_what_is_installed_is_what_is_asked_for(name: str) -> None:
     found = installed(environment(name))
     reasons = required(found, EXTRAS[name])

@@ -16,6 +16,7 @@ from project import ROOT
 ARCHITECTURE: Final = ROOT / "model_repository" / "ARCHITECTURE.md"
 PAGES: Final = (
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "client").glob("*.md")),
     *sorted((ROOT / "docker").rglob("*.md")),
     *sorted((ROOT / "model_repository").glob("*.md")),
 )

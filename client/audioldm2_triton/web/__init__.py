@@ -1,0 +1,1 @@
+"""`audioldm2 web`: a page to listen on. Only `page` needs the extra `web`."""
