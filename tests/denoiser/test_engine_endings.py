@@ -100,6 +100,23 @@ def test_what_cannot_be_done_in_time_ends_at_once(engine: Engine, unet: WatchedU
     assert not any(2 in tags for tags in unet.forwards)
 
 
+def test_what_others_make_late_is_refused_with_a_time_to_try_again(engine: Engine, unet: WatchedUNet) -> None:
+    unet.fail = lambda _: time.sleep(0.02)
+    outcomes = Outcomes()
+    engine.submit(make_request(1), outcomes.callback(1))
+    outcomes.collect(1)
+    engine.submit(make_request(2, waveforms=8, steps=200), outcomes.callback(2))  # at least 4 s
+    wait_until(lambda: any(2 in tags for tags in unet.forwards), "a full engine")
+    in_a_second = time.monotonic_ns() + 10**9
+    message = r"denoiser is busy: .* s are left, but those before it take about .* s, .*; retry after \d+\.\d s"
+    with pytest.raises(UnavailableError, match=message):
+        engine.submit(make_request(3, deadline_ns=in_a_second), outcomes.callback(3))
+    engine.submit(make_request(4, deadline_ns=in_a_second + 3600 * 10**9), outcomes.callback(4))
+    collected = outcomes.collect(2)
+    assert_is_reference(collected[2], make_request(2, waveforms=8, steps=200))
+    assert_is_reference(collected[4], make_request(4))
+
+
 def test_a_thousand_cancels_and_deadlines_leave_nothing_behind(unet: WatchedUNet) -> None:
     generator = random.Random(5)
     engine, outcomes = make_engine(unet, TABLES, max_active_rows=24, max_waiting=5000), Outcomes()

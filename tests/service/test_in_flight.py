@@ -106,7 +106,7 @@ def test_overload_is_refused_and_the_rest_is_right(small_server: LocalServer, re
     assert len(answered) >= 3, "as many may wait"
     assert len(refused) >= 1
     # By the engine, or at the entrance.
-    full = r"denoiser is full(: \d+ requests in flight and \d+ waiting)?; try again later"
+    full = r"denoiser is full(: \d+ requests in flight and \d+ waiting)?; (try again later|retry after \d+\.\d s)"
     assert all(re.search(full, message) for message in refused), refused
     for result in answered:
         assert difference(result.audio, expected.audio) <= reference.tolerance(call)

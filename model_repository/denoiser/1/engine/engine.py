@@ -90,7 +90,7 @@ class Engine:
             is_cancelled: asked between steps.
 
         Raises `InvalidArgumentError` for a schedule that cannot be run, and `UnavailableError` where there is no room
-        and the waiting list is full.
+        and the waiting list is full, or others before it make it late.
         """
         faults.at("denoiser.submit")
         waveforms = start_waveforms(request, self._tables, self.limits, self.device, self._guidance_interval)
@@ -98,7 +98,7 @@ class Engine:
         with self._changed:
             if self._closed or self.broken:
                 raise UnavailableError(f"denoiser: the engine is {'broken' if self.broken else 'shutting down'}")
-            self._roster.add(job)
+            self._roster.add(job, self.costs, self._pace)
             load = self._roster.load
             self._changed.notify_all()
         self._observer.changed(load)

@@ -4,17 +4,23 @@ import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from math import inf
+from typing import Final
 
 from audioldm2_triton.contract import BATCH
 from audioldm2_triton.errors import UnavailableError, as_exception
 from audioldm2_triton.server import faults
 from audioldm2_triton.server.settings import LAXITY
+from engine.foresight import Ahead, rounds_until_entry
 from engine.job import Job, JobStatus
-from engine.laxity import Held, HeldWaveform, Room, schedule, seconds_alone
+from engine.laxity import Held, HeldWaveform, Room, round_seconds, schedule, seconds_alone
 from engine.limits import EngineLimits, EngineLoad
+from engine.pace import Pace
 from engine.policy import Waiting, admit
 from stepping.forward_plan import ForwardCosts
 from stepping.waveform import WaveformState
+
+SURE_SHARE: Final = 0.5
+"""Of the wait that is foretold: forwards become cheaper when long waveforms leave, and requests may be cancelled."""
 
 
 @dataclass
@@ -45,10 +51,15 @@ class Roster:
         return self._limits.max_active_frames - self._frames(self.in_flight)
 
     @property
+    def _pending(self) -> list[WaveformState]:
+        """The waveforms that are paused or not yet in flight, in order of arrival."""
+        return [*self.paused, *(waveform for job in self.jobs for waveform in job.pending)]
+
+    @property
     def load(self) -> EngineLoad:
         self._looks += 1
         waiting = sum(job.status is JobStatus.WAITING for job in self.jobs)
-        pending = [*self.paused, *(waveform for job in self.jobs for waveform in job.pending)]
+        pending = self._pending
         return EngineLoad(
             number=self._looks,
             active_rows=sum(waveform.unet_items for waveform in self.in_flight),
@@ -59,20 +70,41 @@ class Roster:
             free_frames=self.room - self._frames(pending),
         )
 
-    def add(self, job: Job) -> None:
-        """Raises `UnavailableError` if there is no room and the waiting list is full."""
+    def add(self, job: Job, costs: ForwardCosts | None, pace: Pace) -> None:
+        """Takes in a request.
+
+        Raises `UnavailableError`, which says when to try again, if there is no room and either the waiting list is full
+        or the request could not be done by its deadline after those before it.
+        """
         load = self.load
         if self.jobs and self._frames(job.waveforms) > load.free_frames:
             job.status = JobStatus.WAITING
+            round_s = 0.0 if costs is None else round_seconds(self._held_waveforms(self.in_flight, ()), costs)
             if load.is_full:
-                raise UnavailableError(
-                    f"denoiser is full: {load.active_requests} requests in flight and {load.waiting_requests} waiting;"
-                    " try again later"
-                )
+                full = f"{load.active_requests} requests in flight and {load.waiting_requests} waiting"
+                wait_s = self._rounds_until_entry(self._pending[:1]) * round_s * pace.usual
+                when = f"retry after {wait_s:.1f} s" if wait_s else "try again later"
+                raise UnavailableError(f"denoiser is full: {full}; {when}")
+            if self._limits.scheduling != LAXITY:  # which may let it in before others
+                self._check_promise(job, round_s * pace.least, pace.least)
         if not self.jobs:
             self._turn_since = time.monotonic()
         self.jobs.append(job)
         self._is_stale = True
+
+    def _check_promise(self, job: Job, round_s: float, pace: float) -> None:
+        """Raises `UnavailableError` for a request that others before it make late; alone it would be done in time."""
+        left_s = (job.request.deadline_ns - time.monotonic_ns()) / 1e9
+        needed_s = job.pending[-1].table.num_evaluations * job.evaluation_cost * pace
+        if job.request.deadline_ns <= 0 or left_s < needed_s:
+            return
+        wait_s = self._rounds_until_entry([*self._pending, *job.pending]) * round_s
+        late_s = SURE_SHARE * wait_s + needed_s - left_s
+        if late_s > 0:
+            raise UnavailableError(
+                f"denoiser is busy: {left_s:.1f} s are left, but those before it take about {wait_s:.1f} s, and it at"
+                f" least {needed_s:.1f} s; retry after {late_s:.1f} s"
+            )
 
     def admit(self, costs: ForwardCosts | None, pace: float, amid_step: Collection[WaveformState]) -> Admission:
         """Admits waveforms, or pauses and resumes them too, as the limits' scheduling says.
@@ -120,24 +152,32 @@ class Roster:
         return admission
 
     def _held(self, job: Job, costs: ForwardCosts, amid_step: Collection[WaveformState]) -> Held:
-        pending = set(job.pending)
-        waveforms = tuple(
+        waveforms = self._held_waveforms(job.unfinished, job.pending, amid_step)
+        if job.alone is None:
+            job.alone = seconds_alone(waveforms, costs)
+        deadline = job.request.deadline_ns / 1e9 if job.request.deadline_ns > 0 else inf
+        is_batch = job.request.priority == BATCH
+        return Held(job.submitted_ns / 1e9, deadline, is_batch, job.alone, waveforms, job.has_turn)
+
+    def _held_waveforms(
+        self,
+        waveforms: Iterable[WaveformState],
+        pending: Collection[WaveformState],
+        amid_step: Collection[WaveformState] = (),
+    ) -> tuple[HeldWaveform, ...]:
+        waiting = set(pending)
+        return tuple(
             HeldWaveform(
                 waveform.step_items,
                 waveform.row_frames,
                 self._frames([waveform]),
                 waveform.table.num_evaluations - waveform.evaluation,
                 waveform.in_turns,
-                waveform not in pending,
+                waveform not in waiting,
                 waveform in amid_step,
             )
-            for waveform in job.unfinished
+            for waveform in waveforms
         )
-        if job.alone is None:
-            job.alone = seconds_alone(waveforms, costs)
-        deadline = job.request.deadline_ns / 1e9 if job.request.deadline_ns > 0 else inf
-        is_batch = job.request.priority == BATCH
-        return Held(job.submitted_ns / 1e9, deadline, is_batch, job.alone, waveforms, job.has_turn)
 
     def _set_stepping(self, job: Job, count: int, admission: Admission) -> None:
         """Has the first so many of a job's unfinished waveforms in flight, and no others."""
@@ -184,6 +224,12 @@ class Roster:
     def request_of(self) -> dict[WaveformState, int]:
         """Returns each waveform in flight with its request's number, which does not keep the request alive."""
         return {waveform: id(job) for waveform, job in self.in_flight.items()}
+
+    def _rounds_until_entry(self, pending: Iterable[WaveformState]) -> int:
+        def ahead(waveforms: Iterable[WaveformState]) -> list[Ahead]:
+            return [Ahead(self._frames((each,)), each.table.num_evaluations - each.evaluation) for each in waveforms]
+
+        return rounds_until_entry(ahead(self.in_flight), ahead(pending), self.room)
 
     def _frames(self, waveforms: Iterable[WaveformState]) -> int:
         return sum(self._limits.frames(waveform.unet_items, waveform.row_frames) for waveform in waveforms)
