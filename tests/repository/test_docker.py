@@ -29,9 +29,9 @@ from serving.supervision import EXIT_TIMEOUT_IN_S
 DOCKERFILE: Final = ROOT / "docker" / "Dockerfile"
 WORKDIR: Final = "/opt/audioldm2"
 CODE: Final = ("client", "model_repository", "scripts")
-# Imported only where they are: the container brings its own Triton and needs neither plots nor the wheel's server.
+# Imported only where they are: the container brings its own Triton and needs no plots, no page and no wheel's server.
 # The language of GPU kernels comes with torch for CUDA, which is not what is installed here.
-NOT_IN_THE_IMAGE: Final = {"triton_python_backend_utils", "pytriton", "matplotlib", "triton"}
+NOT_IN_THE_IMAGE: Final = {"triton_python_backend_utils", "pytriton", "matplotlib", "gradio", "triton"}
 
 
 def instructions() -> list[tuple[str, str]]:
