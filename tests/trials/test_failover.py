@@ -21,6 +21,8 @@ from trials.failover import KILL, OPTIONS, ROLLOUT, Fault, failures, strike, und
 from trials.requests import Known, known_requests
 from trials.watching import left_behind
 
+pytestmark = pytest.mark.timeout(3600)  # a busy machine is slow to start two servers
+
 CLIENTS = 4
 REQUESTS = 12  # at least, in each test
 
@@ -58,7 +60,6 @@ def pair(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)  # a busy machine is slow to start servers
 @pytest.mark.parametrize("kind", [KILL, ROLLOUT])
 def test_nothing_is_lost_when_servers_go(pair: Pair, kind: str) -> None:
     struck, resent = under_load(
