@@ -17,9 +17,10 @@ from random import Random
 from signal import SIGKILL, SIGSTOP, Signals
 from typing import Final
 
+import numpy as np
 import psutil
 
-from audioldm2_triton import AudioLDM2Client, AudioLDM2Error
+from audioldm2_triton import AudioLDM2Client, AudioLDM2Error, UnavailableError
 from serving.local_server import LocalServer, local_server
 from serving.stage_processes import find_stages
 from trials.command import add_common_arguments, end, tiny_checkpoint
@@ -32,6 +33,7 @@ IN_FLIGHT: Final = 16  # plain calls at the moment of each fault, over gRPC, HTT
 ENDED_WITHIN_IN_S: Final = {SIGKILL: 5.0, SIGSTOP: 15.0}
 SERVED_WITHIN_IN_S: Final = {SIGKILL: 20.0, SIGSTOP: 30.0}
 _PATIENCE_IN_S: Final = 120.0
+_PAUSE_IN_S: Final = 0.2
 # The network of the clients that send again; it changes with every round.
 _TOXICS: Final = (Toxics(), Toxics(latency_in_s=0.02), Toxics(slicer_bytes=100), Toxics(limit_bytes=200_000))
 
@@ -143,14 +145,26 @@ def _strike(
     while restarts(server) == old and time.monotonic() - at < _PATIENCE_IN_S:
         time.sleep(0.05)
     found.noticed_in_s = round(time.monotonic() - at, 1)
-    with AudioLDM2Client(server.grpc_url, max_retries=1000) as client:
-        found.wrong += not known[0].is_right(client.generate(**known[0].arguments, timeout=_PATIENCE_IN_S).audio)
+    found.wrong += not known[0].is_right(_first_audio(server, known[0]))
     found.served_in_s = round(time.monotonic() - at, 1)
     ends = [_end_of(call) for call in calls]
     found.hung = sum(end is None for end in ends)
     found.wrong += sum(not end.right for end in ends if end is not None)
     found.calls_ended_in_s = round(max([end.time_s - at for end in ends if end is not None], default=0.0), 1)
     return found
+
+
+def _first_audio(server: LocalServer, known: Known) -> np.ndarray:
+    """Asks again and again without the client's growing pauses, which would count as the server's."""
+    until = time.monotonic() + _PATIENCE_IN_S
+    with AudioLDM2Client(server.grpc_url, max_retries=0) as client:
+        while True:
+            try:
+                return client.generate(**known.arguments, timeout=_PATIENCE_IN_S).audio
+            except UnavailableError:
+                if time.monotonic() > until:
+                    raise
+            time.sleep(_PAUSE_IN_S)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from audioldm2_triton.errors import UnavailableError, invalid
 
 DEFAULT_MAX_RETRIES: Final = 2
 FIRST_DELAY_IN_S: Final = 0.5
-LONGEST_DELAY_IN_S: Final = 8.0
+LONGEST_DELAY_IN_S: Final = 4.0  # a server that failed is back after 10 s
 _RETRY_AFTER: Final = re.compile(r"retry after (\d+(?:\.\d+)?) s\b")
 
 

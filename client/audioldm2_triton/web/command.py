@@ -12,6 +12,7 @@ from typing import Final, NoReturn
 from audioldm2_triton import contract
 from audioldm2_triton.aio import AsyncAudioLDM2Client
 from audioldm2_triton.errors import UnavailableError
+from audioldm2_triton.plot import require_matplotlib
 from audioldm2_triton.server_info import ServerInfo
 from audioldm2_triton.transport.endpoint import DEFAULT_URL
 from audioldm2_triton.web.gallery import STYLE
@@ -41,12 +42,11 @@ def run_web(argv: Sequence[str]) -> NoReturn:
     is no server.
     """
     arguments = build_web_parser().parse_args(argv)
+    require_matplotlib()
     try:
-        import matplotlib  # noqa: F401
-
         from audioldm2_triton.web.page import build_page
     except ImportError:
-        raise ImportError("the page needs gradio and matplotlib: pip install gradio matplotlib") from None
+        raise ImportError("the page needs gradio: pip install gradio") from None
     info = asyncio.run(_info(arguments.url, arguments.model))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="audioldm2-web-") as folder:
