@@ -184,13 +184,11 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Settings]:
     if early.device.startswith("cuda"):
         resolve_device(early)
     cache = Path(arguments.cache_dir).expanduser()
-    settings: dict[str, Settings] = {}
-    for prefix, checkpoint in checkpoints.items():
-        option = "--also" if prefix else "--checkpoint"
-        directory = local_checkpoint(checkpoint, cache, option)
-        verify_checkpoint(directory, cache, option)
-        settings[prefix] = read_settings({**given, "checkpoint": str(directory)}, {})
-    return settings
+    options = {prefix: "--also" if prefix else "--checkpoint" for prefix in checkpoints}
+    directories = {prefix: local_checkpoint(each, cache, options[prefix]) for prefix, each in checkpoints.items()}
+    for prefix, directory in directories.items():
+        verify_checkpoint(directory, cache, options[prefix])
+    return {prefix: read_settings({**given, "checkpoint": str(path)}, {}) for prefix, path in directories.items()}
 
 
 def _further_checkpoints(given: Sequence[str]) -> dict[str, str]:

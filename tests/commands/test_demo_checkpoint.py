@@ -36,6 +36,7 @@ def test_checkpoint_is_small() -> None:
     assert 1_000_000 < sum(sizes) <= MAX_SIZE_IN_BYTES
 
 
+@pytest.mark.slow
 def test_judge_names_sounds_it_does_not_know(judge: Judge) -> None:
     accuracy = own_accuracy(judge, per_kind=5)
     assert accuracy.kinds >= 0.95
@@ -43,6 +44,7 @@ def test_judge_names_sounds_it_does_not_know(judge: Judge) -> None:
     assert accuracy.textures >= 0.85
 
 
+@pytest.mark.slow
 def test_judge_is_not_fooled_by_noise(judge: Judge) -> None:
     """Every kind has the same share of noise's votes, at most: no answer comes by default."""
     noise = np.random.default_rng(0).standard_normal((20, 40_960)).astype(np.float32)
@@ -50,6 +52,7 @@ def test_judge_is_not_fooled_by_noise(judge: Judge) -> None:
     assert set(names) <= {"hiss", "rain", "waves", "wind"}
 
 
+@pytest.mark.slow
 def test_served_sounds_are_the_right_ones(judge: Judge, demo_server: LocalServer) -> None:
     requests = experiments.make_requests(2 * len(KINDS))
     sounds = experiments.first_features(experiments.generate(demo_server.grpc_url, requests))

@@ -17,9 +17,10 @@ from audioldm2_triton.server.device_lease import DeviceLease
 from metrics_page import is_idle, wait_for_metrics
 from serving.local_server import LocalServer, local_server
 
+# Texts of no other test: what a server has in its cache was encoded together with others, and has other last bits.
 CALLS = (
-    Call("Rain on a tin roof", "low quality", 0.64, 3, 3.5, seed=7),
-    Call("A dog barks", "", 0.4, 2, 1.0, num_waveforms_per_prompt=2, seed=8, scheduler="HeunDiscreteScheduler"),
+    Call("Rain on the roof of a barn", "a low quality recording", 0.64, 3, 3.5, seed=7),
+    Call("Two dogs bark", "", 0.4, 2, 1.0, num_waveforms_per_prompt=2, seed=8, scheduler="HeunDiscreteScheduler"),
 )
 
 
