@@ -33,9 +33,8 @@ def health(server: LocalServer, path: str = "/ready") -> tuple[int, dict[str, An
 
 
 def triton(server: LocalServer) -> psutil.Process:
-    (found,) = (
-        child for child in psutil.Process(server.process.pid).children(recursive=True) if child.name() == "tritonserver"
-    )
+    # A child of its own has the same name until it has become the process of a model.
+    (found,) = (child for child in psutil.Process(server.process.pid).children() if child.name() == "tritonserver")
     return found
 
 
