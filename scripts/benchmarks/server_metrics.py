@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from audioldm2_triton.server.metric_names import (
-    QUEUE_DURATION_US,
     REQUEST_COUNT,
+    REQUEST_QUEUE_SECONDS,
     ROWS_PER_FORWARD,
     STAGE_INFO,
     STEP_DURATION_MS,
@@ -47,11 +47,11 @@ def change(before: Mapping[str, float], after: Mapping[str, float]) -> Change:
         outcome = dict(_LABEL.findall(name)).get("outcome")
         if outcome and name.startswith(f"{REQUEST_COUNT}{{") and more(name):
             ended[outcome] = ended.get(outcome, 0) + round(more(name))
-    requests = sum(ended.values())
+    waited_s = mean(REQUEST_QUEUE_SECONDS)
     return Change(
         rows_per_forward=mean(ROWS_PER_FORWARD),
         step_ms=mean(STEP_DURATION_MS),
-        waited_ms=more(QUEUE_DURATION_US) / 1000 / requests if requests else None,
+        waited_ms=None if waited_s is None else 1000 * waited_s,
         ended=ended,
     )
 

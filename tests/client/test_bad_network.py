@@ -8,16 +8,10 @@ import pytest
 
 from audioldm2_triton import AsyncAudioLDM2Client, AudioLDM2Client, DeadlineExceededError, UnavailableError
 from audioldm2_triton.transport.failures import OTHER_PROTOCOL
-from contract_stand_in.stand_in_server import StandInServer, stand_in_server
+from contract_stand_in.stand_in_server import StandInServer
 from trials.proxy import Proxy, Toxics, proxy
 
 ARGUMENTS = {"prompt": "rain", "seed": 1, "audio_length_in_s": 2.0}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandInServer]:
-    with stand_in_server(tmp_path_factory.mktemp("server")) as running:
-        yield running
 
 
 @pytest.fixture(params=["grpc", "http"])

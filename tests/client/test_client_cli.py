@@ -8,49 +8,20 @@ import signal
 import subprocess
 import termios
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import soundfile
 
 from audioldm2_triton import contract
-from audioldm2_triton.audio.encoding import FORMATS
-from audioldm2_triton.audio.origin import read_origin
 from audioldm2_triton.cli import main
 from audioldm2_triton.options import build_parser
 from audioldm2_triton.transport.wire import GenerateOptions
+from command_line_client import PROMPT, report
 from contract_stand_in.stand_in_audio import NATIVE_AUDIO_LENGTH_IN_S
-from contract_stand_in.stand_in_server import StandInServer, stand_in_server
 from environments import environment
 
-LINE = re.compile(
-    r"(?P<path>\S+)  (?P<length>\d+\.\d\d) s  seed (?P<seed>\d+)  score (?P<score>\S+)  latency \d+\.\d\d s"
-)
-PROMPT = "rain"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandInServer]:
-    with stand_in_server(tmp_path_factory.mktemp("server")) as running:
-        yield running
-
-
-@pytest.fixture(params=["grpc", "http"])
-def url(request: pytest.FixtureRequest, server: StandInServer) -> str:
-    return f"--url={request.param}://{getattr(server, request.param)}"
-
-
-@pytest.fixture(autouse=True)
-def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-def report(line: str) -> dict[str, str]:
-    match = LINE.fullmatch(line)
-    assert match, line
-    return match.groupdict()
+pytestmark = pytest.mark.usefixtures("own_directory")
 
 
 def test_a_prompt_becomes_a_file_and_a_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,100 +188,6 @@ def test_prompts_in_another_encoding_are_refused(encoding: str, url: str, capsys
     assert not Path("made").exists()
 
 
-@pytest.mark.parametrize("fault", ["raise ImportError('none')", "raise OSError('cannot load libsndfile.so')"])
-def test_only_files_other_than_wav_need_libsndfile(fault: str, url: str) -> None:
-    Path("soundfile.py").write_text(fault)
-    code = "import sys; from audioldm2_triton.cli import main; sys.exit(main(sys.argv[1:]))"
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [environment("client") / "bin" / "python3", "-c", code, *arguments, url]
-        path = os.pathsep.join([".", *filter(None, [os.environ.get("PYTHONPATH")])])
-        return subprocess.run(
-            command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60
-        )
-
-    assert (run(PROMPT, "--seed=7").returncode, run("--like=out.wav", "-o=again.wav").returncode) == (0, 0)
-    assert Path("again.wav").read_bytes() == Path("out.wav").read_bytes()
-    for arguments in ([f"!watch {Path('seen').absolute()}", "-o=out.flac"], ["a", "b", "-o=d", "--audio-format=mp3"]):
-        refused = run(*arguments)
-        assert refused.returncode == 1
-        assert refused.stderr.startswith("audioldm2: audio files other than WAV need the package soundfile, and libs")
-    assert not Path("seen").exists(), "the server has had a request"
-
-
-@pytest.mark.parametrize("name", sorted({each.suffix for each in FORMATS.values()}))
-def test_the_suffix_chooses_the_format(name: str, url: str) -> None:
-    assert main([PROMPT, url, f"-o=out{name}"]) == 0
-    info = soundfile.info(f"out{name}")
-    assert (info.format, info.subtype) == next(
-        (each.container, each.subtype) for each in FORMATS.values() if each.suffix == name
-    )
-
-
-def test_a_pipe_gets_the_file_and_nothing_else(url: str) -> None:
-    command = [environment("client") / "bin" / "audioldm2", PROMPT, url, "--seed=7", "-o", "-"]
-    for name in ("wav", "flac24"):
-        run = subprocess.run([*command, f"--audio-format={name}"], capture_output=True, timeout=60)
-        assert run.returncode == 0, run.stderr
-        assert main([PROMPT, url, "--seed=7", f"--audio-format={name}"]) == 0
-        assert run.stdout == Path(f"out{FORMATS[name].suffix}").read_bytes()
-        assert report(run.stderr.decode().rstrip())["path"] == "-"
-
-
-def test_a_terminal_gets_no_file(url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    with pytest.raises(SystemExit) as caught:
-        main([PROMPT, url, "-o", "-"])
-    assert caught.value.code == 2
-    assert "-o -: got a terminal but expected a pipe or a file" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", contract.AUDIO_FORMATS)
-def test_a_file_makes_its_sound_again(name: str, server: StandInServer) -> None:
-    """The stand-in's audio depends on the seed and the other arguments."""
-    url = f"--url=grpc://{server.grpc}"
-    suffix = FORMATS[name].suffix
-    request = ["雨 rain", "--audio-length-in-s=1.93", "--num-inference-steps=7", "--num-waveforms-per-prompt=3"]
-    assert main([*request, url, f"-o=first{suffix}", f"--audio-format={name}"]) == 0
-    for file in ("first", "first-2"):
-        again = [f"--like={file}{suffix}", url, f"-o=again{suffix}", f"--audio-format={name}"]
-        assert main(again) == 0
-        read = [soundfile.read(f"{each}{suffix}")[0] for each in (file, "again")]
-        np.testing.assert_array_equal(*read)
-        assert not Path(f"again-1{suffix}").exists()
-    assert not np.array_equal(soundfile.read(f"first{suffix}")[0], read[0])
-
-
-def test_other_options_replace_what_a_file_says(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([PROMPT, url, "--seed=7", "--audio-length-in-s=0.5", "--num-waveforms-per-prompt=2"]) == 0
-    assert main(["--like=out-1.wav", url, "-o=b.wav", "--seed=8"]) == 0
-    lines = [report(line) for line in capsys.readouterr().out.splitlines()]
-    # It is another request, whose best is not the file's.
-    assert [line["path"] for line in lines] == ["out.wav", "out-1.wav", "b.wav", "b-1.wav"]
-    assert {(line["seed"], line["length"]) for line in lines} == {("7", "0.50"), ("8", "0.50")}
-    assert main(["wind", "--like=out.wav", url, "-o=c.wav"]) == 0
-    assert read_origin(Path("c.wav").read_bytes()).arguments["prompt"] == "wind"
-
-
-def test_another_checkpoint_is_a_word_not_an_error(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([PROMPT, url]) == 0
-    content = Path("out.wav").read_bytes()
-    Path("other.wav").write_bytes(content.replace(b'"stand-in"', b'"standing"'))
-    assert main(["--like=other.wav", url]) == 0
-    error = capsys.readouterr().err
-    assert error == "audioldm2: other.wav was made with standing, but the server has stand-in\n"
-
-
-def test_files_that_cannot_be_like(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    soundfile.write("recorded.wav", np.zeros(100), 16000)
-    for name, complaint in {
-        "recorded.wav": "audioldm2: recorded.wav: `file`: got '' but expected a file whose comment is audioldm2-triton",
-        "no.wav": "audioldm2: [Errno 2] No such file or directory: 'no.wav'",
-    }.items():
-        assert main([f"--like={name}", url]) == 1
-        assert capsys.readouterr().err.startswith(complaint)
-
-
 def test_seeds_are_variations(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([PROMPT, url, "--seed=3..5", "-o=a.flac"]) == 0
     lines = [report(line) for line in capsys.readouterr().out.splitlines()]
@@ -350,73 +227,6 @@ def test_json_for_scripts(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([url, "--json", "--info"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert (info["checkpoint"], info["limits"]["max_num_waveforms_per_prompt"]) == ("stand-in", 4)
-
-
-def player(folder: Path, name: str, script: str) -> None:
-    """Makes a program with the name of a player. There is neither a player nor a loudspeaker on a machine for tests."""
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-    (folder / name).chmod(0o755)
-
-
-def test_the_first_player_plays_the_best(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    heard = 'for last; do :; done; cat "$last" >>'
-    player(Path("bin"), "aplay", f'{heard} aplay; echo "$@" >>arguments')
-    player(Path("bin"), "paplay", f"{heard} paplay")
-    monkeypatch.setenv("PATH", f"{Path('bin').absolute()}:/usr/bin:/bin")
-    request = [PROMPT, url, "--seed=7", "--num-waveforms-per-prompt=2", "--play"]
-    assert main([*request, "-o=out.wav"]) == 0
-    assert Path("aplay").read_bytes() == Path("out.wav").read_bytes()
-    assert Path("arguments").read_text().startswith("--quiet /")
-    assert not Path("paplay").exists()
-    # In whatever format the file is.
-    assert main([*request, "-o=out.flac"]) == 0
-    assert Path("aplay").read_bytes() == 2 * Path("out.wav").read_bytes()
-
-
-def test_several_sounds_are_played_one_after_another(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    player(Path("bin"), "afplay", "mkdir playing || exit 1; sleep 0.1; rmdir playing; echo >>played")
-    monkeypatch.setenv("PATH", f"{Path('bin').absolute()}:/usr/bin:/bin")
-    assert main([PROMPT, url, "--seed=1..4", "--play"]) == 0
-    assert Path("played").read_text() == 4 * "\n"
-
-
-def test_no_player_is_found_before_the_generation(
-    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("PATH", str(Path().absolute()))
-    assert main([f"!watch {Path('seen').absolute()}", url, "--play"]) == 1
-    error = "audioldm2: --play: got no player on PATH but expected one of ffplay, aplay, paplay, afplay\n"
-    assert capsys.readouterr().err == error
-    assert not Path("seen").exists(), "the server has had a request"
-
-
-def test_a_player_that_fails_is_one_line(
-    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    player(Path("bin"), "aplay", "printf 'aplay: audio open error:\n no such device\n' >&2; exit 3")
-    monkeypatch.setenv("PATH", f"{Path('bin').absolute()}:/usr/bin:/bin")
-    assert main([PROMPT, url, "--play"]) == 1
-    error = f"audioldm2: {Path('bin/aplay').absolute()}: exit code 3: aplay: audio open error: no such device\n"
-    assert capsys.readouterr().err == error
-    assert Path("out.wav").exists()
-
-
-def test_ctrl_c_stops_the_player(url: str) -> None:
-    player(Path("bin"), "aplay", "echo $$ >playing; exec sleep 60")
-    command = [environment("client") / "bin" / "audioldm2", PROMPT, url, "--play"]
-    variables = {**os.environ, "PATH": f"{Path('bin').absolute()}:/usr/bin:/bin"}
-    with subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        while not (Path("playing").exists() and Path("playing").read_text().endswith("\n")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
-        assert process.stderr is not None
-        assert process.stderr.read() == "audioldm2: interrupted\n"
-    assert not Path(f"/proc/{Path('playing').read_text().strip()}").exists()
 
 
 @pytest.mark.parametrize(

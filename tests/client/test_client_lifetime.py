@@ -13,14 +13,7 @@ import numpy as np
 import pytest
 
 from audioldm2_triton import AsyncAudioLDM2Client, AudioLDM2Client, Finished, Progress
-from contract_stand_in.stand_in_server import StandInServer, stand_in_server
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandInServer]:
-    with stand_in_server(tmp_path_factory.mktemp("server")) as running:
-        yield running
-
+from contract_stand_in.stand_in_server import StandInServer
 
 # What a loop that has ended had opened is closed when it is collected. Python warns of that: here, not in a later test.
 abandons_connections = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")

@@ -44,12 +44,6 @@ with AudioLDM2Client(sys.argv[1]) as client:
 """
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandInServer]:
-    with stand_in_server(tmp_path_factory.mktemp("server")) as running:
-        yield running
-
-
 @pytest.fixture(params=["sync", "async"])
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param

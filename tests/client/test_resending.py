@@ -1,7 +1,6 @@
 """A request that is refused or lost for a while is sent again: the same request, within its timeout."""
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 
@@ -9,16 +8,10 @@ from audioldm2_triton import AudioLDM2Client, UnavailableError
 from audioldm2_triton.errors import InternalError, InvalidArgumentError
 from audioldm2_triton.transport.resending import LONGEST_DELAY_IN_S, Resending
 from contract_stand_in.both_clients import open_client
-from contract_stand_in.stand_in_server import StandInServer, stand_in_server
+from contract_stand_in.stand_in_server import StandInServer
 
 FULL = UnavailableError("denoiser is full")
 KEYS = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandInServer]:
-    with stand_in_server(tmp_path_factory.mktemp("server")) as running:
-        yield running
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])

@@ -110,7 +110,8 @@ def test_what_a_server_did_between_two_looks() -> None:
         'audioldm2_request_count{engine="0",outcome="refused"}': 0.0,
         "audioldm2_step_duration_ms_sum": 70.0,
         "audioldm2_step_duration_ms_count": 3.0,
-        "audioldm2_queue_duration_us": 10_000.0,
+        "audioldm2_request_queue_seconds_sum": 0.01,
+        "audioldm2_request_queue_seconds_count": 5.0,
     }
     found = change(before, after)
     assert found == Change(rows_per_forward=None, step_ms=20.0, waited_ms=2.0, ended={"success": 5})

@@ -21,6 +21,7 @@ NOBODY = "http://127.0.0.1:9"  # the port `discard`, which is closed
 SENSITIVE = ("-k", "ctrl_c or interrupt or sigterm or light or proxy or example or curl or port_in_use")
 FILES = (
     "tests/client/test_client_cli.py",
+    "tests/client/test_client_playing.py",
     "tests/client/test_client_stream.py",
     "tests/service/test_readme.py",
     "tests/commands/test_serve.py",

@@ -31,7 +31,7 @@ from audioldm2_triton.server.journal import TENSOR as JOURNAL
 from audioldm2_triton.server.memory import is_out_of_memory, release_memory
 from audioldm2_triton.server.read_request import ReadRequest, asks_for_codes, read_request
 from audioldm2_triton.server.request_log import direct_log, log_outcome
-from audioldm2_triton.server.request_record import RequestRecord, read_traceparent
+from audioldm2_triton.server.request_record import RequestRecord, outcome_name, read_traceparent
 from audioldm2_triton.server.settings import Settings, read_setting, read_settings
 from audioldm2_triton.server.settlement import AnsweredError, Settlement, Settlements
 from audioldm2_triton.server.spans import close_spans, trace_request
@@ -91,14 +91,13 @@ def as_known_error(error: BaseException, stage: str) -> AudioLDM2Error:
 
     Counts each by its reason.
     """
+    reason = outcome_name(error)
+    metrics.count_failure(stage, reason)
     if isinstance(error, AudioLDM2Error):
-        metrics.count_failure(stage, error.reason)
         return error
-    if is_out_of_memory(error):
-        metrics.count_failure(stage, OUT_OF_MEMORY)
+    if reason == OUT_OF_MEMORY:
         logger.warning("%s is out of memory: %s", stage, error)
         return UnavailableError(f"{stage} is out of memory; try again later, or ask for less")
-    metrics.count_failure(stage, InternalError.reason)
     logger.error("%s failed\n%s", stage, "".join(traceback.format_exception(error)))
     return InternalError(f"{stage} failed: {type(error).__name__}: {error}")
 
