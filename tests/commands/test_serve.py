@@ -1,21 +1,17 @@
 """`scripts/serve` as a user meets it: how it starts, how it refuses to, how it stops."""
 
 import os
-import re
 import shutil
 import signal
 import socket
 import subprocess
-import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from audioldm2_triton import AudioLDM2Client
 from audioldm2_triton.contract import SCHEDULERS
 from audioldm2_triton.server.settings import Settings, SettingsError, read_settings
-from metrics_page import wait_for_metrics
 from project import ROOT
 from serving.local_server import LocalServer, free_ports, local_server
 from serving.loopback import read_page
@@ -109,54 +105,6 @@ def test_what_was_resolved_is_on_the_page(server: LocalServer) -> None:
     (denoiser,) = (one for one in series if 'model="denoiser"' in one)
     assert 'max_active_rows="32"' in denoiser
     assert 'max_waiting="64"' in denoiser
-
-
-def ignored_signals(process: int) -> set[int]:
-    (mask,) = re.findall(r"^SigIgn:\s*(\w+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
-    return {number for number in range(1, 65) if int(mask, 16) >> (number - 1) & 1}
-
-
-# Settings that no other test gives a server.
-GIVEN = (
-    "--device=cpu",
-    "--dtype=bfloat16",
-    "--compile=off",
-    "--max-audio-length-in-s=0.5",
-    "--max-num-inference-steps=300",
-    "--max-num-waveforms-per-prompt=2",
-    "--guidance-interval=0.1,0.7",
-    "--timestep-spacing=karras",
-)
-
-
-def test_sigterm_lets_a_running_request_finish_and_exits_with_0(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """`local_server` checks the exit code; settings given here must be those that clients are told."""
-    results = []
-    # As a job in the background of a shell: Ctrl-C is for others, SIGTERM is obeyed.
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with local_server(tiny_checkpoint, tmp_path / "log", *GIVEN) as server:
-        signal.signal(signal.SIGINT, previous)
-        assert signal.SIGINT in ignored_signals(server.process.pid)
-
-        def generate() -> None:
-            with AudioLDM2Client(server.grpc_url) as client:
-                info = client.server_info()
-                result = client.generate(
-                    "a dog", audio_length_in_s=0.5, num_inference_steps=30, num_waveforms_per_prompt=2, seed=1
-                )
-                results.append((info, result))
-
-        thread = threading.Thread(target=generate)
-        thread.start()
-        wait_for_metrics(server, lambda metrics: metrics["audioldm2_rows_in_flight"] > 0, "a request in flight")
-    thread.join(timeout=60)
-    assert results, f"the request was lost: {(tmp_path / 'log').read_text()[-3000:]}"
-    info, result = results[0]
-    limits = info.limits
-    assert (limits.max_audio_length_in_s, limits.max_num_waveforms_per_prompt) == (0.5, 2)
-    assert limits.max_num_inference_steps == 300
-    assert result.audio.shape == (2, 8000)
-    assert 0 < np.abs(result.audio).max() <= 1
 
 
 @pytest.mark.slow

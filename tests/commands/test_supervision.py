@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -33,7 +34,7 @@ from supervised_server import WAIT_IN_S, health, shared_memory, stage, triton, w
 
 SHORT = {"prompt": "a dog", "audio_length_in_s": 0.3, "num_inference_steps": 2, "seed": 1}
 RESENT = SHORT | {"num_inference_steps": 150}
-LONG = {"prompt": [b"a dog"], "num_inference_steps": [200], "audio_length_in_s": [2.0], "seed": [1]}
+LONG = {"prompt": [b"a dog"], "num_inference_steps": [200], "audio_length_in_s": [1.0], "seed": [1]}
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +56,18 @@ def outcome(call: Callable[[], Any]) -> Any:
         return error
 
 
-def start_calls(server: LocalServer, pool: ThreadPoolExecutor) -> list[Future[Any]]:
+def start_calls(
+    server: LocalServer, pool: ThreadPoolExecutor, request: dict[str, list[Any]] = LONG
+) -> list[Future[Any]]:
     """Long requests over gRPC, over HTTP and as a stream, whose clients would wait for minutes."""
 
     def unary() -> Any:
         with grpc.InferenceServerClient(f"localhost:{server.grpc_port}") as client:
-            return client.infer("audioldm2", infer_inputs(grpc, LONG), client_timeout=WAIT_IN_S)
+            return client.infer("audioldm2", infer_inputs(grpc, request), client_timeout=WAIT_IN_S)
 
     def as_json() -> Any:
-        body = json.dumps({name: np.array(value).astype(str)[0] for name, value in LONG.items()}).encode()
-        body = body.replace(b'"200"', b"200").replace(b'"2.0"', b"2.0").replace(b'"1"', b"1")
+        words = {name: value.decode() if isinstance(value, bytes) else value for name, (value,) in request.items()}
+        body = json.dumps(words).encode()
         url = f"{server.http_url}/v2/models/audioldm2/generate"
         with urllib.request.urlopen(url, data=body, timeout=WAIT_IN_S) as answer:
             return answer.read()
@@ -72,7 +75,7 @@ def start_calls(server: LocalServer, pool: ThreadPoolExecutor) -> list[Future[An
     def stream() -> Any:
         opened = Stream(server, wait_in_s=WAIT_IN_S)
         try:
-            opened.send(LONG)
+            opened.send(request)
             return list(opened.responses())
         finally:
             opened.close()
@@ -189,13 +192,38 @@ def test_another_host_cannot_connect(supervised: LocalServer) -> None:
     assert found == ["connected", *["refused"] * len(ports)]
 
 
+def ignored_signals(process: int) -> set[int]:
+    (mask,) = re.findall(r"^SigIgn:\s*(\w+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return {number for number in range(1, 65) if int(mask, 16) >> (number - 1) & 1}
+
+
+# Settings that no other test gives a server.
+GIVEN = (
+    "--device=cpu",
+    "--dtype=bfloat16",
+    "--compile=off",
+    "--max-audio-length-in-s=0.5",
+    "--max-num-inference-steps=300",
+    "--max-num-waveforms-per-prompt=2",
+    "--guidance-interval=0.1,0.7",
+    "--timestep-spacing=karras",
+)
+
+
 def test_a_drain_refuses_new_requests_and_finishes_those_inside(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with local_server(tiny_checkpoint, tmp_path / "log") as server:
+    """As a job in the background of a shell, where Ctrl-C is for others and SIGTERM is obeyed."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with local_server(tiny_checkpoint, tmp_path / "log", *GIVEN) as server:
+        signal.signal(signal.SIGINT, previous)
+        assert signal.SIGINT in ignored_signals(server.process.pid)
         idle = http.client.HTTPConnection("localhost", server.http_port)
         idle.request("GET", "/v2/health/ready")
         idle.getresponse().read()  # and keeps the connection, which Triton by itself would wait for
         with ThreadPoolExecutor(3) as pool, AudioLDM2Client(server.grpc_url, max_retries=0) as client:
-            calls = start_calls(server, pool)
+            limits = client.server_info().limits
+            assert (limits.max_audio_length_in_s, limits.max_num_waveforms_per_prompt) == (0.5, 2)
+            assert limits.max_num_inference_steps == 300
+            calls = start_calls(server, pool, LONG | {"audio_length_in_s": [0.5], "num_inference_steps": [100]})
             wait_for_metrics(server, lambda page: page["audioldm2_rows_in_flight"] >= 6, "three requests in flight")
             server.process.send_signal(signal.SIGTERM)
             wait_until(lambda: health(server)[1]["state"] == "draining", "the drain")
@@ -205,6 +233,9 @@ def test_a_drain_refuses_new_requests_and_finishes_those_inside(tiny_checkpoint:
                 client.generate(**SHORT)
             results = [call.result(timeout=WAIT_IN_S) for call in calls]
         assert not any(isinstance(result, Exception) for result in results), results
+        audio = results[0].as_numpy("audio")
+        assert audio.shape == (1, 1, 8000)
+        assert 0 < np.abs(audio).max() <= 1
         assert server.process.wait(timeout=WAIT_IN_S) == 0
         idle.close()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from audioldm2_triton.errors import UnavailableError
 from audioldm2_triton.server.geometry import read_audio_geometry
 from audioldm2_triton.server.settings import Settings
-from denoiser_stage import compile_buckets, load_schedule_tables
+from denoiser_stage import compile_buckets, load_schedule_tables, rows_that_fit
 from denoising_inputs import draw_noise
 from engine.engine import Engine
 from engine.limits import EngineLimits
@@ -217,3 +217,22 @@ def test_buckets_by_device(tiny_checkpoint: Path) -> None:
     on_gpu = buckets(torch.device("cuda"), compile="auto")
     assert [bucket.items for bucket in on_gpu if bucket.masked] == [2, 4, 8, 12, 16, 24]
     assert [bucket.items for bucket in on_gpu if not bucket.masked] == [2, 4, 8, 12, 16, 24]
+
+
+@pytest.mark.parametrize(
+    ("row_mib", "free_gib", "rows"),
+    [(44, 139, 62), (44, 6.0, 62), (44, 5.0, 48), (44, 0.5, 4), (44, 0.05, 2), (400, 24, 24)],
+    ids=str,
+)
+def test_rows_follow_from_a_gpus_free_memory(
+    row_mib: int, free_gib: float, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Measured:
+        device = torch.device("cuda")
+
+        def measure_row_bytes(self, frames: int) -> int:
+            assert frames == 256
+            return row_mib * 2**20
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free_gib * 2**30), 0))
+    assert rows_that_fit(Measured(), 256) == rows  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from denoiser_stage import load_engines
 from denoising_inputs import draw_noise
 from engine_workload import Outcomes
 from in_process.stages import running_stages
+from stepping.denoising_unet import load_unet
 from stepping.forward_plan import LinearCost
 from stepping.request import DenoisingRequest, DenoisingRow, TextStates
 
@@ -117,3 +118,17 @@ def test_audio_through_all_graphs_is_the_cpus(tiny_checkpoint: Path) -> None:
 def test_compiled_graphs_are_exact(tiny_checkpoint: Path) -> None:
     eager = denoise(tiny_checkpoint, "cuda", "float32")
     assert worst(denoise(tiny_checkpoint, "cuda", "float32", "on"), eager) < 1e-3
+
+
+def test_a_rows_memory_foretells_a_large_forwards(tiny_checkpoint: Path) -> None:
+    geometry, device = read_audio_geometry(tiny_checkpoint), torch.device("cuda")
+    unet = load_unet(tiny_checkpoint, geometry.latent_width, device, torch.float16)
+    frames = geometry.native_latent_frames
+    foretold = 48 * unet.measure_row_bytes(frames)
+    inputs = unet.random_inputs(48, frames, masked=True)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with torch.inference_mode():
+        unet.denoise(inputs, None)
+    taken = torch.cuda.max_memory_allocated(device) - before
+    assert 0.5 * foretold < taken < 1.1 * foretold

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from audioldm2_triton import contract
 from audioldm2_triton.transport import sse, wire
 from audioldm2_triton.transport.endpoint import Endpoint
+from audioldm2_triton.transport.keepalive import keep_alive_all
 from audioldm2_triton.transport.stream_reader import Tensors
 from audioldm2_triton.transport.wire import InferRequest
 
@@ -100,6 +101,7 @@ class AsyncHttpConnection:
             ssl=endpoint.tls,
             ssl_context=self._ssl,
         )
+        keep_alive_all(self._client._conn)
 
     async def model_config(self, timeout: float | None) -> Mapping[str, Any]:
         return await _within(timeout, self._client.get_model_config(self._model, headers=self._endpoint.headers))
@@ -125,7 +127,9 @@ class AsyncHttpConnection:
         from aiohttp import ClientSession, ClientTimeout, TCPConnector
 
         if self._session is None:
-            self._session = ClientSession(connector=TCPConnector(ssl=self._ssl, limit=0))
+            connector = TCPConnector(ssl=self._ssl, limit=0)
+            keep_alive_all(connector)
+            self._session = ClientSession(connector=connector)
         response = await self._session.post(
             f"{self._scheme}://{self._address}{sse.path(self._model)}",
             data=sse.request_body(request),

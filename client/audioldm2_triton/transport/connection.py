@@ -16,6 +16,7 @@ from audioldm2_triton import contract
 from audioldm2_triton.transport import sse, wire
 from audioldm2_triton.transport.endpoint import Endpoint
 from audioldm2_triton.transport.forks import was_forked
+from audioldm2_triton.transport.keepalive import keep_alive
 from audioldm2_triton.transport.stream_reader import Tensors
 from audioldm2_triton.transport.wire import InferRequest
 
@@ -130,6 +131,8 @@ class HttpConnection:
         host, slash, base = self._endpoint.address.partition("/")
         with contextlib.closing(self._open_connection(host, next(remaining))) as connection:
             body = sse.request_body(request)
+            connection.connect()
+            keep_alive(connection.sock)
             connection.request(
                 "POST", f"{slash}{base}{sse.path(self._model)}", body, {**sse.HEADERS, **self._endpoint.headers}
             )
@@ -165,6 +168,7 @@ class HttpConnection:
                 ssl=self._endpoint.tls,
                 ssl_options={"ca_certs": self._root_certificates} if self._root_certificates else None,
             )
+            self._local.client._client_stub._connection_pool.after_connect = keep_alive
             self._local.timeout = timeout
         return self._local.client
 

@@ -7,6 +7,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from audioldm2_triton.errors import invalid
+from audioldm2_triton.transport import keepalive
 
 API_KEY_HEADER: Final = "api-key"
 API_KEY_VARIABLE: Final = "AUDIOLDM2_API_KEY"
@@ -39,8 +40,9 @@ class Endpoint:
 
     @property
     def channel_options(self) -> list[tuple[str, int]]:
-        """Options for gRPC: messages of any size, and no proxy between this machine and itself."""
+        """Options for gRPC: messages of any size, keepalive, and no proxy between this machine and itself."""
         options = [(f"grpc.max_{way}_message_length", _LARGEST_MESSAGE) for way in ("send", "receive")]
+        options += keepalive.channel_options()
         # gRPC obeys http_proxy for the loopback too, unless no_proxy names it. HTTP clients here obey neither.
         return [*options, ("grpc.enable_http_proxy", 0)] if self.is_loopback else options
 

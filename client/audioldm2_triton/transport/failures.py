@@ -86,8 +86,9 @@ def _known(error: Exception, endpoint: Endpoint, timeout: float | None) -> Audio
     if isinstance(error, grpc.RpcError):
         # From a stream, whose exceptions `tritonclient` does not convert.
         return _from_triton(InferenceServerException(error.details(), str(error.code())), endpoint, timeout)
-    # If we set no timeout, it was the operating system that gave up connecting. Python 3.10 has two kinds.
-    if isinstance(error, (TimeoutError, asyncio.TimeoutError)) and timeout is not None:
+    # If we set no timeout, or there is a number, the operating system gave up. Python 3.10 has two kinds.
+    is_late = isinstance(error, (TimeoutError, asyncio.TimeoutError)) and not getattr(error, "errno", None)
+    if is_late and timeout is not None:
         return DeadlineExceededError(_no_answer(endpoint, timeout))
     # The HTTP libraries are imported only where they are used.
     if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _HTTP_LIBRARIES:

@@ -1,7 +1,9 @@
 """Loads a checkpoint's engines, without Triton."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -14,9 +16,11 @@ from audioldm2_triton.server.text_lengths import resolve_max_new_tokens
 from engine.engine import Engine
 from engine.limits import EngineLimits, Observer
 from engine.pool import EnginePool
-from stepping.denoising_unet import load_unet
+from stepping.denoising_unet import DenoisingUNet, load_lean_unet
 from stepping.forward_plan import Bucket
 from stepping.schedule_table import ScheduleTables
+
+logger = logging.getLogger(__name__)
 
 CPU_MAX_ACTIVE_ROWS: Final = 32
 CPU_MAX_WAITING: Final = 64
@@ -31,8 +35,6 @@ _SPACINGS: Final[Mapping[str, dict[str, object]]] = {
     "exponential": {"use_exponential_sigmas": True},
     "lu_lambdas": {"use_lu_lambdas": True},
 }
-GPU_BYTES_PER_ROW: Final = 32 * 2**20
-"""Memory of one row of the native length, for each byte of the dtype: on an H200 it was 22 MiB at the base shape."""
 
 
 def load_schedule_tables(checkpoint: Path, timestep_spacing: str = "") -> ScheduleTables:
@@ -57,23 +59,24 @@ def load_engines(
     tables = load_schedule_tables(checkpoint, settings.timestep_spacing)
     devices = denoising_devices(settings)
     dtype = resolve_dtype(settings, devices[0])
-    limits = [engine_limits(settings, geometry, device) for device in devices]
-    buckets = [
-        compile_buckets(settings, geometry, device, limit) for device, limit in zip(devices, limits, strict=True)
-    ]
+    as_it_serves = partial(
+        DenoisingUNet,
+        width=geometry.latent_width,
+        use_compiler=uses_compiler(settings),
+        generated_states=resolve_max_new_tokens(checkpoint, settings.max_new_tokens),
+    )
     engines: list[Engine] = []
     try:
-        for device, limit, shapes in zip(devices, limits, buckets, strict=True):
+        for device in devices:
             residency = stage_residency(settings, device)
             with residency:
-                unet = load_unet(
-                    *(checkpoint, geometry.latent_width, device, dtype, shapes),
-                    use_compiler=uses_compiler(settings),
-                    generated_states=resolve_max_new_tokens(checkpoint, settings.max_new_tokens),
-                )
-                residency.adopt(unet.module)
+                weights = load_lean_unet(checkpoint, device, dtype)
+                residency.adopt(weights)
+                fitting = rows_that_fit(as_it_serves(weights), geometry.native_latent_frames)
+            limits = engine_limits(settings, geometry, fitting)
+            unet = as_it_serves(weights, buckets=compile_buckets(settings, geometry, device, limits))
             observer, interval = observe(device), settings.guided_steps
-            engine = Engine(unet, tables, limit, unet.warm_up, device, dtype, observer, interval, residency)
+            engine = Engine(unet, tables, limits, unet.warm_up, device, dtype, observer, interval, residency)
             engines.append(engine)
             # One after the other, so that no engine is timed while another one compiles.
             engine.wait_until_warm()
@@ -81,7 +84,7 @@ def load_engines(
         for engine in engines:
             engine.close()
         raise
-    if buckets[0]:
+    if resolve_compile(settings, devices[0]):
         # From now on nothing is compiled in this process: what PyTorch would recompile for a request runs eagerly.
         torch.compiler.set_stance("eager_on_recompile")
     return EnginePool(engines, tables)
@@ -117,20 +120,29 @@ def denoising_devices(settings: Settings) -> list[torch.device]:
     return [device]
 
 
-def engine_limits(settings: Settings, geometry: AudioGeometry, device: torch.device) -> EngineLimits:
-    """Limits for one engine: the configured values, or defaults derived from the device.
+def engine_limits(settings: Settings, geometry: AudioGeometry, fitting: int | None) -> EngineLimits:
+    """Returns the limits of one engine: the configured values, or defaults derived from the device.
 
-    On a GPU the default is as many items of the native length as fit in half of the free memory.
+    Args:
+        fitting: UNet batch items of the native length that a GPU has memory for; None on a CPU.
     """
-    rows, waiting = CPU_MAX_ACTIVE_ROWS, CPU_MAX_WAITING
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        bytes_per_row = GPU_BYTES_PER_ROW * resolve_dtype(settings, device).itemsize
-        fitting = min(GPU_MAX_ACTIVE_ROWS, free // 2 // bytes_per_row)
-        # Only a few numbers, so that the shapes to compile do not depend on what else is loading at the moment.
-        rows = max(size for size in COMPILED_ITEMS if size <= max(fitting, COMPILED_ITEMS[0]))
-        waiting = 8 * rows
+    rows, waiting = (CPU_MAX_ACTIVE_ROWS, CPU_MAX_WAITING) if fitting is None else (fitting, 8 * fitting)
     return EngineLimits(
         *(settings.max_active_rows or rows, settings.max_waiting or waiting, geometry.native_latent_frames),
         settings.scheduling,
     )
+
+
+def rows_that_fit(unet: DenoisingUNet, native_frames: int) -> int | None:
+    """Returns how many UNet batch items of the native length half of a GPU's free memory holds; None on a CPU.
+
+    What an item takes is measured. One of a few numbers, so that the shapes to compile do not depend on what else is
+    loading at the moment.
+    """
+    if unet.device.type != "cuda":
+        return None
+    row_bytes = unet.measure_row_bytes(native_frames)
+    free_bytes, _ = torch.cuda.mem_get_info(unet.device)
+    fitting = min(GPU_MAX_ACTIVE_ROWS, free_bytes // 2 // row_bytes)
+    logger.info("%s: %d MiB a row, %d MiB free", unet.device, row_bytes // 2**20, free_bytes // 2**20)
+    return max(size for size in COMPILED_ITEMS if size <= max(fitting, COMPILED_ITEMS[0]))

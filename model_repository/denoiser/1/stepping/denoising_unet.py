@@ -29,6 +29,8 @@ CPU_PROBES: Final = ((1, 16), (2, 64))
 GPU_PROBES: Final = ((2, 64), (48, 256))
 """The same for `LaunchBoundCost`: on an H200 launching a forward takes as long as computing 26 items of 10.24 s."""
 PROBE_REPEATS: Final = 3
+MEMORY_PROBE: Final = 8
+"""UNet batch items of the masked forward whose peak memory tells what one takes."""
 THREADS_PROBE: Final = (2, 64)
 """(items, latent frames) of the step whose time decides the number of threads: 2.56 s of audio with guidance."""
 KEPT_SCHEDULES: Final = 64
@@ -118,6 +120,19 @@ class DenoisingUNet:
             )
         return ForwardCosts(plain=self._measure_eager(False), masked=self._measure_eager(True), compiled=compiled)
 
+    @torch.inference_mode()
+    def measure_row_bytes(self, frames: int) -> int:
+        """Measures the GPU memory that a UNet batch item of so many latent frames takes in an eager forward, at its
+        peak, its inputs included."""
+        for _ in range(2):  # the first also takes the libraries' workspaces, which stay
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            self._eager(self.random_inputs(MEMORY_PROBE, frames, masked=True))
+            taken = torch.cuda.max_memory_allocated(self.device) - before
+        torch.cuda.empty_cache()
+        return max(1, taken // MEMORY_PROBE)
+
     def _measure_eager(self, masked: bool) -> LinearCost | LaunchBoundCost:
         if self.device.type == "cuda":
             return fit_launch_bound(*(self._probe(items, frames, masked) for items, frames in GPU_PROBES))
@@ -165,6 +180,14 @@ class DenoisingUNet:
         )
 
 
+def load_lean_unet(checkpoint: Path, device: torch.device, dtype: torch.dtype) -> LeanUNet:
+    """Loads the UNet in evaluation mode; its attention is PyTorch's SDPA."""
+    unet = AudioLDM2UNet2DConditionModel.from_pretrained(
+        str(checkpoint / "unet"), torch_dtype=dtype, local_files_only=True
+    )
+    return LeanUNet(unet).to(device).eval()
+
+
 def load_unet(
     checkpoint: Path,
     width: int,
@@ -172,17 +195,12 @@ def load_unet(
     dtype: torch.dtype,
     buckets: Sequence[Bucket] = (),
     use_compiler: bool = True,
-    generated_states: int = DEFAULT_MAX_NEW_TOKENS,
 ) -> DenoisingUNet:
-    """Loads the UNet in evaluation mode; its attention is PyTorch's SDPA.
+    """Loads the UNet as the engine calls it.
 
     Args:
         width: of the latents, W.
         buckets: the shapes to compile for.
         use_compiler: whether `torch.compile` makes the buckets' kernels.
-        generated_states: hidden states of GPT-2 in each text.
     """
-    unet = AudioLDM2UNet2DConditionModel.from_pretrained(
-        str(checkpoint / "unet"), torch_dtype=dtype, local_files_only=True
-    )
-    return DenoisingUNet(LeanUNet(unet).to(device).eval(), width, buckets, use_compiler, generated_states)
+    return DenoisingUNet(load_lean_unet(checkpoint, device, dtype), width, buckets, use_compiler)
