@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from audioldm2_triton.server.metric_names import (
-    REQUEST_COUNT,
     REQUEST_QUEUE_SECONDS,
+    REQUESTS_TOTAL,
     ROWS_PER_FORWARD,
     STAGE_INFO,
-    STEP_DURATION_MS,
+    STEP_DURATION_SECONDS,
 )
 
 _LABEL: Final = re.compile(r'(\w+)="([^"]*)"')
@@ -45,12 +45,12 @@ def change(before: Mapping[str, float], after: Mapping[str, float]) -> Change:
     ended: dict[str, int] = {}
     for name in after:
         outcome = dict(_LABEL.findall(name)).get("outcome")
-        if outcome and name.startswith(f"{REQUEST_COUNT}{{") and more(name):
+        if outcome and name.startswith(f"{REQUESTS_TOTAL}{{") and more(name):
             ended[outcome] = ended.get(outcome, 0) + round(more(name))
-    waited_s = mean(REQUEST_QUEUE_SECONDS)
+    step_s, waited_s = mean(STEP_DURATION_SECONDS), mean(REQUEST_QUEUE_SECONDS)
     return Change(
         rows_per_forward=mean(ROWS_PER_FORWARD),
-        step_ms=mean(STEP_DURATION_MS),
+        step_ms=None if step_s is None else 1000 * step_s,
         waited_ms=None if waited_s is None else 1000 * waited_s,
         ended=ended,
     )

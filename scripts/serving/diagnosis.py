@@ -88,7 +88,7 @@ def _symptoms(
         return
     for name, rows in observation.metrics.items():
         if name.startswith(_IN_FLIGHT) and rows > 0 and previous.metrics.get(name, 0) > 0:
-            steps = name.replace(_IN_FLIGHT, f"{metric_names.STEP_COUNT}{{")
+            steps = name.replace(_IN_FLIGHT, f"{metric_names.STEPS_TOTAL}{{")
             if observation.metrics.get(steps) == previous.metrics.get(steps):
                 yield f"the engine{{{name.removeprefix(_IN_FLIGHT)} makes no step", patience.stalled_in_s
         if name.startswith(_PENDING) and rows > 0 and previous.metrics.get(name, 0) > 0:

@@ -25,6 +25,13 @@ _NUMBERS: Final = (
     *(math.nan, math.inf, -math.inf, 0.1, 0.0999, 0.2, 0.6399, 0.64),
 )
 _SIZES: Final = (0, 1, 2, 8, 9, -1, 4096, 2**31, 2**62, 2**63 - 1, -(2**63))
+_OPTIONAL: Final[Mapping[str, tuple[object, ...]]] = {
+    "negative_prompt": (b"", b"noise", b"low quality, with hum and hiss"),
+    "return_scores": (True, False),
+    "window_length_in_s": (0.0, 0.2),
+    "priority": (b"interactive", b"batch"),
+    "audio_format": (b"wav", b"flac", b"ogg", b"opus", b"mp3;base64"),
+}
 _PARAMETERS: Final[Mapping[str, tuple[object, ...]]] = {
     "timeout": (-1, 0, 1, 1000, 2**62, "soon", True, 1.5),
     "priority": (0, 1, -1, 2**62, "high"),
@@ -84,6 +91,9 @@ def valid(random: Random, model: str) -> Hostile:
         tensors.append(tensor("guidance_scale", "FP32", random.choice([0.0, 1.0, 3.5, 50.0])))
     if random.random() < 0.3:
         tensors.append(tensor("num_waveforms_per_prompt", "INT32", random.choice([1, 2])))
+    for name, values in _OPTIONAL.items():
+        if random.random() < 0.1:
+            tensors.append(tensor(name, contract.INPUTS[name], random.choice(values)))
     if model in ("denoiser", "decoder"):
         tensors = _stage_tensors(random, model)
     return Hostile(model, tuple(tensors))

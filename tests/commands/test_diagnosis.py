@@ -23,7 +23,7 @@ def page(rows: float, steps: float, broken: float = 0, other_broken: float = 0) 
     return {
         f"audioldm2_rows_in_flight{LABELS}": rows,
         "audioldm2_rows_in_flight": rows,
-        f"audioldm2_step_count{LABELS}": steps,
+        f"audioldm2_steps_total{LABELS}": steps,
         f"audioldm2_engine_broken{LABELS}": broken,
         'audioldm2_engine_broken{engine="cuda:1",model="denoiser"}': other_broken,
     }

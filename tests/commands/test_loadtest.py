@@ -103,17 +103,20 @@ def test_the_harness_waits_longer_than_the_last_answer_can_take() -> None:
 
 
 def test_what_a_server_did_between_two_looks() -> None:
-    before = {'audioldm2_request_count{engine="0",outcome="success"}': 3.0, "audioldm2_step_duration_ms_sum": 10.0}
+    before = {
+        'audioldm2_requests_total{engine="0",outcome="success"}': 3.0,
+        "audioldm2_step_duration_seconds_sum": 0.5,
+    }
     after = {
-        'audioldm2_request_count{engine="0",outcome="success"}': 7.0,
-        'audioldm2_request_count{engine="1",outcome="success"}': 1.0,
-        'audioldm2_request_count{engine="0",outcome="refused"}': 0.0,
-        "audioldm2_step_duration_ms_sum": 70.0,
-        "audioldm2_step_duration_ms_count": 3.0,
+        'audioldm2_requests_total{engine="0",outcome="success"}': 7.0,
+        'audioldm2_requests_total{engine="1",outcome="success"}': 1.0,
+        'audioldm2_requests_total{engine="0",outcome="refused"}': 0.0,
+        "audioldm2_step_duration_seconds_sum": 0.56,
+        "audioldm2_step_duration_seconds_count": 3.0,
         "audioldm2_request_queue_seconds_sum": 0.01,
         "audioldm2_request_queue_seconds_count": 5.0,
     }
     found = change(before, after)
-    assert found == Change(rows_per_forward=None, step_ms=20.0, waited_ms=2.0, ended={"success": 5})
+    assert found == Change(rows_per_forward=None, step_ms=pytest.approx(20.0), waited_ms=2.0, ended={"success": 5})
     assert str(found) == "server: 5 success, waited 2 ms, 20 ms a forward"
     assert str(change({}, {})) == ""

@@ -171,13 +171,14 @@ def test_an_urgent_request_pauses_a_batch_and_both_are_right(
     engine.close()
 
 
+@pytest.mark.parametrize("count", [60, pytest.param(500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("costs", [LINEAR, SHARED], ids=["grouped", "shared"])
 def test_any_mixture_of_priorities_cancels_and_deadlines_equals_the_reference(
-    costs: ForwardCosts, unet: WatchedUNet
+    costs: ForwardCosts, count: int, unet: WatchedUNet
 ) -> None:
     generator = random.Random(7)
     engine, outcomes = lax_engine(unet, 8, costs), Outcomes()
-    requests = {tag: random_request(tag, generator, SCHEDULERS, max_steps=20) for tag in range(1, 61)}
+    requests = {tag: random_request(tag, generator, SCHEDULERS, max_steps=20) for tag in range(1, count + 1)}
     jobs, cancelled, late = {}, set(), set()
     for tag, plain in requests.items():
         time.sleep(generator.random() * 0.004)

@@ -198,7 +198,7 @@ REASONS = {NAN: "non_finite", MEMORY: "out_of_memory", RAISE: "internal", PANIC:
 
 
 def check_struck_alone(asking: Asking, directory: Path, point: str, kind: str, request: Request) -> None:
-    counter = f'audioldm2_stage_failures{{model="{point.partition(".")[0]}",reason="{REASONS[kind]}"}}'
+    counter = f'audioldm2_stage_failures_total{{model="{point.partition(".")[0]}",reason="{REASONS[kind]}"}}'
     before = read_metrics(asking.server).get(counter, 0)
     file = faults.arm(directory, point, kind)
     outcome = asking.audio(request)

@@ -14,7 +14,7 @@ LONG = {"prompt": [b"a dog"], "num_inference_steps": [200], "audio_length_in_s":
 
 def test_a_half_open_stream_is_let_go(server: LocalServer) -> None:
     """By gRPC's keepalive: a ping after 10 s, and 10 s for its answer."""
-    outcome = 'audioldm2_request_count{engine="cpu",model="denoiser",outcome="cancelled"}'
+    outcome = 'audioldm2_requests_total{engine="cpu",model="denoiser",outcome="cancelled"}'
     before = read_metrics(server).get(outcome, 0)
     with proxy(server.grpc_port) as between, closing(Stream(replace(server, grpc_port=between.port))) as stream:
         stream.send(LONG)

@@ -50,7 +50,7 @@ def test_32_different_requests_at_once(server: LocalServer, reference: Reference
         with ThreadPoolExecutor(12) as pool:
             together = list(pool.map(lambda *call: generate(client, *call), calls, [True, False] * 16))
     after = wait_for_metrics(server, is_idle, "an idle server")
-    name = "audioldm2_step_count"
+    name = "audioldm2_steps_total"
     forwards_alone, forwards_together = between[name] - before[name], after[name] - between[name]
     assert forwards_together < 0.75 * forwards_alone, "they did not share"
     for call, solo, mixed in zip(calls, alone, together, strict=True):
@@ -117,7 +117,7 @@ def test_overload_is_refused_and_the_rest_is_right(small_server: LocalServer, re
         == after["audioldm2_rows_per_forward_count"]
     )
     rows = after["audioldm2_rows_per_forward_sum"] - before["audioldm2_rows_per_forward_sum"]
-    assert rows >= 0.8 * 4 * (after["audioldm2_step_count"] - before["audioldm2_step_count"])
+    assert rows >= 0.8 * 4 * (after["audioldm2_steps_total"] - before["audioldm2_steps_total"])
 
 
 def test_a_full_denoiser_closes_the_entrance(small_server: LocalServer) -> None:
@@ -134,7 +134,7 @@ def test_a_full_denoiser_closes_the_entrance(small_server: LocalServer) -> None:
         assert client.generate("rain", audio_length_in_s=0.2, num_inference_steps=2).num_waveforms == 1
     after = wait_for_metrics(small_server, is_idle, "an idle server")
     for model in ("audioldm2_stream", "text_conditioning"):
-        refused = f'audioldm2_stage_failures{{model="{model}",reason="unavailable"}}'
+        refused = f'audioldm2_stage_failures_total{{model="{model}",reason="unavailable"}}'
         assert after[refused] == before.get(refused, 0) + 1
 
 
@@ -158,9 +158,9 @@ def test_a_deadline_ends_the_request_in_the_denoiser(protocol: str, small_server
         with pytest.raises(DeadlineExceededError, match="deadline exceeded after"):
             client.generate("rain", num_inference_steps=200, audio_length_in_s=2.0, timeout=1.0)
     after = wait_for_metrics(small_server, is_idle, "an idle server")
-    name = 'audioldm2_request_count{engine="cpu",model="denoiser",outcome="deadline_exceeded"}'
+    name = 'audioldm2_requests_total{engine="cpu",model="denoiser",outcome="deadline_exceeded"}'
     assert after[name] == before[name] + 1
-    assert after["audioldm2_step_count"] - before["audioldm2_step_count"] < 200
+    assert after["audioldm2_steps_total"] - before["audioldm2_steps_total"] < 200
 
 
 def test_metrics_count_what_was_done(small_server: LocalServer) -> None:
@@ -169,13 +169,13 @@ def test_metrics_count_what_was_done(small_server: LocalServer) -> None:
         client.generate("rain", num_inference_steps=5, audio_length_in_s=0.64, num_waveforms_per_prompt=2, seed=1)
     after = wait_for_metrics(small_server, is_idle, "an idle server")
     gained = {name: after[name] - before[name] for name in before if after[name] != before[name]}
-    assert gained["audioldm2_step_count"] == 5
+    assert gained["audioldm2_steps_total"] == 5
     assert gained["audioldm2_rows_per_forward_count"] == 5
     assert gained["audioldm2_rows_per_forward_sum"] == 5 * 4
-    assert gained["audioldm2_step_duration_ms_count"] == 5
-    assert gained["audioldm2_step_duration_ms_sum"] > 0
-    assert gained["audioldm2_audio_duration_s"] == pytest.approx(2 * 0.64)
-    assert gained['audioldm2_request_count{engine="cpu",model="denoiser",outcome="success"}'] == 1
+    assert gained["audioldm2_step_duration_seconds_count"] == 5
+    assert gained["audioldm2_step_duration_seconds_sum"] > 0
+    assert gained["audioldm2_audio_seconds_total"] == pytest.approx(2 * 0.64)
+    assert gained['audioldm2_requests_total{engine="cpu",model="denoiser",outcome="success"}'] == 1
     assert 'audioldm2_engine_broken{engine="cpu",model="denoiser"}' in after
     assert gained["audioldm2_request_queue_seconds_count"] == 1
 

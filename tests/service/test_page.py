@@ -24,7 +24,7 @@ from trials.proxy import Proxy
 
 pytestmark = pytest.mark.slow  # an environment with gradio, and a browser
 
-CANCELLED: Final = 'audioldm2_request_count{engine="cpu",model="denoiser",outcome="cancelled"}'
+CANCELLED: Final = 'audioldm2_requests_total{engine="cpu",model="denoiser",outcome="cancelled"}'
 WAIT_IN_MS: Final = 240_000
 # Contrast is that of Gradio's own theme.
 NOT_OURS: Final = {"color-contrast"}
@@ -145,6 +145,23 @@ def test_type_generate_hear(page: Page, server: LocalServer) -> None:
     assert sounds.first.evaluate(
         "each => new Promise(done => { each.onended = () => done(each.currentTime); each.play(); })"
     ) == pytest.approx(0.64, abs=0.01)
+
+
+def test_the_first_seconds_are_there_before_the_rest(page: Page) -> None:
+    """A whole minute is decoded in many chunks."""
+    fill(page, "rain", 1, "7")
+    page.get_by_label("number input for Length in seconds").fill("60")
+    page.get_by_label("number input for Window in seconds").fill("10")
+    generate(page)
+    beginning = page.get_by_label("beginning 1")
+    heard = page.request.get(beginning.evaluate("each => each.src")).body()
+    expect(page.get_by_text("done, seed 7")).to_be_visible()
+    expect(beginning).to_have_count(0)
+    expect(page.get_by_text("window_length_in_s 10")).to_be_visible()
+    whole = page.request.get(page.locator("audio").first.evaluate("each => each.src")).body()
+    first, everything = (soundfile.read(io.BytesIO(content))[0] for content in (heard, whole))
+    assert 0 < len(first) < len(everything) == 60 * 16000
+    assert np.array_equal(first, everything[: len(first)])
 
 
 def test_a_request_to_copy_and_the_history(page: Page) -> None:

@@ -137,7 +137,7 @@ def test_a_request_becomes_files(server: LocalServer, expected: np.ndarray, tmp_
 @pytest.mark.parametrize("way", ["cancel", "again", "close"])
 def test_a_request_that_is_ended_leaves_the_engine(way: str, server: LocalServer, tmp_path: Path) -> None:
     """By the button, by another request of the same session, or because nobody reads on."""
-    cancelled = 'audioldm2_request_count{engine="cpu",model="denoiser",outcome="cancelled"}'
+    cancelled = 'audioldm2_requests_total{engine="cpu",model="denoiser",outcome="cancelled"}'
     before = read_metrics(server)[cancelled]
     runs = Runs()
 

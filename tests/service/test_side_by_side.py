@@ -26,7 +26,7 @@ from metrics_page import read_metrics, wait_for_metrics
 from serving.local_server import LocalServer, local_server
 
 MUSIC = "music_audioldm2"
-SUCCESSES = 'audioldm2_request_count{{engine="cpu",model="{}",outcome="success"}}'
+SUCCESSES = 'audioldm2_requests_total{{engine="cpu",model="{}",outcome="success"}}'
 RATE = 48000
 UPSAMPLING = {"upsample_rates": [6, 5, 4, 2, 2], "upsample_kernel_sizes": [16, 15, 8, 4, 4]}
 LENGTHS_IN_S = (0.5, 0.505, 0.5099, 1.005)  # whole frames, half a frame more, nearly a frame more

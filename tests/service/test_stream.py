@@ -138,7 +138,7 @@ def test_refusals_have_the_ensembles_words_and_leave_the_stream_usable(
 def counter(server: LocalServer, outcome: str) -> int:
     with urllib.request.urlopen(f"http://localhost:{server.metrics_port}/metrics") as page:
         lines = page.read().decode()
-    return sum(int(n) for n in re.findall(rf'audioldm2_request_count{{.*outcome="{outcome}".*}} (\d+)', lines))
+    return sum(int(n) for n in re.findall(rf'audioldm2_requests_total{{.*outcome="{outcome}".*}} (\d+)', lines))
 
 
 def check_cancelled(server: LocalServer, before: int) -> None:

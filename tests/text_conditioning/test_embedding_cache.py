@@ -50,6 +50,8 @@ def test_only_misses_are_encoded_each_once() -> None:
     cache.values([key("b"), key("c"), key("b", length=3)], recorder)
     cache.values([key("a"), key("c")], recorder)
     assert recorder.calls == [[key("a"), key("b")], [key("c"), key("b", length=3)]]
+    assert cache.take_counts() == (4, 4)
+    assert cache.take_counts() == (0, 0)
 
 
 def test_the_least_recently_used_goes_first() -> None:

@@ -11,7 +11,7 @@ from random import Random
 import pytest
 
 from audioldm2_triton.server import faults
-from audioldm2_triton.server.metric_names import REQUEST_COUNT
+from audioldm2_triton.server.metric_names import REQUESTS_TOTAL
 from replication.envoy import Balancer, find_envoy
 from replication.replica import Replica, make_replicas, replicated
 from serving.metrics import read_metrics
@@ -98,7 +98,7 @@ def slow_steps(folder: Path) -> Iterator[None]:
 
 
 def answered(replica: Replica) -> float:
-    return read_metrics(replica.running.metrics_port)[REQUEST_COUNT]
+    return read_metrics(replica.running.metrics_port)[REQUESTS_TOTAL]
 
 
 @pytest.mark.slow

@@ -7,10 +7,12 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
 import triton_python_backend_utils as pb_utils
 
+from audioldm2_triton.audio.origin import PACKAGE
 from audioldm2_triton.errors import REASONS
 from audioldm2_triton.server.memory import peak_memory_bytes
 from audioldm2_triton.server.metric_names import (
@@ -19,10 +21,12 @@ from audioldm2_triton.server.metric_names import (
     REQUEST_REAL_TIME_FACTOR,
     REQUEST_STEPS,
     STAGE_DURATION_SECONDS,
-    STAGE_FAILURES,
+    STAGE_FAILURES_TOTAL,
     STAGE_INFO,
     STAGE_REQUESTS,
     STAGE_REQUESTS_TAKEN_TOTAL,
+    TEXT_CACHE_HITS_TOTAL,
+    TEXT_CACHE_MISSES_TOTAL,
     TIME_TO_FIRST_AUDIO_SECONDS,
 )
 from audioldm2_triton.server.reports import Reports
@@ -82,7 +86,7 @@ class _Counters:
             logger.exception("%d cannot be counted: %s", count, labels)
 
 
-_failures = _Counters(STAGE_FAILURES, "Requests that a stage has answered with an error")
+_failures = _Counters(STAGE_FAILURES_TOTAL, "Requests that a stage has answered with an error")
 _taken = _Counters(
     STAGE_REQUESTS_TAKEN_TOTAL, "Requests that a stage has taken, refused ones too, control requests not"
 )
@@ -96,6 +100,16 @@ def count_taken(model: str, requests: int) -> None:
 def count_failure(model: str, reason: str) -> None:
     """Counts a request that a stage has answered with an error."""
     _failures.add(1, model=model, reason=reason)
+
+
+_hits = _Counters(TEXT_CACHE_HITS_TOTAL, "Texts whose encoding was in the cache")
+_misses = _Counters(TEXT_CACHE_MISSES_TOTAL, "Texts that had to be encoded")
+
+
+def count_texts(model: str, hits: int, misses: int) -> None:
+    """Counts texts that needed no encoding, and those that did; 0 shows the counters on the page."""
+    _hits.add(hits, model=model)
+    _misses.add(misses, model=model)
 
 
 SECONDS_BUCKETS: Final = tuple(0.01 * 2**power for power in range(17))
@@ -176,6 +190,7 @@ class InfoSeries:
 
     def __init__(self, model: str, resolved: Mapping[str, object]) -> None:
         # Names of folders may have letters that are no text at all.
+        resolved = {**resolved, "version": version(PACKAGE)}
         labels = {name: str(value).encode("ascii", "backslashreplace").decode() for name, value in resolved.items()}
         family = pb_utils.MetricFamily(
             name=STAGE_INFO, description="What a stage runs", kind=pb_utils.MetricFamily.GAUGE

@@ -35,7 +35,12 @@ def ranges(info: ServerInfo) -> tuple[Range, ...]:
             "num_inference_steps", "Steps", 1, limits.max_num_inference_steps, 1, contract.DEFAULT_NUM_INFERENCE_STEPS
         ),
         Range("guidance_scale", "Guidance", 0, contract.MAX_GUIDANCE_SCALE, 0.1, contract.DEFAULT_GUIDANCE_SCALE),
-        Range("num_waveforms_per_prompt", "Candidates", 1, info.limits.max_num_waveforms_per_prompt, 1, 1),
+        Range("num_waveforms_per_prompt", "Candidates", 1, limits.max_num_waveforms_per_prompt, 1, 1),
+        Range(
+            "window_length_in_s",
+            "Window in seconds (0: none)",
+            *(0, limits.max_audio_length_in_s, 0.01, contract.DEFAULT_WINDOW_LENGTH_IN_S),
+        ),
     )
 
 

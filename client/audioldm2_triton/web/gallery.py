@@ -5,7 +5,7 @@ from html import escape
 from typing import Final
 
 from audioldm2_triton.events import Progress
-from audioldm2_triton.web.generation import Candidate, Generated
+from audioldm2_triton.web.generation import Beginning, Candidate, Generated
 
 # Relative, so that the page works below any path of a proxy. Gradio serves the files of one folder there.
 FILES: Final = "gradio_api/file="
@@ -15,7 +15,7 @@ STYLE: Final = """
 .request h2 { margin: 0 0 0.2rem; overflow-wrap: anywhere; }
 .request .candidates { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 1rem; }
 .request figure { margin: 0; }
-.request img, .request audio, .status progress { width: 100%; }
+.request img, .request audio, .status audio, .status progress { width: 100%; }
 .status.error { color: #b91c1c; font-weight: 600; }
 """
 
@@ -29,6 +29,16 @@ def show_progress(progress: Progress | None) -> str:
     step, steps = progress.step, progress.num_steps
     bar = f'<progress aria-label="steps" max="{steps}" value="{step}"></progress>'
     return f'<div class="status" role="status">step {step} of {steps}{bar}</div>'
+
+
+def show_beginning(beginning: Beginning) -> str:
+    """Shows players for the first seconds of each candidate."""
+    said = f"the first {beginning.length_in_s:.1f} s, while the rest is decoded"
+    players = "".join(
+        f'<audio controls="" src="{FILES}{escape(str(path), quote=True)}" aria-label="beginning {number}"></audio>'
+        for number, path in enumerate(beginning.sounds, 1)
+    )
+    return _status(f"{said}{players}")
 
 
 def show_end(text: str) -> str:

@@ -7,11 +7,12 @@ import threading
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from audioldm2_triton.aio import AsyncAudioLDM2Client
+from audioldm2_triton.audio.encoding import encode_audio
 from audioldm2_triton.errors import RequestCancelledError
-from audioldm2_triton.events import Finished, Progress
+from audioldm2_triton.events import AudioChunk, Finished, Progress
 from audioldm2_triton.result import GenerationResult
 from audioldm2_triton.transport.wire import GenerateOptions
 
@@ -28,6 +29,14 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Beginning:
+    """The first seconds of a request whose rest is still being decoded."""
+
+    sounds: tuple[Path, ...]  # in generation order: nobody has ranked them yet
+    length_in_s: float
+
+
+@dataclass(frozen=True)
 class Generated:
     """What a request has made."""
 
@@ -37,21 +46,37 @@ class Generated:
     candidates: tuple[Candidate, ...]  # the best first
 
 
+PageEvent: TypeAlias = Progress | Beginning | Generated
+
+
 async def generate(
     client: AsyncAudioLDM2Client, prompt: str, options: GenerateOptions, folder: Path
-) -> AsyncGenerator[Progress | Generated, None]:
-    """Yields the progress of a request, then what it has made, in files of `folder`. Raises `AudioLDM2Error`."""
+) -> AsyncGenerator[PageEvent, None]:
+    """Yields the progress of a request, the beginning of a long one, then what it has made, in files of `folder`.
+
+    Raises `AudioLDM2Error`.
+    """
     result = None
     scored: GenerateOptions = {**options, "return_scores": True}
     async with contextlib.aclosing(client.stream(prompt, **scored)) as events:
         async for event in events:
             if isinstance(event, Progress):
                 yield event
+            elif isinstance(event, AudioChunk) and event.chunk == 0 and event.num_chunks > 1:
+                yield await asyncio.to_thread(_save_beginning, event, folder)
             elif isinstance(event, Finished):
                 result = event.result
     assert result is not None  # or the stream would have raised
     candidates = await asyncio.to_thread(_save, result, folder)
     yield Generated(prompt, {**options, "seed": result.seed}, result.duration_in_s, candidates)
+
+
+def _save_beginning(chunk: AudioChunk, folder: Path) -> Beginning:
+    name = secrets.token_urlsafe()
+    sounds = tuple(folder / f"{name}-beginning-{index}.wav" for index in range(len(chunk.audio)))
+    for path, waveform in zip(sounds, chunk.audio, strict=True):
+        path.write_bytes(encode_audio(waveform, chunk.sampling_rate, "wav", {}))
+    return Beginning(sounds, chunk.audio.shape[1] / chunk.sampling_rate)
 
 
 def _save(result: GenerationResult, folder: Path) -> tuple[Candidate, ...]:
@@ -76,12 +101,10 @@ class Runs:
     def __init__(self) -> None:
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    async def follow(
-        self, session: str, events: AsyncGenerator[Progress | Generated, None]
-    ) -> AsyncGenerator[Progress | Generated, None]:
+    async def follow(self, session: str, events: AsyncGenerator[PageEvent, None]) -> AsyncGenerator[PageEvent, None]:
         """Passes events on. Raises what they raise, and `RequestCancelledError` once the session has cancelled."""
         await self.cancel(session)
-        passed: asyncio.Queue[Progress | Generated | None] = asyncio.Queue()
+        passed: asyncio.Queue[PageEvent | None] = asyncio.Queue()
         task = asyncio.create_task(_pass_on(events, passed))
         task.add_done_callback(lambda _: passed.put_nowait(None))
         self._tasks[session] = task
@@ -103,9 +126,7 @@ class Runs:
             await asyncio.wait({task})
 
 
-async def _pass_on(
-    events: AsyncGenerator[Progress | Generated, None], passed: "asyncio.Queue[Progress | Generated | None]"
-) -> None:
+async def _pass_on(events: AsyncGenerator[PageEvent, None], passed: "asyncio.Queue[PageEvent | None]") -> None:
     async with contextlib.aclosing(events):
         async for event in events:
             passed.put_nowait(event)

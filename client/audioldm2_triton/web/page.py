@@ -12,8 +12,8 @@ from audioldm2_triton.errors import AudioLDM2Error
 from audioldm2_triton.events import Progress
 from audioldm2_triton.server_info import ServerInfo
 from audioldm2_triton.web.controls import ranges, read_options
-from audioldm2_triton.web.gallery import show_end, show_error, show_history, show_progress
-from audioldm2_triton.web.generation import Generated, Runs, generate
+from audioldm2_triton.web.gallery import show_beginning, show_end, show_error, show_history, show_progress
+from audioldm2_triton.web.generation import Beginning, Generated, Runs, generate
 from audioldm2_triton.web.request_texts import RequestTexts, request_texts
 
 MAX_HISTORY: Final = 20  # requests of a session
@@ -57,6 +57,9 @@ def build_page(client: AsyncAudioLDM2Client, info: ServerInfo, url: str, model: 
                     async for event in followed:
                         if isinstance(event, Progress):
                             yield {status: show_progress(event)}
+                            continue
+                        if isinstance(event, Beginning):
+                            yield {status: show_beginning(event)}
                             continue
                         made = [*values[history], event][-MAX_HISTORY:]
                         end = {

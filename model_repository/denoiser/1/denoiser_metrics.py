@@ -25,7 +25,7 @@ from stepping.request import DenoisingRequest
 
 SHOWN_WITHIN_IN_S: Final = 1.0
 ROWS_BUCKETS = [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64]
-STEP_BUCKETS_MS = [1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000]
+STEP_BUCKETS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]  # seconds
 # Subclasses before their base classes.
 OUTCOMES: Mapping[type[Exception], str] = {
     DeadlineExceededError: "deadline_exceeded",
@@ -60,12 +60,11 @@ class DenoiserMetrics:
         self.requests_waiting_limit = _family(names.REQUESTS_WAITING_LIMIT, "Requests that may wait", gauge)
         self.engine_broken = _family(names.ENGINE_BROKEN, "1 where an engine was taken out", gauge)
         self.rows_per_forward = _family(names.ROWS_PER_FORWARD, "UNet batch items of each forward", histogram)
-        self.step_count = _family(names.STEP_COUNT, "Denoising steps run", counter)
-        self.step_duration = _family(names.STEP_DURATION_MS, "Time from one step to the next", histogram)
-        self.queue_duration = _family(names.QUEUE_DURATION_US, "Old: use audioldm2_request_queue_seconds_sum", counter)
+        self.steps = _family(names.STEPS_TOTAL, "Denoising steps run", counter)
+        self.step_duration = _family(names.STEP_DURATION_SECONDS, "Time from one step to the next", histogram)
         self.queue_seconds = _family(names.REQUEST_QUEUE_SECONDS, "Time before a request's first step", histogram)
-        self.request_count = _family(names.REQUEST_COUNT, "Requests finished, by outcome", counter)
-        self.audio_duration = _family(names.AUDIO_DURATION_S, "Seconds of audio denoised", counter)
+        self.requests = _family(names.REQUESTS_TOTAL, "Requests finished, by outcome", counter)
+        self.audio_seconds = _family(names.AUDIO_SECONDS_TOTAL, "Seconds of audio denoised", counter)
 
         self._engines: list[EngineMetrics] = []
 
@@ -100,15 +99,14 @@ class EngineMetrics:
         self._requests_waiting = families.requests_waiting.Metric(labels=labels)
         self._engine_broken = families.engine_broken.Metric(labels=labels)
         self._rows_per_forward = families.rows_per_forward.Metric(labels=labels, buckets=ROWS_BUCKETS)
-        self._step_count = families.step_count.Metric(labels=labels)
-        self._step_duration = families.step_duration.Metric(labels=labels, buckets=STEP_BUCKETS_MS)
-        self._queue_duration = families.queue_duration.Metric(labels=labels)
+        self._steps = families.steps.Metric(labels=labels)
+        self._step_duration = families.step_duration.Metric(labels=labels, buckets=STEP_BUCKETS)
         self._queue_seconds = families.queue_seconds.Metric(labels=labels, buckets=list(SECONDS_BUCKETS))
-        self._request_count = {
-            outcome: families.request_count.Metric(labels={**labels, "outcome": outcome})
+        self._requests = {
+            outcome: families.requests.Metric(labels={**labels, "outcome": outcome})
             for outcome in ("success", "failure", *OUTCOMES.values())
         }
-        self._audio_duration = families.audio_duration.Metric(labels=labels)
+        self._audio_seconds = families.audio_seconds.Metric(labels=labels)
         self._limits = [
             family.Metric(labels=labels) for family in (families.rows_in_flight_limit, families.requests_waiting_limit)
         ]
@@ -124,22 +122,21 @@ class EngineMetrics:
 
     def stepped(self, rows: int, seconds: float) -> None:
         self._reports.put(partial(self._rows_per_forward.observe, rows))
-        self._reports.put(partial(self._step_count.increment, 1))
-        self._reports.put(partial(self._step_duration.observe, seconds * 1000))
+        self._reports.put(partial(self._steps.increment, 1))
+        self._reports.put(partial(self._step_duration.observe, seconds))
 
     def admitted(self, waited_s: float) -> None:
-        self._reports.put(partial(self._queue_duration.increment, waited_s * 1e6))
         self._reports.put(partial(self._queue_seconds.observe, waited_s))
 
     def finished(self, request: DenoisingRequest, outcome: Tensor | Exception) -> None:
         self._reports.put(self._memory.update)
         if isinstance(outcome, Exception):
             kinds = [name for kind, name in OUTCOMES.items() if isinstance(outcome, kind)]
-            self._reports.put(partial(self._request_count[kinds[0] if kinds else "failure"].increment, 1))
+            self._reports.put(partial(self._requests[kinds[0] if kinds else "failure"].increment, 1))
             return
-        self._reports.put(partial(self._request_count["success"].increment, 1))
+        self._reports.put(partial(self._requests["success"].increment, 1))
         frames = sum(row.num_waveforms * row.latent_frames for row in request.rows)
-        self._reports.put(partial(self._audio_duration.increment, frames * self._seconds_per_frame))
+        self._reports.put(partial(self._audio_seconds.increment, frames * self._seconds_per_frame))
 
     def changed(self, load: EngineLoad) -> None:
         with self._changing:

@@ -29,10 +29,18 @@ class EmbeddingCache(Generic[V]):
             raise ValueError(f"capacity: got {capacity} but expected at least 0")
         self._capacity = capacity
         self._values: OrderedDict[TextKey, V] = OrderedDict()
+        self._hits = self._misses = 0
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def take_counts(self) -> tuple[int, int]:
+        """Returns how many keys needed no encoding, and how many did, since this was last asked."""
+        with self._lock:
+            counts = self._hits, self._misses
+            self._hits = self._misses = 0
+        return counts
 
     def values(self, keys: Sequence[TextKey], encode: Callable[[list[TextKey]], Sequence[V]]) -> list[V]:
         """Returns the value of each key, in order.
@@ -46,7 +54,9 @@ class EmbeddingCache(Generic[V]):
                 if key in self._values:
                     self._values.move_to_end(key)
                     found[key] = self._values[key]
-        missing = list(dict.fromkeys(key for key in keys if key not in found))
+            missing = list(dict.fromkeys(key for key in keys if key not in found))
+            self._hits += len(keys) - len(missing)
+            self._misses += len(missing)
         if missing:
             encoded = dict(zip(missing, encode(missing), strict=True))
             found |= encoded

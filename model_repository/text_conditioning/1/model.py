@@ -23,7 +23,7 @@ from audioldm2_triton.server.read_request import ReadRequest
 from audioldm2_triton.server.request_parameters import check_parameters
 from audioldm2_triton.server.settings import resolve_device, resolved_settings
 from audioldm2_triton.server.stage_tensors import TEXT_CONDITIONING
-from audioldm2_triton.server.triton_metrics import InfoSeries, MemoryGauge
+from audioldm2_triton.server.triton_metrics import InfoSeries, MemoryGauge, count_texts
 from audioldm2_triton.server.wanted_file import split_format
 from conditioning import condition
 from embedding_cache import EmbeddingCache
@@ -37,6 +37,7 @@ ParsedRequest: TypeAlias = tuple[tuple[GenerationRow, ...], ReadRequest]
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
+        self.model_name = args["model_name"]
         self.settings = adapter.model_settings(args)
         device = resolve_device(self.settings, args["model_instance_kind"], int(args["model_instance_device_id"]))
         self.geometry = read_audio_geometry(Path(self.settings.checkpoint))
@@ -50,6 +51,7 @@ class TritonPythonModel:
         self.entrance = entrance_of(args["model_name"], TEXT_CONDITIONING)
         self.cache = EmbeddingCache[EncodedTexts](self.settings.embedding_cache_size)
         self.most_rows = int(json.loads(args["model_config"])["max_batch_size"])
+        count_texts(self.model_name, 0, 0)
         self.waiting: deque[adapter.TakenRequest[adapter.Outputs]] = deque()
 
     def execute(self, requests: Sequence[Any]) -> None:
@@ -72,6 +74,7 @@ class TritonPythonModel:
         if batch:
             adapter.answer_together(batch, self._parse, self._condition)
             self.memory.update()
+            count_texts(self.model_name, *self.cache.take_counts())
 
     def _parse(self, request: ReadRequest) -> ParsedRequest:
         faults.at("text_conditioning.parse")
