@@ -25,7 +25,7 @@ from stepping.request import DenoisingRequest
 
 SHOWN_WITHIN_IN_S: Final = 1.0
 ROWS_BUCKETS = [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64]
-STEP_BUCKETS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]  # seconds
+STEP_BUCKETS = [0.000625 * 2**power for power in range(15)]  # seconds, up to 10.24
 # Subclasses before their base classes.
 OUTCOMES: Mapping[type[Exception], str] = {
     DeadlineExceededError: "deadline_exceeded",
