@@ -189,8 +189,8 @@ class InfoSeries:
     """A series that is always 1, whose labels say what a stage has resolved its settings to; logged too."""
 
     def __init__(self, model: str, resolved: Mapping[str, object]) -> None:
-        # Names of folders may have letters that are no text at all.
         resolved = {**resolved, "version": version(PACKAGE)}
+        # Names of folders may have letters that are no text at all.
         labels = {name: str(value).encode("ascii", "backslashreplace").decode() for name, value in resolved.items()}
         family = pb_utils.MetricFamily(
             name=STAGE_INFO, description="What a stage runs", kind=pb_utils.MetricFamily.GAUGE

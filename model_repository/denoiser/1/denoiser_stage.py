@@ -73,8 +73,8 @@ def load_engines(
                 weights = load_lean_unet(checkpoint, device, dtype)
                 residency.adopt(weights)
                 fitting = rows_that_fit(as_it_serves(weights), geometry.native_latent_frames)
-            limits = engine_limits(settings, geometry, fitting)
-            unet = as_it_serves(weights, buckets=compile_buckets(settings, geometry, device, limits))
+                limits = engine_limits(settings, geometry, fitting)
+                unet = as_it_serves(weights, buckets=compile_buckets(settings, geometry, device, limits))
             observer, interval = observe(device), settings.guided_steps
             engine = Engine(unet, tables, limits, unet.warm_up, device, dtype, observer, interval, residency)
             engines.append(engine)
