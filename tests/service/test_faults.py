@@ -27,7 +27,7 @@ from supervised_server import wait_until
 
 WAIT_IN_S = 60.0
 TOLERANCE = 1e-4  # of the peak
-STEPS = 3
+STEPS = 2
 
 # Faults of these kinds at these points concern nobody's audio: metrics and progress are courtesies.
 HARMLESS = {

@@ -3,35 +3,23 @@
 On, it reads all. CLAP reads all in both.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import pad
 
-from audioldm2_pipeline import Call, Reference, as_row, difference, generate
+from audioldm2_pipeline import Reference, as_row, generate
 from audioldm2_triton import AudioLDM2Client
 from audioldm2_triton.server.geometry import read_audio_geometry
 from conditioning import condition
 from embedding_cache import EmbeddingCache
-from serving.local_server import LocalServer, local_server
+from long_negative_prompt import CALL, HEAD, NEGATIVE, PROMPT, embedded
+from serving.local_server import LocalServer
 from text_encoders import EncodedTexts, TextEncoders, load_text_encoders, tokenize_t5
 
-PROMPT = "A dog barks twice"
-HEAD = "low quality, distorted sound of a"
-LONG, OTHER_TAIL = f"{HEAD} car engine on gravel, with thunder", f"{HEAD} slow, sad melody with violins"
-CALL = Call(PROMPT, LONG, 0.5, 6, seed=3)
-
-
-@pytest.fixture(scope="module")
-def full_server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    log = tmp_path_factory.mktemp("full") / "log"
-    with local_server(tiny_checkpoint, log, "--full-negative-prompt=on") as running:
-        yield running
+OTHER_TAIL = f"{HEAD} slow, sad melody with violins"
 
 
 @pytest.fixture(scope="module")
@@ -52,30 +40,16 @@ def conditioned(encoders: TextEncoders, tiny_checkpoint: Path):
     return conditioned
 
 
-def embedded(reference: Reference, negative_prompt: str) -> dict[str, torch.Tensor]:
-    """What the pipeline takes instead of texts: each encoded as a prompt of its own, and padded to the same length."""
-    with torch.no_grad():
-        positive, negative = (
-            reference.pipeline.encode_prompt(text, "cpu", 1, False) for text in (PROMPT, negative_prompt)
-        )
-    length = max(positive[0].shape[1], negative[0].shape[1])
-    tensors = {}
-    for prefix, (states, mask, generated) in (("", positive), ("negative_", negative)):
-        extra = length - states.shape[1]
-        tensors[f"{prefix}prompt_embeds"] = pad(states, (0, 0, 0, extra))
-        tensors[f"{prefix}attention_mask"] = pad(mask, (0, extra))
-        tensors[f"{prefix}generated_prompt_embeds"] = generated
-    return tensors
-
-
 def test_off_only_clap_reads_the_tail(conditioned) -> None:
-    one, other = conditioned(LONG, OTHER_TAIL, full=False)
+    one, other = conditioned(NEGATIVE, OTHER_TAIL, full=False)
     np.testing.assert_array_equal(one["negative_prompt_embeds"], other["negative_prompt_embeds"])
     assert one["negative_attention_mask"].sum() == one["attention_mask"].sum()
 
 
 def test_on_it_is_encoded_as_a_prompt_is(conditioned, encoders: TextEncoders, reference: Reference) -> None:
-    for negative_prompt, tensors in zip((LONG, OTHER_TAIL), conditioned(LONG, OTHER_TAIL, full=True), strict=True):
+    for negative_prompt, tensors in zip(
+        (NEGATIVE, OTHER_TAIL), conditioned(NEGATIVE, OTHER_TAIL, full=True), strict=True
+    ):
         expected = embedded(reference, negative_prompt)
         assert tensors["negative_attention_mask"].sum() == len(tokenize_t5(encoders, negative_prompt))
         for name, values in expected.items():
@@ -86,7 +60,10 @@ def test_a_negative_prompt_that_is_not_longer_is_the_same_on_and_off(conditioned
     as_long = "A dog falls away"
     assert len(tokenize_t5(encoders, as_long)) == len(tokenize_t5(encoders, PROMPT))
     # Behind a longer one, whose length is none of theirs.
-    off, on = conditioned(LONG, "", "noise,", as_long, full=False), conditioned(LONG, "", "noise,", as_long, full=True)
+    off, on = (
+        conditioned(NEGATIVE, "", "noise,", as_long, full=False),
+        conditioned(NEGATIVE, "", "noise,", as_long, full=True),
+    )
     for ours, expected in zip(on[1:], off[1:], strict=True):
         for name, values in expected.items():
             np.testing.assert_array_equal(ours[name], values, err_msg=name)
@@ -97,36 +74,8 @@ def test_a_text_as_long_as_t5_reads_is_the_limit(conditioned, encoders: TextEnco
     assert tensors["negative_attention_mask"].sum() == encoders.second_tokenizer.model_max_length
 
 
-def test_on_the_server_it_is_heard(full_server: LocalServer, server: LocalServer, reference: Reference) -> None:
-    pipeline = reference.pipeline
-    pipeline.scheduler = getattr(diffusers, CALL.scheduler).from_config(reference.scheduler_config)
-    expected = pipeline(
-        **embedded(reference, LONG),
-        audio_length_in_s=CALL.audio_length_in_s,
-        num_inference_steps=CALL.num_inference_steps,
-        guidance_scale=CALL.guidance_scale,
-        generator=torch.Generator().manual_seed(CALL.seed),
-    ).audios
-    short = replace(CALL, negative_prompt="noise,")
-    with AudioLDM2Client(full_server.grpc_url) as client:
-        # Both in one request, so that they share their forwards.
-        options = {"audio_length_in_s": CALL.audio_length_in_s, "num_inference_steps": CALL.num_inference_steps}
-        long_result, short_result = client.generate(
-            [PROMPT] * 2, negative_prompt=[LONG, short.negative_prompt], seed=CALL.seed, **options
-        )
-        streamed = generate(client, CALL, ensemble=False).audio
-    # What rounding comes to does not depend on the negative prompt.
-    assert max(difference(audio, expected) for audio in (streamed, long_result.audio)) <= reference.tolerance(CALL)
-    assert difference(short_result.audio, reference.generate(short)) <= reference.tolerance(short)
-    assert "cut" not in full_server.log.read_text()
-    with AudioLDM2Client(server.grpc_url) as client:
-        cut = generate(client, CALL).audio
-    assert difference(cut, reference.generate(CALL)) <= reference.tolerance(CALL)
-    assert difference(cut, expected) > 1e-2
-
-
 def test_off_the_log_has_the_cut_once_per_request(server: LocalServer, encoders: TextEncoders) -> None:
-    negative_prompt = f"{LONG} and wind far away in the forest"
+    negative_prompt = f"{NEGATIVE} and wind far away in the forest"
     whole, left = len(tokenize_t5(encoders, negative_prompt)), len(tokenize_t5(encoders, PROMPT))
     line = f"cut: `negative_prompt` from {whole} tokens to its prompt's {left}"
     call = replace(CALL, negative_prompt=negative_prompt, num_inference_steps=1, num_waveforms_per_prompt=2)
