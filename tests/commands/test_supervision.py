@@ -223,7 +223,7 @@ def test_a_drain_refuses_new_requests_and_finishes_those_inside(tiny_checkpoint:
             limits = client.server_info().limits
             assert (limits.max_audio_length_in_s, limits.max_num_waveforms_per_prompt) == (0.5, 2)
             assert limits.max_num_inference_steps == 300
-            calls = start_calls(server, pool, LONG | {"audio_length_in_s": [0.5], "num_inference_steps": [100]})
+            calls = start_calls(server, pool, LONG | {"audio_length_in_s": [0.5], "num_inference_steps": [60]})
             wait_for_metrics(server, lambda page: page["audioldm2_rows_in_flight"] >= 6, "three requests in flight")
             server.process.send_signal(signal.SIGTERM)
             wait_until(lambda: health(server)[1]["state"] == "draining", "the drain")

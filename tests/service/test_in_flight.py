@@ -2,8 +2,10 @@
 
 import random
 import re
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from audioldm2_triton import (
     AudioLDM2Client,
     DeadlineExceededError,
     GenerationResult,
+    Progress,
     UnavailableError,
 )
 from audioldm2_triton.contract import SCHEDULERS
@@ -60,19 +63,17 @@ def test_32_different_requests_at_once(server: LocalServer, reference: Reference
 
 
 def test_a_short_request_overtakes_a_long_one(server: LocalServer) -> None:
-    finished = []
-    with AudioLDM2Client(server.grpc_url) as client, ThreadPoolExecutor(2) as pool:
-
-        def run(name: str, steps: int, scheduler: str) -> None:
-            client.generate("rain", audio_length_in_s=0.64, num_inference_steps=steps, scheduler=scheduler, seed=1)
-            finished.append(name)
-
-        long = pool.submit(run, "long", 200, "HeunDiscreteScheduler")
-        wait_for_metrics(server, lambda metrics: metrics["audioldm2_rows_in_flight"] > 0, "the long request")
-        pool.submit(run, "short", 4, "DDIMScheduler").result()
-        assert finished == ["short"]
-        long.result()
-    assert finished == ["short", "long"]
+    options = {"audio_length_in_s": 0.64, "seed": 1}
+    with AudioLDM2Client(server.grpc_url) as client:
+        client.server_info()
+        long = client.stream("rain", num_inference_steps=200, scheduler="HeunDiscreteScheduler", **options)
+        with closing(long):
+            assert isinstance(next(long), Progress)
+            client.generate("rain", num_inference_steps=4, scheduler="DDIMScheduler", **options)
+            following = next(long)
+            assert isinstance(following, Progress)
+            assert following.step < following.num_steps
+    wait_for_metrics(server, is_idle, "an idle server")
 
 
 @pytest.fixture(scope="module")
@@ -121,16 +122,29 @@ def test_overload_is_refused_and_the_rest_is_right(small_server: LocalServer, re
 
 
 def test_a_full_denoiser_closes_the_entrance(small_server: LocalServer) -> None:
-    call = Call("rain", audio_length_in_s=0.2, num_inference_steps=200, num_waveforms_per_prompt=2)
+    over = threading.Event()
+
+    def fill(client: AudioLDM2Client, seed: int) -> None:
+        """Waits for room and takes all of it, until the test is over."""
+        options = {"audio_length_in_s": 0.2, "num_inference_steps": 200, "num_waveforms_per_prompt": 2, "seed": seed}
+        with closing(client.stream("rain", **options)) as events:
+            while not over.is_set():
+                next(events)
+
     with AudioLDM2Client(small_server.grpc_url, max_retries=0) as client, ThreadPoolExecutor(4) as pool:
+        client.server_info()
         before = wait_for_metrics(small_server, is_idle, "an idle server")
-        filling = [pool.submit(generate, client, replace(call, seed=seed)) for seed in range(4)]
-        wait_for_metrics(small_server, lambda metrics: metrics["audioldm2_requests_waiting"] == 3, "three that wait")
-        for prompt in ("rain", ["rain"]):  # by the stream, by the ensemble
-            with pytest.raises(UnavailableError, match="denoiser is full; try again later"):
-                client.generate(prompt, audio_length_in_s=0.2)
+        filling = [pool.submit(fill, client, seed) for seed in range(4)]
+        try:
+            wait_for_metrics(small_server, lambda page: page["audioldm2_requests_waiting"] == 3, "three that wait")
+            for prompt in ("rain", ["rain"]):  # by the stream, by the ensemble
+                with pytest.raises(UnavailableError, match="denoiser is full; try again later"):
+                    client.generate(prompt, audio_length_in_s=0.2)
+        finally:
+            over.set()
         for request in filling:
             request.result()
+        wait_for_metrics(small_server, is_idle, "an idle server")
         assert client.generate("rain", audio_length_in_s=0.2, num_inference_steps=2).num_waveforms == 1
     after = wait_for_metrics(small_server, is_idle, "an idle server")
     for model in ("audioldm2_stream", "text_conditioning"):
