@@ -39,6 +39,11 @@ if TYPE_CHECKING:
     from serving.local_server import LocalServer
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files with long tests first: a worker that is given one at the end would work alone."""
+    items.sort(key=lambda item: item.path.parent.name not in ("service", "commands", "trials"))
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoints") / "tiny"
