@@ -55,10 +55,10 @@ def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_every_number_of_steps_up_to_30_and_some_above(scheduler: str) -> None:
+def test_every_number_of_steps(scheduler: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scipy's quadrature, inside LMS
-        worst = {steps: worst_difference(scheduler, steps, seed=steps) for steps in [*range(1, 31), 50, 100, 200]}
+        worst = {steps: worst_difference(scheduler, steps, seed=steps) for steps in [*range(1, 51), 100, 200]}
     assert max(worst.values()) < TOLERANCE, {steps: value for steps, value in worst.items() if value >= TOLERANCE}
 
 
