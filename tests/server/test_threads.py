@@ -1,4 +1,4 @@
-"""Threads by measurement: the work's own time decides."""
+"""Threads by measurement: the CPU time of the work decides, whatever else the machine does."""
 
 import os
 import time
@@ -24,13 +24,21 @@ def _threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(
-    ("milliseconds", "expected"),
-    [({1: 20, 2: 30, 4: 40, 8: 50}, 1), ({1: 80, 2: 40, 4: 39, 8: 5}, 2), ({1: 80, 2: 40, 4: 20, 8: 10}, 8)],
-)
-def test_as_many_as_pay(milliseconds: dict[int, int], expected: int) -> None:
-    assert set_measured_threads(lambda: time.sleep(milliseconds[torch.get_num_threads()] / 1000)) == expected
+@pytest.mark.parametrize(("milliseconds", "expected"), [(1, 1), (99, 1), (101, 2), (249, 4), (5000, 8)])
+def test_a_thread_for_each_share(milliseconds: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "thread_time", lambda: clock[0])
+
+    def work() -> None:
+        assert torch.get_num_threads() == 1
+        clock[0] += milliseconds / 1000
+
+    assert set_measured_threads(work) == expected
     assert torch.get_num_threads() == expected
+
+
+def test_waiting_for_a_core_is_not_work() -> None:
+    assert set_measured_threads(lambda: time.sleep(2 * threads.SHARE_IN_S)) == 1
 
 
 def test_the_environment_decides_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,13 +15,16 @@ from typing import Final
 
 logger = logging.getLogger(__name__)
 
-WORTHWHILE: Final = 0.85
-"""More threads must reduce the time to at most this share."""
-_REPEATS: Final = 3
+SHARE_IN_S: Final = 0.05
+"""A thread's share of the work, in seconds of CPU time, below which it does not pay."""
+_REPEATS: Final = 2
 
 
 def set_measured_threads(work: Callable[[], object]) -> int:
-    """Sets PyTorch's threads to as many as `work` can use: 1, 2, 4 ... up to the cores, as long as doubling pays.
+    """Sets PyTorch's threads to as many as `work` can use: one for each `SHARE_IN_S` that it takes, up to the cores.
+
+    Takes the CPU time of one thread, not the time of several: while a server starts, its stages compete for the cores,
+    and whether a second thread pays would be a matter of luck, for as long as the server lives.
 
     Measures nothing if OMP_NUM_THREADS is set. Call it before other threads of this process compute: each adopts the
     number when it first does.
@@ -33,16 +36,10 @@ def set_measured_threads(work: Callable[[], object]) -> int:
     cores = usable_cores()
     torch.set_num_threads(1)
     work()  # the first call includes one-time costs
-    threads, seconds = 1, _time(work)
-    while threads < cores:
-        more = min(2 * threads, cores)
-        torch.set_num_threads(more)
-        with_more = _time(work)
-        if with_more > WORTHWHILE * seconds:
-            break
-        threads, seconds = more, with_more
+    seconds = min(_cpu_time(work) for _ in range(_REPEATS))
+    threads = max(1, min(cores, int(seconds / SHARE_IN_S)))
     torch.set_num_threads(threads)
-    logger.info("%d of %d cores: %.1f ms", threads, cores, 1000 * seconds)
+    logger.info("%d of %d cores: one thread takes %.1f ms", threads, cores, 1000 * seconds)
     return threads
 
 
@@ -66,10 +63,7 @@ def _quota(control_groups: Path) -> float | None:
     return None
 
 
-def _time(work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def _cpu_time(work: Callable[[], object]) -> float:
+    start = time.thread_time()
+    work()
+    return time.thread_time() - start
