@@ -29,15 +29,16 @@ def main() -> int:
     train.add_argument("--out", type=Path, default=DEMO_CHECKPOINT)
     train.add_argument("--steps", type=int, help="of the part, instead of its plan's")
     train.add_argument(
-        "--start-from", type=Path, help="a checkpoint of these parts: its UNet is trained on, all else stays as it is"
+        "--start-from",
+        type=Path,
+        help="a checkpoint of these parts: its UNet is trained on, or its vocoder (--part), and all is saved",
     )
     options = parser.parse_args()
     if options.start_from:
-        if options.part not in (None, "unet", "save"):
-            parser.error(f"--part: got {options.part} but expected unet or save with --start-from")
-        training = _FurtherTraining(options.folder, options.out, options.steps, options.start_from)
-        for part in [options.part] if options.part else ["unet", "save"]:
-            training.run(part)
+        part = options.part or "unet"
+        if part not in ("unet", "vocoder"):
+            parser.error(f"--part: got {part} but expected unet or vocoder with --start-from")
+        _FurtherTraining(options.folder, options.out, options.steps, options.start_from, part).run("save")
     elif options.part:
         _Training(options.folder, options.out, options.steps).run(options.part)
     else:
@@ -80,7 +81,7 @@ class _Training:
 
     def _vocoder(self, steps: int | None = None) -> Any:
         plan = self._plan(sound_training.VOCODER_PLAN, steps)
-        return sound_training.train_vocoder(self._corpus, self._folder, plan)
+        return sound_training.train_vocoder(self._untrained_vocoder(), self._corpus, self._folder, plan)
 
     def _t5(self, steps: int | None = None) -> Any:
         return text_training.train_t5(self._folder, self._plan(text_training.T5_PLAN, steps))
@@ -102,19 +103,22 @@ class _Training:
     def _unet(self, steps: int | None = None) -> Any:
         plan = self._plan(diffusion_training.UNET_PLAN, steps)
         latents, factor = self._latents()
-        trained = self._corpus.labels[: self._corpus.trained]
-        shares = diffusion_training.draw_shares([label["kinds"][0] for label in trained])
         return diffusion_training.train_unet(
-            self._untrained_unet(), latents, factor, self._conditioning(), shares, self._folder, plan
+            self._untrained_unet(), latents, factor, self._conditioning(), self._corpus.shares, self._folder, plan
         )
 
     def _untrained_unet(self) -> Any:
         return parts.unet()
 
+    def _untrained_vocoder(self) -> Any:
+        return parts.vocoder()
+
+    def _factor(self) -> float:
+        return self._latents()[1]
+
     def _save(self, _: int | None = None) -> None:
-        _, factor = self._latents()
         pipe = self._finished()
-        size = assembly.save(pipe, factor, len(pipe.tokenizer_2), self._out)
+        size = assembly.save(pipe, self._factor(), len(pipe.tokenizer_2), self._out)
         print(f"{self._out}: {size / 1e6:.1f} MB")
 
     def _finished(self) -> Any:
@@ -126,11 +130,12 @@ class _Training:
 
 
 class _FurtherTraining(_Training):
-    """The UNet of a saved checkpoint, trained on; all other parts are the checkpoint's."""
+    """A part of a saved checkpoint, trained on; all other parts are the checkpoint's."""
 
-    def __init__(self, folder: Path, out: Path, steps: int | None, checkpoint: Path) -> None:
+    def __init__(self, folder: Path, out: Path, steps: int | None, checkpoint: Path, part: str) -> None:
         super().__init__(folder, out, steps)
         self._checkpoint = checkpoint
+        self._part = part
 
     def _vae(self, _: int | None = None) -> Any:
         return self._pipeline().vae
@@ -138,8 +143,16 @@ class _FurtherTraining(_Training):
     def _untrained_unet(self) -> Any:
         return self._pipeline().unet
 
+    def _untrained_vocoder(self) -> Any:
+        return self._pipeline().vocoder
+
+    def _factor(self) -> float:
+        # The UNet knows latents by the factor that it was trained with.
+        return super()._factor() if self._part == "unet" else self._pipeline().vae.config.scaling_factor
+
     def _finished(self) -> Any:
-        return self._pipeline(unet=self._unet(self._steps))
+        train = self._unet if self._part == "unet" else self._vocoder
+        return self._pipeline(**{self._part: train(self._steps)})
 
     def _pipeline(self, **trained: Any) -> Any:
         pipe = assembly.load(self._checkpoint)

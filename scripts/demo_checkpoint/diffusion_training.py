@@ -21,13 +21,6 @@ _BATCH: Final = 16
 _EMPTY: Final = 0.1
 _MAX_SNR: Final = 5.0
 _CHUNK: Final = 8
-# How often a kind is drawn, where others are once: tones that must be sharp lines, and drops, take longest to learn.
-_EMPHASIS: Final = {
-    "siren": 4.0,
-    "sweep": 2.5,
-    "rain": 2.5,
-    **dict.fromkeys(("beep", "telephone", "pluck", "organ", "bell"), 2.0),
-}
 
 
 @dataclass(frozen=True)
@@ -52,12 +45,6 @@ def cache_latents(corpus: Corpus, vae: Any, folder: Path) -> tuple[np.ndarray, f
         path.with_suffix(".new.npy").replace(path)
     latents = np.load(path, mmap_mode="r")
     return latents, float(1 / latents[:1000].astype(np.float32).std())
-
-
-def draw_shares(kinds: list[str]) -> np.ndarray:
-    """How likely each sound, by its kind, is to be drawn for a place in a batch."""
-    shares = np.array([_EMPHASIS.get(kind, 1.0) for kind in kinds])
-    return shares / shares.sum()
 
 
 @torch.no_grad()
@@ -113,7 +100,8 @@ def train_unet(
 ) -> Any:
     """Trains the UNet `start` to predict the noise at a random timestep, one prompt in ten empty.
 
-    `shares` are those of the sounds to train on, in the order of the latents; what comes after them is held out.
+    `shares` are those of the sounds to train on (`Corpus.shares`), in the order of the latents; what comes after them
+    is held out.
 
     The error is the mean square, with the weights min(SNR, 5) / SNR (Hang et al., 2023, "Min-SNR"): what little noise
     there is in the cleanest samples says nothing about the prompt, and its steps would be lost for the rest.

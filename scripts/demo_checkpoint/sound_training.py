@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from . import parts
 from .corpus import Corpus, tensor
-from .mels import BINS, HOP
+from .mels import BINS, HOP, log_mel
 from .training import Draw, Plan, train
 
 VAE_PLAN: Final = Plan(steps=6_000, learning_rate=1.5e-3, warmup=100)
-VOCODER_PLAN: Final = Plan(steps=4_000, learning_rate=1e-3, warmup=100)
+VOCODER_PLAN: Final = Plan(steps=13_000, learning_rate=1e-3, warmup=100)
 _VAE_BATCH: Final = 4
 _VAE_CROP: Final = 128  # frames
 _KL: Final = 0.004  # nats per latent, against the mean absolute error per bin
@@ -23,6 +23,8 @@ _VOCODER_CROP: Final = 48  # frames
 # vocoder makes the same 10 ms again for the same mel, so a steady tone can only be had as multiples of 100 Hz, and a
 # loss that sees the difference prefers silence.
 _RESOLUTIONS: Final = (512, 256, 128, 64)
+# Of the mean absolute error of the mels: it tells how loud each band is however high, as the distances do not.
+_MEL_WEIGHT: Final = 0.5
 _MEL_NOISE: Final = 0.1  # what the VAE leaves wrong
 _HELD_OUT: Final = 16
 
@@ -46,21 +48,21 @@ def train_vae(corpus: Corpus, folder: Path, plan: Plan = VAE_PLAN) -> Any:
     return train("vae", parts.vae(), loss, held_out, plan, folder)
 
 
-def train_vocoder(corpus: Corpus, folder: Path, plan: Plan = VOCODER_PLAN) -> Any:
-    """The vocoder, on distances of magnitude spectra in several resolutions (Yamamoto et al., 2020)."""
+def train_vocoder(start: Any, corpus: Corpus, folder: Path, plan: Plan = VOCODER_PLAN) -> Any:
+    """Trains the vocoder `start` by distances of mels and of spectra in several resolutions (Yamamoto et al., 2020)."""
 
     def loss(model: Any, draw: Draw) -> Tensor:
         mels, target = _pairs(corpus, _VOCODER_BATCH, draw)
         mels = mels + _MEL_NOISE * torch.rand((), generator=draw.torch) * torch.randn(mels.shape, generator=draw.torch)
-        return _spectral_distance(model(mels), target)
+        return _distance(model(mels), target)
 
     whole = tensor(corpus.mels, range(corpus.trained, corpus.trained + _HELD_OUT))
     waveforms = tensor(corpus.waveforms, range(corpus.trained, corpus.trained + _HELD_OUT))
 
     def held_out(model: Any) -> float:
-        return float(_spectral_distance(model(whole), waveforms))
+        return float(_distance(model(whole), waveforms))
 
-    return train("vocoder", parts.vocoder(), loss, held_out, plan, folder)
+    return train("vocoder", start, loss, held_out, plan, folder)
 
 
 def _crops(mels: np.ndarray, count: int, batch: int, frames: int, draw: Draw) -> Tensor:
@@ -76,11 +78,17 @@ def _pairs(corpus: Corpus, batch: int, draw: Draw) -> tuple[Tensor, Tensor]:
     """Mels [batch, frames, bins] and the waveforms [batch, samples] that they belong to."""
     mels = np.empty((batch, _VOCODER_CROP, BINS), np.float32)
     waveforms = np.empty((batch, _VOCODER_CROP * HOP), np.float32)
-    for row, index in enumerate(draw.numpy.integers(corpus.trained, size=batch)):
+    for row, index in enumerate(draw.numpy.choice(corpus.trained, batch, p=corpus.shares)):
         start = int(draw.numpy.integers(corpus.mels.shape[1] - _VOCODER_CROP + 1))
         mels[row] = corpus.mels[index, start : start + _VOCODER_CROP]
         waveforms[row] = corpus.waveforms[index, start * HOP : (start + _VOCODER_CROP) * HOP]
     return torch.from_numpy(mels), torch.from_numpy(waveforms)
+
+
+def _distance(waveforms: Tensor, targets: Tensor) -> Tensor:
+    return _spectral_distance(waveforms, targets) + _MEL_WEIGHT * nn.functional.l1_loss(
+        log_mel(waveforms), log_mel(targets)
+    )
 
 
 def _spectral_distance(waveforms: Tensor, targets: Tensor) -> Tensor:
