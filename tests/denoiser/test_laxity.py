@@ -75,9 +75,9 @@ def test_who_can_wait_least_steps_and_who_is_late_waits() -> None:
     held = [request(-25, 10, started=1), request(0, 10), request(0, 5)]
     assert counts(held, now=4.0) == [0, 0, 1]
     assert counts(held, now=11.0) == [0, 1, 0]  # the last is late as well
-    # All are late, so nobody is urgent: as many as have room, in order of age.
+    # All are late, so nobody is urgent: as many as have room, first whoever has least left.
     assert counts(held, now=21.0) == [1, 1, 1]
-    assert counts(held, now=21.0, room=Room(2, 2, 4)) == [1, 1, 0]
+    assert counts(held, now=21.0, room=Room(2, 2, 4)) == [1, 0, 1]
 
 
 def test_a_deadline_is_an_objective() -> None:
@@ -92,12 +92,22 @@ def test_interactive_pauses_batch() -> None:
 
 
 def test_what_costs_nothing_is_shared_up_to_the_knee() -> None:
-    held = [request(0, 10, costs=SHARED) for _ in range(16)]
-    assert sum(counts(held, now=0.0, costs=SHARED)) == 8
-    fixed = ForwardCosts(LinearCost(4.0, 1.0), LinearCost(inf, 1.0))
-    # At best 16 items take 20 s. Three in 7 s have more than half of that throughput, two in 6 s have not.
-    assert sum(counts([request(0, 10, costs=fixed) for _ in range(16)], now=0.0, costs=fixed)) == 3
-    assert sum(counts(held, now=1000.0, costs=SHARED)) == 16  # nobody urgent
+    batch = [request(0, 10, costs=SHARED, is_batch=True) for _ in range(16)]
+    assert counts([request(0, 10, costs=SHARED), *batch], now=0.0, costs=SHARED) == [1] * 8 + [0] * 9
+    fixed = ForwardCosts(LinearCost(8.0, 1.0), LinearCost(inf, 1.0))
+    # At best 16 items take 24 s. Two in 10 s have 0.3 of that throughput, one in 9 s has not.
+    assert counts([request(0, 10, costs=fixed), *batch], now=0.0, costs=fixed) == [1, 1] + [0] * 15
+    assert sum(counts(batch, now=0.0, costs=SHARED)) == 16  # nobody urgent
+
+
+def test_beyond_the_knee_interactive_ones_join_while_all_are_in_time() -> None:
+    fixed = ForwardCosts(LinearCost(8.0, 1.0), LinearCost(inf, 1.0))
+    held = [request(0, 10, costs=fixed) for _ in range(16)]  # 90 s alone: the objective is 270
+    assert sum(counts(held, now=0.0, costs=fixed)) == 12  # 20 s, where 18 would be the best
+    assert sum(counts(held, now=100.0, costs=fixed)) == 9  # 10 evaluations of 17 s
+    assert sum(counts(held, now=160.0, costs=fixed)) == 3
+    assert sum(counts(held, now=175.0, costs=fixed)) == 2  # the knee
+    assert sum(counts(held, now=181.0, costs=fixed)) == 16  # all are late
 
 
 def test_memory_bounds_who_has_started() -> None:

@@ -5,17 +5,18 @@ Pure functions over plain data, as in `policy`. A request without a closer deadl
 
 1. The request whose turn has come by age, at most one at a time. It is not paused until it is done.
 2. Interactive requests that can meet their objective, least laxity first.
-3. Interactive requests that cannot any more, in order of arrival: whoever is late makes no other late.
+3. Interactive requests that cannot any more, first whoever has least left: whoever is late makes no other late.
 4. Batch requests, in the same two parts.
 
-While anyone of rank 2 is there, a round of forwards is filled to the knee only: beyond it, more waveforms make every
-step longer and the device hardly faster.
+While anyone of rank 2 steps, a round of forwards is filled to the knee: beyond it, more waveforms make every step
+longer and the device less and less faster. Until it is as good as full, more interactive ones join as long as all of
+rank 2 still meet their objectives.
 
 The turn by age bounds the wait: `AGED_SHARE` of the device's time goes to the oldest requests. A request gets its turn
 after the older ones, and each of them no later than it takes to earn its time alone at that share.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Final
@@ -26,9 +27,11 @@ from stepping.forward_plan import ForwardCosts
 OBJECTIVE: Final = 3.0
 """In times alone: what serving systems are measured by. A `timeout` says when to give up, not when it is wanted."""
 AGED_SHARE: Final = 0.1
-KNEE: Final = 0.5
-"""The share of the highest throughput at which a round is full enough: there, what a forward takes besides its items is
-as long as what they take. A higher share costs goodput, a lower one throughput; see `PERFORMANCE.md`."""
+KNEE: Final = 0.3
+"""The share of the highest throughput that a round has at least, if there is enough to do. A higher one costs goodput, a
+lower one throughput; see `PERFORMANCE.md`."""
+FULL: Final = 0.9
+"""The share of the highest throughput beyond which nothing is gained by sharing a round."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +119,16 @@ def schedule(
         if request.has_turn or index == turn:
             return False, False, False, 0.0
         is_late = laxity < 0
-        return True, request.is_batch, is_late, request.arrived if is_late else laxity
+        return True, request.is_batch, is_late, remaining[index] if is_late else laxity
 
     ranked = sorted(range(len(held)), key=rank)
     chosen, must_step = _fill(held, ranked, turn, room)
-    is_urgent = any(laxities[index] >= 0 and not held[index].is_batch for index, _ in chosen)
-    if is_urgent:
-        chosen = _to_the_knee(held, chosen, must_step, costs, room)
+    # Seconds until the objective of whoever is urgent.
+    within = {i: laxities[i] + remaining[i] for i, _ in chosen if laxities[i] >= 0 and not held[i].is_batch}
+    if within:
+        waveforms = [held[index].waveforms[part] for index, part in chosen]
+        knee, full = (_count_reaching(share, waveforms, must_step, costs, room) for share in (KNEE, FULL))
+        chosen = chosen[: _while_in_time(held, chosen, waveforms, knee, full, within, costs, pace)]
     counts = [0] * len(held)
     for index, _ in chosen:
         counts[index] += 1
@@ -174,11 +180,13 @@ def _fill(
     return chosen, must_step
 
 
-def _to_the_knee(
-    held: Sequence[Held], chosen: list[tuple[int, int]], must_step: int, costs: ForwardCosts, room: Room
-) -> list[tuple[int, int]]:
-    """Returns the first waveforms that reach the knee, and all that must step or make no round longer."""
-    waveforms = [held[index].waveforms[part] for index, part in chosen]
+def _count_reaching(
+    share: float, waveforms: Sequence[HeldWaveform], must_step: int, costs: ForwardCosts, room: Room
+) -> int:
+    """Returns how many of the first waveforms have this share of the highest throughput in a round.
+
+    With all that must step, and those that make no round longer.
+    """
     least: dict[int, float] = {}
     for frames in {waveform.frames for waveform in waveforms}:
         sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size < room.items] + [room.items]
@@ -186,15 +194,49 @@ def _to_the_knee(
 
     def is_enough(count: int) -> bool:
         at_best = sum(waveform.items * least[waveform.frames] for waveform in waveforms[:count])
-        return at_best >= KNEE * round_seconds(waveforms[:count], costs)
+        return at_best >= share * round_seconds(waveforms[:count], costs)
 
-    low, high = max(must_step, 1), len(chosen)
+    low, high = max(must_step, 1), len(waveforms)
     while low < high:
         middle = (low + high) // 2
         if is_enough(middle):
             high = middle
         else:
             low = middle + 1
-    while low < len(chosen) and round_seconds(waveforms[: low + 1], costs) <= round_seconds(waveforms[:low], costs):
+    while low < len(waveforms) and round_seconds(waveforms[: low + 1], costs) <= round_seconds(waveforms[:low], costs):
         low += 1  # for nothing
-    return chosen[:low]
+    return low
+
+
+def _while_in_time(
+    held: Sequence[Held],
+    chosen: Sequence[tuple[int, int]],
+    waveforms: Sequence[HeldWaveform],
+    least: int,
+    most: int,
+    within: Mapping[int, float],
+    costs: ForwardCosts,
+    pace: float,
+) -> int:
+    """Returns how many of the first waveforms step: `least`, and interactive ones that make nobody miss `within`.
+
+    Batch waveforms do not join: the objective of an interactive request is no licence to take all of it.
+    """
+    low, high = least, least
+    while high < most and not held[chosen[high][0]].is_batch:
+        high += 1
+
+    def all_in_time(count: int) -> bool:
+        seconds = round_seconds(waveforms[:count], costs) * pace
+        return all(
+            waveform.evaluations * seconds <= within.get(index, inf)
+            for waveform, (index, _) in zip(waveforms[:count], chosen[:count], strict=True)
+        )
+
+    while low < high:
+        middle = (low + high + 1) // 2
+        if all_in_time(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
