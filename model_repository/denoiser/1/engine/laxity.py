@@ -28,8 +28,8 @@ OBJECTIVE: Final = 3.0
 """In times alone: what serving systems are measured by. A `timeout` says when to give up, not when it is wanted."""
 AGED_SHARE: Final = 0.1
 KNEE: Final = 0.3
-"""The share of the highest throughput that a round has at least, if there is enough to do. A higher one costs goodput, a
-lower one throughput; see `PERFORMANCE.md`."""
+"""The share of the highest throughput that a round has at least, if there is enough to do. A higher one costs goodput,
+a lower one throughput; see `PERFORMANCE.md`."""
 FULL: Final = 0.9
 """The share of the highest throughput beyond which nothing is gained by sharing a round."""
 
