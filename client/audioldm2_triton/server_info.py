@@ -27,6 +27,7 @@ class ServerInfo:
     max_batch_size: int  # rows of one request
     serves_stream: bool  # whether it has `audioldm2_stream`: progress, and requests that can be cancelled
     transcription: str | None = None  # in requests: "required" by checkpoints that speak, "refused" by all others
+    models: tuple[str, ...] = ()  # those of all its checkpoints, for the clients' `model`
 
 
 def read_server_info(config: Mapping[str, Any], serves_stream: bool) -> ServerInfo:
@@ -46,6 +47,7 @@ def read_server_info(config: Mapping[str, Any], serves_stream: bool) -> ServerIn
         max_batch_size=int(config.get("max_batch_size") or contract.MAX_BATCH_SIZE),
         serves_stream=serves_stream,
         transcription=published.get("transcription") or None,
+        models=_names(published.get("models", "")),
     )
 
 

@@ -38,6 +38,7 @@ def print_info(info: ServerInfo) -> None:
         "max waveforms per prompt": str(info.limits.max_num_waveforms_per_prompt),
         "max prompts per request": str(info.max_batch_size),
         "transcription": info.transcription or unknown,
+        "models": ", ".join(info.models) or unknown,
         "schedulers": "\n".join(
             f"{'' if index == 0 else ' ' * 26}{name}" for index, name in enumerate(info.schedulers)
         ),

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Final
 
+from audioldm2_triton.contract import ENSEMBLE
 from audioldm2_triton.server import entrance
 from audioldm2_triton.server.request_record import TRACEPARENT
 from audioldm2_triton.server.settings import (
@@ -21,7 +22,9 @@ from audioldm2_triton.server.settings import (
     environment_name,
     misspelt_variables,
     read_settings,
+    resolve_compile,
     resolve_device,
+    resolve_dtype,
 )
 from audioldm2_triton.terminal import escape_unprintable
 from audioldm2_triton.transport.endpoint import API_KEY_HEADER, API_KEY_VARIABLE
@@ -181,8 +184,11 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Settings]:
     checkpoints = {"": given["checkpoint"], **_further_checkpoints(arguments.also)}
     # Whatever can be refused at once is, before the minutes that fetching, verifying and loading may take.
     early = read_settings({**given, "checkpoint": "not known yet"}, {})
-    if early.device.startswith("cuda"):
-        resolve_device(early)
+    if early.device.startswith("cuda") or early.dtype == "float16" or early.compile == "graphs":
+        # What only a GPU can do. To look for one takes PyTorch two seconds.
+        device = resolve_device(early)
+        resolve_dtype(early, device)
+        resolve_compile(early, device)
     cache = Path(arguments.cache_dir).expanduser()
     options = {prefix: "--also" if prefix else "--checkpoint" for prefix in checkpoints}
     directories = {prefix: local_checkpoint(each, cache, options[prefix]) for prefix, each in checkpoints.items()}
@@ -215,8 +221,9 @@ def _serve(
     repository = directory / "models"
     # Before Triton looks: it takes bytecode that appears beside a model's code later for a change of the model.
     compileall.compile_dir(MODEL_REPOSITORY, quiet=2)
+    models = [prefix + ENSEMBLE for prefix in settings]
     for prefix, of_checkpoint in settings.items():
-        write_repository(MODEL_REPOSITORY, repository, of_checkpoint, prefix)
+        write_repository(MODEL_REPOSITORY, repository, of_checkpoint, prefix, models)
     # The settings are in the configurations now; the environment would override them.
     environment = {name: value for name, value in triton.environment.items() if not name.startswith(ENVIRONMENT_PREFIX)}
     environment = with_plain_folders(environment, directory)

@@ -5,6 +5,7 @@ settings, resolved from the command line and the environment, are written into a
 folders are links.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,20 @@ from serving.plain_paths import plain_path
 FRONTS = (ENSEMBLE, STREAM)
 
 
-def write_repository(source: Path, target: Path, settings: Settings, prefix: str = "") -> None:
+def write_repository(
+    source: Path, target: Path, settings: Settings, prefix: str = "", models: Sequence[str] = (ENSEMBLE,)
+) -> None:
     """Makes `target` a model repository that runs the models of `source` with `settings`.
 
     With a prefix, all models and the references between them are renamed, so that several checkpoints can be in one
     repository. A link that the models may need is made beside `target`.
+
+    Args:
+        models: what clients can call for audio on this server, for them to read.
     """
     plain = replace(settings, checkpoint=str(plain_path(Path(settings.checkpoint), target.parent)))
     parameters = {name: _text(value) for name, value in asdict(plain).items()}
-    public = {**parameters, **_public_parameters(settings), "stage_prefix": prefix}
+    public = {**parameters, **_public_parameters(settings), "models": ",".join(models), "stage_prefix": prefix}
     for config_path in sorted(source.glob("*/config.pbtxt")):
         model = config_path.parent
         config = text_format.Parse(config_path.read_text(), model_config_pb2.ModelConfig())

@@ -269,6 +269,7 @@ def test_info(url: str, capsys: pytest.CaptureFixture[str]) -> None:
         "stand-in",
         f"{NATIVE_AUDIO_LENGTH_IN_S:g} s",
         "16000 Hz",
+        "audioldm2, music_audioldm2",
         "30 s",
         "100",
         *contract.SCHEDULERS[:3],

@@ -149,8 +149,9 @@ def test_one_prompt_in_a_sequence_gives_a_list(client: Client) -> None:
 
 
 def test_server_info(client: Client) -> None:
+    limits, models = Limits(30, 100, 4), ("audioldm2", "music_audioldm2")
     assert client.server_info() == ServerInfo(
-        Limits(30, 100, 4), NATIVE_AUDIO_LENGTH_IN_S, SAMPLING_RATE, contract.SCHEDULERS[:3], "stand-in", 8, True
+        *(limits, NATIVE_AUDIO_LENGTH_IN_S, SAMPLING_RATE, contract.SCHEDULERS[:3], "stand-in", 8, True), models=models
     )
 
 

@@ -57,6 +57,11 @@ def test_a_broken_checkpoint_is_refused_before_the_server_starts(tiny_checkpoint
         (("--dtype=fp8",), "dtype: got 'fp8' but expected one of auto, float32, float16, bfloat16"),
         (("--device=tpu",), "device: got 'tpu' but expected auto, cpu, cuda or cuda:INDEX"),
         pytest.param(
+            *(("--dtype=float16",), "dtype: got 'float16' on a CPU but expected float32 or bfloat16"),
+            marks=pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="there is a CUDA device here"),
+        ),
+        (("--compile=graphs", "--device=cpu"), "compile: got 'graphs' on cpu but expected auto, on or off"),
+        pytest.param(
             *(("--device=cuda",), "device: got 'cuda' but expected cpu: there is no CUDA device here"),
             marks=pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="there is a CUDA device here"),
         ),

@@ -78,6 +78,7 @@ def test_each_model_is_told_of_its_own_checkpoint(both: LocalServer) -> None:
     assert [str(info.checkpoint).rpartition("/")[2] for info in infos] == ["tiny", "music"]
     assert [info.native_audio_length_in_s for info in infos] == [10.24, pytest.approx(2.56)]
     assert [info.sampling_rate for info in infos] == [16000, RATE]
+    assert [info.models for info in infos] == [("audioldm2", MUSIC)] * 2
 
 
 @pytest.mark.parametrize("ensemble", [True, False], ids=["ensemble", "stream"])

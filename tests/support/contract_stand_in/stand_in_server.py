@@ -33,6 +33,7 @@ PARAMETERS: Mapping[str, str] = {
     "native_audio_length_in_s": str(NATIVE_AUDIO_LENGTH_IN_S),
     "sampling_rate": str(SAMPLING_RATE),
     "schedulers": ",".join(contract.SCHEDULERS[:3]),
+    "models": "audioldm2,music_audioldm2",
     "max_audio_length_in_s": "30",
     "max_num_inference_steps": "100",
     "max_num_waveforms_per_prompt": "4",
