@@ -4,18 +4,21 @@ import textwrap
 import warnings
 from os import PathLike
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from audioldm2_triton.files import check_path
 
+T = TypeVar("T", np.float64, NDArray[np.float64])
+
 NUM_MELS: Final = 64  # as in AudioLDM 2's own spectrograms
 WINDOW: Final = 1024  # samples, 64 ms at 16 kHz
 MIN_HOP: Final = 160  # samples, 10 ms at 16 kHz
 MAX_FRAMES: Final = 2000  # more than the picture has columns
 FLOOR: Final = 1e-5  # magnitudes below are silence
+TICKS_IN_HZ: Final = (0, 250, 500, 1000, 2000, 4000, 8000, 16000)
 SIZE_IN_INCHES: Final = (10.0, 5.0)
 DPI: Final = 120
 MAX_TITLE: Final = 160  # characters
@@ -56,9 +59,9 @@ def save_plot(path: str | PathLike[str], samples: NDArray[np.float32], sampling_
         extent=(0, duration, 0, NUM_MELS),
         interpolation="nearest",
     )
-    edges = np.linspace(0, NUM_MELS, 5)
-    hertz = _mel_to_hertz(edges / NUM_MELS * _hertz_to_mel(np.float64(sampling_rate / 2)))
-    lower.set(xlabel="time in s", ylabel="frequency in Hz", yticks=edges, yticklabels=[f"{item:.0f}" for item in hertz])
+    hertz = np.array([each for each in TICKS_IN_HZ if each <= sampling_rate / 2], np.float64)
+    heights = NUM_MELS * _hertz_to_mel(hertz) / _hertz_to_mel(np.float64(sampling_rate / 2))
+    lower.set(xlabel="time in s", ylabel="frequency in Hz", yticks=heights, yticklabels=[f"{each:g}" for each in hertz])
     figure.colorbar(image, ax=lower, label="dB", pad=0.01)
     with warnings.catch_warnings():
         # A title in a script that the font lacks is drawn as boxes, which needs no warning.
@@ -88,8 +91,9 @@ def mel_filters(sampling_rate: int) -> NDArray[np.float64]:
     return filters
 
 
-def _hertz_to_mel(hertz: np.float64) -> np.float64:
-    return 2595 * np.log10(1 + hertz / 700)
+def _hertz_to_mel(hertz: T) -> T:
+    mel: T = 2595 * np.log10(1 + hertz / 700)
+    return mel
 
 
 def _mel_to_hertz(mel: NDArray[np.float64]) -> NDArray[np.float64]:

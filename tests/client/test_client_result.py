@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
@@ -17,7 +18,7 @@ from audioldm2_triton import GenerationResult, InvalidArgumentError, contract
 from audioldm2_triton.audio.encoding import FORMATS, check_encodable, read_tags
 from audioldm2_triton.audio.origin import Origin, read_origin
 from audioldm2_triton.audio.wav import write_wav
-from audioldm2_triton.plot import MIN_HOP, NUM_MELS, WINDOW, log_mel_spectrogram, mel_filters
+from audioldm2_triton.plot import MIN_HOP, NUM_MELS, WINDOW, log_mel_spectrogram, mel_filters, save_plot
 from environments import python
 
 SAMPLING_RATE = 16000
@@ -225,3 +226,14 @@ def test_spectrograms_are_those_of_transformers(num_samples: int) -> None:
 
 def test_a_long_clip_has_no_more_frames_than_the_picture_shows() -> None:
     assert log_mel_spectrogram(np.zeros(300 * SAMPLING_RATE, np.float32), SAMPLING_RATE).shape[1] <= 2001
+
+
+def test_a_pictures_frequencies_are_round(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    save_plot(tmp_path / "out.png", np.zeros(24_000, np.float32), 24_000)
+    lower = drawn[0].axes[1]
+    assert [each.get_text() for each in lower.get_yticklabels()] == ["0", "250", "500", "1000", "2000", "4000", "8000"]
+    heights = lower.get_yticks()
+    # On the scale of O'Shaughnessy 1,000 Hz are 1,000 mel, and 12 kHz 3,266.
+    assert heights[3] / NUM_MELS == pytest.approx(1000 / 3266, rel=1e-3)
