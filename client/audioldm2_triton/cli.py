@@ -66,7 +66,7 @@ async def _run(arguments: argparse.Namespace, origin: Origin | None) -> int:
             from audioldm2_triton.plot import require_matplotlib
 
             require_matplotlib()
-            check_writable(check_path(arguments.plot, (".png",)))
+            check_writable(check_path(arguments.plot, (".png",), "--plot"))
         player = find_player() if arguments.play else None
         # Without a server all requests would fail; this is one message.
         info = await client.server_info(arguments.timeout)

@@ -13,31 +13,33 @@ STANDARD_INPUT: Final = Path("-")
 STANDARD_OUTPUT: Final = Path("-")
 
 
-def check_audio_path(path: str | PathLike[str], audio_format: str | None = None) -> tuple[Path, str]:
+def check_audio_path(
+    path: str | PathLike[str], audio_format: str | None = None, name: str = "path"
+) -> tuple[Path, str]:
     """Returns the path of an audio file that can be written, and the name of its format: by default by its suffix.
 
-    Raises `InvalidArgumentError`, and `ImportError` if the format needs libsndfile and there is none.
+    Raises `InvalidArgumentError` about `name`, and `ImportError` if the format needs libsndfile and there is none.
     """
     if audio_format is not None:
         check_encodable(audio_format)
-        return check_path(path, (FORMATS[audio_format].suffix,)), audio_format
+        return check_path(path, (FORMATS[audio_format].suffix,), name), audio_format
     # Of several formats with a suffix the first.
     by_suffix: dict[str, str] = {}
-    for name, each in FORMATS.items():
-        by_suffix.setdefault(each.suffix, name)
-    checked = check_path(path, tuple(by_suffix))
+    for key, each in FORMATS.items():
+        by_suffix.setdefault(each.suffix, key)
+    checked = check_path(path, tuple(by_suffix), name)
     audio_format = by_suffix[checked.suffix.lower()]
     check_encodable(audio_format)
     return checked, audio_format
 
 
-def check_path(path: str | PathLike[str], suffixes: tuple[str, ...]) -> Path:
-    """Returns a path with one of the suffixes, in an existing directory. Raises `InvalidArgumentError`."""
+def check_path(path: str | PathLike[str], suffixes: tuple[str, ...], name: str = "path") -> Path:
+    """Returns a path with one of the suffixes, in an existing directory. Raises `InvalidArgumentError` about `name`."""
     checked = Path(path)
     if checked.suffix.lower() not in suffixes:
-        raise invalid("path", str(path), f"a file name ending in {_either(suffixes)}")
+        raise invalid(name, str(path), f"a file name ending in {_either(suffixes)}")
     if not checked.parent.is_dir():
-        raise invalid("path", str(path), "a file in an existing directory")
+        raise invalid(name, str(path), "a file in an existing directory")
     return checked
 
 

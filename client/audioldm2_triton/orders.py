@@ -67,7 +67,7 @@ def _file(arguments: argparse.Namespace) -> tuple[Path, str]:
         check_encodable(audio_format)
         return STANDARD_OUTPUT, audio_format
     default = f"out{FORMATS[arguments.audio_format or 'wav'].suffix}"
-    return check_audio_path(arguments.output or default, arguments.audio_format)
+    return check_audio_path(arguments.output or default, arguments.audio_format, "--output")
 
 
 def _options(arguments: argparse.Namespace, seed: int | None) -> GenerateOptions:

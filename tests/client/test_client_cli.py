@@ -284,10 +284,10 @@ def test_info(url: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["!raise"], "audioldm2_stream_0 failed: ValueError: an exception out of execute()"),
         (
             [PROMPT, "-o=out.aac"],
-            "`path`: got 'out.aac' but expected a file name ending in .wav, .flac, .ogg, .opus or .mp3",
+            "`--output`: got 'out.aac' but expected a file name ending in .wav, .flac, .ogg, .opus or .mp3",
         ),
-        ([PROMPT, "-o=no/out.wav"], "`path`: got 'no/out.wav' but expected a file in an existing directory"),
-        ([PROMPT, "--plot=out.gif"], "`path`: got 'out.gif' but expected a file name ending in .png"),
+        ([PROMPT, "-o=no/out.wav"], "`--output`: got 'no/out.wav' but expected a file in an existing directory"),
+        ([PROMPT, "--plot=out.gif"], "`--plot`: got 'out.gif' but expected a file name ending in .png"),
         ([PROMPT, "--num-inference-steps=9999999999"], "`num_inference_steps`: got 9999999999 but expected an integer"),
         ([PROMPT, "--timeout=-1"], "`timeout`: got -1.0 but expected a positive number of seconds"),
         (["!sleep 9", "--timeout=0.1"], "deadline exceeded: 100000 us"),
