@@ -174,8 +174,6 @@ def read_settings(parameters: Mapping[str, str], environ: Mapping[str, str] = os
     device, _, index = settings.device.partition(":")
     if device not in ("auto", "cpu", "cuda") or (index and (device != "cuda" or not index.isdigit())):
         raise SettingsError(f"device: got {settings.device!r} but expected {DEVICES}")
-    if device == "cpu" and settings.dtype == "float16":
-        raise SettingsError("dtype: got 'float16' on a CPU but expected float32 or bfloat16 (float16 needs a GPU)")
     return settings
 
 

@@ -16,8 +16,10 @@ The turn by age bounds the wait: `AGED_SHARE` of the device's time goes to the o
 after the older ones, and each of them no later than it takes to earn its time alone at that share.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import inf
 from typing import Final
 
@@ -126,9 +128,7 @@ def schedule(
     # Seconds until the objective of whoever is urgent.
     within = {i: laxities[i] + remaining[i] for i, _ in chosen if laxities[i] >= 0 and not held[i].is_batch}
     if within:
-        waveforms = [held[index].waveforms[part] for index, part in chosen]
-        knee, full = (_count_reaching(share, waveforms, must_step, costs, room) for share in (KNEE, FULL))
-        chosen = chosen[: _while_in_time(held, chosen, waveforms, knee, full, within, costs, pace)]
+        chosen = chosen[: _fill_round(held, chosen, must_step, within, costs, room, pace)]
     counts = [0] * len(held)
     for index, _ in chosen:
         counts[index] += 1
@@ -180,63 +180,48 @@ def _fill(
     return chosen, must_step
 
 
-def _count_reaching(
-    share: float, waveforms: Sequence[HeldWaveform], must_step: int, costs: ForwardCosts, room: Room
+def _fill_round(
+    held: Sequence[Held],
+    chosen: Sequence[tuple[int, int]],
+    must_step: int,
+    within: Mapping[int, float],
+    costs: ForwardCosts,
+    room: Room,
+    pace: float,
 ) -> int:
-    """Returns how many of the first waveforms have this share of the highest throughput in a round.
+    """Returns how many of the first waveforms step: to the knee, with all that must and those that cost nothing.
 
-    With all that must step, and those that make no round longer.
+    Beyond it interactive ones, until the round is full or someone would miss `within`. Batch waveforms do not join:
+    the objective of an interactive request is no licence to take all of it.
     """
+    waveforms = [held[index].waveforms[part] for index, part in chosen]
     least: dict[int, float] = {}
     for frames in {waveform.frames for waveform in waveforms}:
         sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size < room.items] + [room.items]
         least[frames] = min(costs.cheapest(size, frames, False)[0] / size for size in sizes)
 
-    def is_enough(count: int) -> bool:
-        at_best = sum(waveform.items * least[waveform.frames] for waveform in waveforms[:count])
-        return at_best >= share * round_seconds(waveforms[:count], costs)
+    @cache
+    def seconds(count: int) -> float:
+        return round_seconds(waveforms[:count], costs)
 
-    low, high = max(must_step, 1), len(waveforms)
-    while low < high:
-        middle = (low + high) // 2
-        if is_enough(middle):
-            high = middle
-        else:
-            low = middle + 1
-    while low < len(waveforms) and round_seconds(waveforms[: low + 1], costs) <= round_seconds(waveforms[:low], costs):
-        low += 1  # for nothing
-    return low
+    def count_reaching(share: float) -> int:
+        def is_enough(count: int) -> bool:
+            at_best = sum(waveform.items * least[waveform.frames] for waveform in waveforms[:count])
+            return at_best >= share * seconds(count)
 
+        count = bisect_left(range(len(waveforms)), True, max(must_step, 1), key=is_enough)
+        while count < len(waveforms) and seconds(count + 1) <= seconds(count):
+            count += 1  # for nothing
+        return count
 
-def _while_in_time(
-    held: Sequence[Held],
-    chosen: Sequence[tuple[int, int]],
-    waveforms: Sequence[HeldWaveform],
-    least: int,
-    most: int,
-    within: Mapping[int, float],
-    costs: ForwardCosts,
-    pace: float,
-) -> int:
-    """Returns how many of the first waveforms step: `least`, and interactive ones that make nobody miss `within`.
-
-    Batch waveforms do not join: the objective of an interactive request is no licence to take all of it.
-    """
-    low, high = least, least
-    while high < most and not held[chosen[high][0]].is_batch:
-        high += 1
-
-    def all_in_time(count: int) -> bool:
-        seconds = round_seconds(waveforms[:count], costs) * pace
-        return all(
-            waveform.evaluations * seconds <= within.get(index, inf)
+    def is_too_long(count: int) -> bool:
+        return any(
+            waveform.evaluations * seconds(count) * pace > within.get(index, inf)
             for waveform, (index, _) in zip(waveforms[:count], chosen[:count], strict=True)
         )
 
-    while low < high:
-        middle = (low + high + 1) // 2
-        if all_in_time(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    knee = most = count_reaching(KNEE)
+    full = count_reaching(FULL)
+    while most < full and not held[chosen[most][0]].is_batch:
+        most += 1
+    return bisect_left(range(most + 1), True, knee + 1, key=is_too_long) - 1
