@@ -8,6 +8,7 @@ from command_line import measure
 COMMANDS: Final = {
     "coldstart": "from the start to ready, with and without compiled code that was kept",
     "formats": "the size of an answer and what it costs: floats and files, over gRPC and HTTP",
+    "goodput": "requests that differ in everything, over multiples of the capacity, four ways in turns",
     "gpu": "everything that needs no server, in calls of minutes that continue each other",
     "joining": "a short request that joins a long one in flight",
     "latency": "one request alone: the pipeline, the guide's recipe, the stages, the server",

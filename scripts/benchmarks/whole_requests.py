@@ -31,7 +31,8 @@ input [
   {{ name: "negative_prompt" data_type: TYPE_STRING dims: [ 1 ] }},
   {{ name: "audio_length_in_s" data_type: TYPE_FP32 dims: [ 1 ] }},
   {{ name: "num_inference_steps" data_type: TYPE_INT32 dims: [ 1 ] }},
-  {{ name: "seed" data_type: TYPE_INT64 dims: [ 1 ] }}
+  {{ name: "seed" data_type: TYPE_INT64 dims: [ 1 ] }},
+  {{ name: "num_waveforms_per_prompt" data_type: TYPE_INT32 dims: [ 1 ] optional: true }}
 ]
 output [ {{ name: "audio" data_type: TYPE_FP32 dims: [ -1 ] }} ]
 instance_group [ {{ count: 1 kind: KIND_CPU }} ]

@@ -6,7 +6,7 @@
 import argparse
 import sys
 from dataclasses import replace
-from math import inf
+from math import inf, isnan, nan
 from pathlib import Path
 from typing import Final
 
@@ -15,15 +15,19 @@ from project import add_stages_to_path
 add_stages_to_path()
 
 from audioldm2_triton.server.settings import ARRIVAL, LAXITY  # noqa: E402
+from engine.laxity import OBJECTIVE  # noqa: E402
 from engine.limits import EngineLimits  # noqa: E402
 from simulation.costs import measure_costs, read_costs, write_costs  # noqa: E402
 from simulation.engine import SimulatedEngine, simulate  # noqa: E402
-from simulation.report import Report, report  # noqa: E402
-from simulation.workload import Request, mixed_requests, read_trace  # noqa: E402
+from simulation.goodput_plot import save_goodput_plot  # noqa: E402
+from simulation.report import Report, report, time_alone, worst_share_of_bound  # noqa: E402
+from simulation.workload import Request, mixed_requests, read_trace, shortened  # noqa: E402
 from stepping.forward_plan import ForwardCosts  # noqa: E402
 
 LOADS: Final = (0.5, 0.8, 1.0, 1.3, 2.0)
-HEAD: Final = "| policy | load | requests | refused | per s | p50 s | p99 s | interactive p99 s | good | interactive |"
+HEAD: Final = (
+    "| policy | load | requests | refused | expired | per s | p50 s | p99 s | interactive p99 s | good | interactive |"
+)
 
 CHECK_HEAD: Final = "| policy | load | | per s | p50 s | p99 s | good |"
 SHORTER: Final = 8  # the lengths and steps of a real run
@@ -36,23 +40,44 @@ def main() -> int:
         return 0
     if arguments.command == "check":
         return _check(arguments)
+    if arguments.command == "bound":
+        return _bound(arguments)
     costs = read_costs(arguments.costs)
     limits = EngineLimits(arguments.max_active_rows, arguments.max_waiting, arguments.row_frames)
-    plans: list[tuple[str, list[Request]]]
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for devices in arguments.devices:
+        lines = _print_table(arguments, costs, limits, devices)
+        panels["1 device" if devices == 1 else f"{devices} devices"] = lines
+    if arguments.plot is not None:
+        save_goodput_plot(arguments.plot, f"Done within {OBJECTIVE:g} times the time alone, simulated", panels)
+    return 0
+
+
+def _print_table(
+    arguments: argparse.Namespace, costs: ForwardCosts, limits: EngineLimits, devices: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Returns goodput over load, by policy."""
+    plans: list[tuple[float, list[Request]]]
     if arguments.trace is not None:
-        plans = [("trace", read_trace(arguments.trace))]
+        plans = [(nan, read_trace(arguments.trace))]
     else:
         drawn = (arguments.requests, arguments.arrivals, arguments.seed)
-        rate = capacity(costs, limits, arguments.requests, arguments.seed) * arguments.devices
-        print(f"capacity {rate:.4g} requests per s on {arguments.devices} devices, simulated")
-        plans = [(f"{load:g}", mixed_requests(drawn[0], load * rate, *drawn[1:])) for load in arguments.loads]
-    print(HEAD)
-    print("|---" * 10 + "|")
-    for name, requests in plans:
-        for policy in (ARRIVAL, LAXITY):
-            result = run(requests, costs, replace(limits, scheduling=policy), arguments.devices)
-            print(_row(policy, name, result), flush=True)
-    return 0
+        rate = capacity(costs, limits, arguments.requests, arguments.seed) * devices
+        print(f"capacity {rate:.4g} requests per s on {devices} devices, simulated")
+        plans = [(load, mixed_requests(drawn[0], load * rate, *drawn[1:])) for load in arguments.loads]
+    if arguments.timeout is not None:
+        plans = [
+            (load, [replace(each, timeout=arguments.timeout * time_alone(each, costs)) for each in requests])
+            for load, requests in plans
+        ]
+    print(f"{HEAD}\n{'|---' * 11}|")
+    lines: dict[str, list[tuple[float, float]]] = {ARRIVAL: [], LAXITY: []}
+    for load, requests in plans:
+        for policy, points in lines.items():
+            result = run(requests, costs, replace(limits, scheduling=policy), devices)
+            points.append((load, result.goodput))
+            print(_row(policy, "trace" if isnan(load) else f"{load:g}", result), flush=True)
+    return lines
 
 
 def capacity(costs: ForwardCosts, limits: EngineLimits, count: int, seed: int) -> float:
@@ -69,15 +94,15 @@ def run(requests: list[Request], costs: ForwardCosts, limits: EngineLimits, devi
 
 def _check(arguments: argparse.Namespace) -> int:
     """Prints what the engine did, and below it what the simulator says of the same requests."""
-    from simulation.check import RealEngine, short
+    from simulation.check import RealEngine
 
     real = RealEngine(arguments.checkpoint)
     limits = EngineLimits(32, arguments.requests, 256)
-    saturating = short(mixed_requests(arguments.requests, inf, "poisson", 0), SHORTER)
+    saturating = shortened(mixed_requests(arguments.requests, inf, "poisson", 0), SHORTER, SHORTER)
     rate = real.run(saturating, limits).throughput
     print(f"{real.costs.plain}; capacity {rate:.4g} requests per s, measured\n{CHECK_HEAD}\n{'|---' * 7}|")
     for load in arguments.loads:
-        requests = short(mixed_requests(arguments.requests, load * rate, "poisson", 1), SHORTER)
+        requests = shortened(mixed_requests(arguments.requests, load * rate, "poisson", 1), SHORTER, SHORTER)
         for policy in (ARRIVAL, LAXITY):
             scheduled = replace(limits, scheduling=policy)
             for name, found in (
@@ -89,10 +114,30 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bound(arguments: argparse.Namespace) -> int:
+    """Prints which share of its bound the worst of many requests took on the engine, by laxity."""
+    from simulation.check import RealEngine
+
+    real = RealEngine(arguments.checkpoint)
+    limits = EngineLimits(32, arguments.requests, 256, LAXITY)
+    saturating = shortened(mixed_requests(200, inf, "poisson", 0), SHORTER, SHORTER)
+    rate = real.run(saturating, replace(limits, scheduling=ARRIVAL)).throughput
+    requests = shortened(mixed_requests(arguments.requests, rate, arguments.arrivals, 1), SHORTER, SHORTER)
+    latencies = real.latencies(requests, limits)
+    simulated = SimulatedEngine(real.costs, limits)
+    simulate(requests, [simulated])
+    worst = worst_share_of_bound(requests, latencies, real.costs, simulated.longest_round)
+    print(
+        f"{len(requests)} requests, {rate:.3g} arrivals per s, {simulated.pauses} pauses if simulated;"
+        f" the longest wait {max(latencies):.1f} s; the worst took {worst:.0%} of its bound"
+    )
+    return 0
+
+
 def _row(policy: str, name: str, result: Report) -> str:
     figures = (result.throughput, result.p50, result.p99, result.interactive_p99)
     shares = (result.goodput, result.interactive_goodput)
-    cells = [policy, name, str(result.requests), str(result.refused)]
+    cells = [policy, name, str(result.requests), str(result.refused), str(result.expired)]
     return f"| {' | '.join([*cells, *(f'{x:.3g}' for x in figures), *(f'{x:.1%}' for x in shares)])} |"
 
 
@@ -106,13 +151,19 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("checkpoint", type=Path)
     checking.add_argument("--requests", type=int, default=100)
     checking.add_argument("--loads", type=float, nargs="+", default=LOADS, help="multiples of the measured capacity")
+    bounding = commands.add_parser("bound", help="the longest wait on the real engine, beside its bound")
+    bounding.add_argument("checkpoint", type=Path)
+    bounding.add_argument("--requests", type=int, default=2000)
+    bounding.add_argument("--arrivals", choices=("poisson", "bursty"), default="poisson")
     running = commands.add_parser("run", help="simulate")
     running.add_argument("costs", type=Path, help="a file that `measure` has written")
     running.add_argument("--trace", type=Path, help="a CSV: arrived_s, frames, steps, waveforms, items, priority")
     running.add_argument("--arrivals", choices=("poisson", "bursty"), default="poisson")
     running.add_argument("--requests", type=int, default=2000)
     running.add_argument("--loads", type=float, nargs="+", default=LOADS, help="multiples of the capacity")
-    running.add_argument("--devices", type=int, default=1)
+    running.add_argument("--devices", type=int, nargs="+", default=[1], help="a table for each number (default: 1)")
+    running.add_argument("--plot", type=Path, help="a .png file: goodput over load, for each number of devices")
+    running.add_argument("--timeout", type=float, help="of each request, in times alone (default: none)")
     running.add_argument("--seed", type=int, default=0)
     running.add_argument("--max-active-rows", type=int, default=32)
     running.add_argument("--max-waiting", type=int, default=64)

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Semaphore
 
@@ -17,8 +17,9 @@ from audioldm2_triton.server.settings import Settings, resolve_device, resolve_d
 from denoiser_stage import load_schedule_tables
 from denoising_inputs import draw_noise, read_tensor_shapes
 from engine.engine import Engine
-from engine.laxity import OBJECTIVE, HeldWaveform, seconds_alone
+from engine.laxity import OBJECTIVE
 from engine.limits import EngineLimits
+from simulation.report import time_alone
 from simulation.workload import Request
 from stepping.denoising_unet import load_unet
 from stepping.forward_plan import ForwardCosts
@@ -48,6 +49,17 @@ class RealEngine:
 
     def run(self, requests: Sequence[Request], limits: EngineLimits) -> Measured:
         """Sends each request when it arrives; nothing may be refused."""
+        latencies = self.latencies(requests, limits)
+        ends = [request.arrived + latency for request, latency in zip(requests, latencies, strict=True)]
+        good = [
+            latency <= OBJECTIVE * time_alone(request, self.costs)
+            for request, latency in zip(requests, latencies, strict=True)
+        ]
+        p50, p99 = (float(value) for value in np.percentile(latencies, (50, 99)))
+        return Measured(len(requests) / (max(ends) - requests[0].arrived), p50, p99, sum(good) / len(good))
+
+    def latencies(self, requests: Sequence[Request], limits: EngineLimits) -> list[float]:
+        """Returns the seconds from each request's arrival to its latents. Raises `RuntimeError` if there are none."""
         engine = Engine(self._unet, self._tables, limits, lambda: self.costs, self._device, self._dtype)
         engine.wait_until_warm()
         made = [self._request(request, seed) for seed, request in enumerate(requests)]
@@ -65,16 +77,10 @@ class RealEngine:
             engine.submit(real, lambda outcome, index=index: answer(index, outcome))
         for _ in requests:
             done.acquire()
-        seconds = time.monotonic() - start - requests[0].arrived
         engine.close()
         if any(map(math.isnan, latencies)):
             raise RuntimeError("got an error from the engine but expected latents")
-        good = [
-            latency <= OBJECTIVE * _alone(request, self.costs)
-            for request, latency in zip(requests, latencies, strict=True)
-        ]
-        p50, p99 = (float(value) for value in np.percentile(latencies, (50, 99)))
-        return Measured(len(requests) / seconds, p50, p99, sum(good) / len(good))
+        return latencies
 
     def _request(self, request: Request, seed: int) -> DenoisingRequest:
         shapes = self._shapes
@@ -88,16 +94,3 @@ class RealEngine:
             noise=draw_noise(seed, shape),
         )
         return DenoisingRequest((row,), priority=BATCH if request.is_batch else INTERACTIVE)
-
-
-def short(requests: Sequence[Request], divisor: int) -> list[Request]:
-    """Returns the requests with a fraction of their length and steps, so that a real run ends."""
-    return [
-        replace(request, frames=8 * max(1, request.frames // divisor // 8), steps=max(2, request.steps // divisor))
-        for request in requests
-    ]
-
-
-def _alone(request: Request, costs: ForwardCosts) -> float:
-    part = HeldWaveform(request.items, request.frames, 0, request.steps)
-    return seconds_alone([part] * request.waveforms, costs)

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from math import ceil, inf
 
 from audioldm2_triton.server.settings import LAXITY
-from engine.laxity import Held, HeldWaveform, Room, schedule, seconds_alone
+from engine.foresight import Ahead, lateness, rounds_until_entry, seconds_ahead
+from engine.laxity import Held, HeldWaveform, Room, round_seconds, schedule, seconds_alone
 from engine.limits import EngineLimits
 from engine.policy import InFlight, Waiting, admit, next_group, plan_groups
 from simulation.workload import Request
@@ -25,7 +26,6 @@ class Job:
 
     request: Request
     alone: float
-    ahead: list["Job"]  # that were there when it came
     waveforms: list[Waveform]
     waits: bool = False  # there was no room on arrival
     has_turn: bool = False
@@ -36,6 +36,10 @@ class Job:
     @property
     def latency(self) -> float:
         return inf if self.finished is None else self.finished - self.request.arrived
+
+    @property
+    def deadline(self) -> float:
+        return self.request.arrived + self.request.timeout
 
 
 @dataclass
@@ -53,6 +57,7 @@ class SimulatedEngine:
     now: float = 0.0
     forwards: int = 0
     pauses: int = 0
+    foresees: bool = True  # it refuses at once what others make late
     longest_round: float = 0.0
     jobs: list[Job] = field(default_factory=list)
     _groups: list[_Group] = field(default_factory=list)
@@ -65,16 +70,22 @@ class SimulatedEngine:
         held = sum(len(job.waveforms) * self._frames(job) for job in self.jobs)
         return self.limits.max_active_frames - held
 
+    @property
+    def _room(self) -> int:
+        return self.limits.max_active_frames - sum(job.stepping * self._frames(job) for job in self.jobs)
+
     def submit(self, request: Request) -> Job | None:
         """Takes a request on its arrival, which must not be later than the clock. Returns None if it is refused."""
         parts = [HeldWaveform(request.items, request.frames, 0, request.steps)] * request.waveforms
         waveforms = [Waveform(request.steps) for _ in parts]
-        job = Job(request, seconds_alone(parts, self.costs), [*self.jobs], waveforms)
+        job = Job(request, seconds_alone(parts, self.costs), waveforms)
         if not self.jobs:
             self._turn_since = self.now = max(self.now, request.arrived)
         elif request.waveforms * self._frames(job) > self.free_frames:
             job.waits = True
             if sum(other.waits for other in self.jobs) >= self.limits.max_waiting:
+                return None
+            if self.foresees and self._is_promised_too_late(job):
                 return None
         self.jobs.append(job)
         self._is_stale = True
@@ -83,12 +94,15 @@ class SimulatedEngine:
     def run(self, until: float) -> None:
         """Runs every forward that begins before a time."""
         while self.jobs and self.now < until:
+            self._expire()
             if self._is_stale or self.now >= self._review_at:
+                if not self.jobs:
+                    break
                 self._decide()
             group = self._groups[next_group([min(part.last_step for _, part in g.members) for g in self._groups])]
             steps = 1
             if len(self._groups) == 1:  # nothing can change before
-                horizon = min(until, self._review_at)
+                horizon = min(until, self._review_at, *(job.deadline for job in self.jobs))
                 left = min(part.left for _, part in group.members)
                 steps = left if horizon == inf else max(1, min(left, ceil((horizon - self.now) / group.seconds)))
             self.now += steps * group.seconds
@@ -98,6 +112,24 @@ class SimulatedEngine:
             if any(part.left == 0 for _, part in group.members):
                 self._finish({job for job, part in group.members if part.left == 0})
 
+    def _is_promised_too_late(self, job: Job) -> bool:
+        limits = self.limits
+        if limits.scheduling == LAXITY:
+            held = [self._held(each) for each in (*self.jobs, job)]
+            wait = seconds_ahead(held, self.now, self.costs, limits.max_active_rows, 1.0)
+        else:
+            stepping, pending = list[HeldWaveform](), list[HeldWaveform]()
+            for each in (*self.jobs, job):
+                parts = self._held(each).waveforms
+                stepping += parts[: each.stepping]
+                pending += parts[each.stepping :]
+            in_flight, waiting = (
+                [Ahead(part.room, part.evaluations) for part in parts] for parts in (stepping, pending)
+            )
+            wait = rounds_until_entry(in_flight, waiting, self._room) * round_seconds(stepping, self.costs)
+        needed = job.request.steps * self.costs.cheapest(job.request.items, job.request.frames, False)[0]
+        return lateness(job.deadline - self.now, needed, wait) > 0
+
     def _finish(self, jobs: set[Job]) -> None:
         self._is_stale = True
         for job in jobs:
@@ -106,6 +138,16 @@ class SimulatedEngine:
             if not job.waveforms:
                 job.finished = self.now
                 self.jobs.remove(job)
+                if job.has_turn:
+                    self._turn_since = self.now
+
+    def _expire(self) -> None:
+        """Drops whoever cannot be done by its deadline any more, as the engine does before a step."""
+        for job in [each for each in self.jobs if each.deadline < inf]:
+            left = max(part.left for part in job.waveforms)
+            if self.now + left * self.costs.cheapest(job.request.items, job.request.frames, False)[0] > job.deadline:
+                self.jobs.remove(job)
+                self._is_stale = True
                 if job.has_turn:
                     self._turn_since = self.now
 
@@ -132,8 +174,7 @@ class SimulatedEngine:
     def _in_order(self) -> list[int]:
         waiting = [job for job in self.jobs if job.stepping < len(job.waveforms)]
         sizes = [Waiting((self._frames(job),) * (len(job.waveforms) - job.stepping)) for job in waiting]
-        used = sum(job.stepping * self._frames(job) for job in self.jobs)
-        entering = admit(sizes, self.limits.max_active_frames - used, used == 0)
+        entering = admit(sizes, self._room, not any(job.stepping for job in self.jobs))
         more = dict(zip(map(id, waiting), entering, strict=False))
         return [job.stepping + more.get(id(job), 0) for job in self.jobs]
 
@@ -153,7 +194,7 @@ class SimulatedEngine:
             HeldWaveform(request.items, request.frames, self._frames(job), part.left, started=part.started)
             for part in job.waveforms
         )
-        return Held(request.arrived, inf, request.is_batch, job.alone, parts, job.has_turn)
+        return Held(request.arrived, job.deadline, request.is_batch, job.alone, parts, job.has_turn)
 
     def _frames(self, job: Job) -> int:
         return self.limits.frames(job.request.items, job.request.frames)

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.laxity import OBJECTIVE
+from engine.laxity import AGED_SHARE, OBJECTIVE, HeldWaveform, seconds_alone
 from simulation.engine import Job
+from simulation.workload import Request
+from stepping.forward_plan import ForwardCosts
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,7 @@ class Report:
 
     requests: int
     refused: int
+    expired: int  # they were not done by their deadlines
     throughput: float  # requests done per second
     p50: float
     p99: float
@@ -29,16 +32,18 @@ def report(jobs: Sequence[Job | None], interactive: Sequence[bool]) -> Report:
     Args:
         interactive: whether each request is; needed for those that were refused.
     """
-    done = [job for job in jobs if job is not None]
+    taken = [job for job in jobs if job is not None]
+    done = [job for job in taken if job.finished is not None]
     good = [job is not None and job.latency <= OBJECTIVE * job.alone for job in jobs]
-    first = min(job.request.arrived for job in done)
+    first = min(job.request.arrived for job in taken)
     last = max(job.finished or 0.0 for job in done)
     urgent = [job.latency for job in done if not job.request.is_batch]
     latencies = [job.latency for job in done]
     of_urgent = [fits for fits, counts in zip(good, interactive, strict=True) if counts]
     return Report(
         requests=len(jobs),
-        refused=len(jobs) - len(done),
+        refused=len(jobs) - len(taken),
+        expired=len(taken) - len(done),
         throughput=len(done) / (last - first),
         p50=float(np.percentile(latencies, 50)),
         p99=float(np.percentile(latencies, 99)),
@@ -46,3 +51,32 @@ def report(jobs: Sequence[Job | None], interactive: Sequence[bool]) -> Report:
         goodput=sum(good) / len(good),
         interactive_goodput=sum(of_urgent) / len(of_urgent) if of_urgent else float("nan"),
     )
+
+
+def time_alone(request: Request, costs: ForwardCosts) -> float:
+    """Returns the seconds that a request takes by itself."""
+    part = HeldWaveform(request.items, request.frames, 0, request.steps)
+    return seconds_alone([part] * request.waveforms, costs)
+
+
+def worst_share_of_bound(
+    requests: Sequence[Request], latencies: Sequence[float], costs: ForwardCosts, longest_round: float
+) -> float:
+    """Returns the largest share that a request took of the bound of its wait.
+
+    The bound: it and each of those that were there when it came earn their times alone at the share of the oldest, then
+    have their rounds.
+
+    Args:
+        longest_round: seconds.
+    """
+    alone = [time_alone(request, costs) for request in requests]
+    evaluations = [request.steps * request.waveforms for request in requests]
+    ends = [request.arrived + latency for request, latency in zip(requests, latencies, strict=True)]
+    worst = 0.0
+    for index, request in enumerate(requests):
+        held = [index, *(other for other in range(index) if ends[other] > request.arrived)]
+        rounds = sum(evaluations[each] for each in held) + 1
+        bound = sum(alone[each] for each in held) * (1 / AGED_SHARE - 1) + rounds * longest_round
+        worst = max(worst, latencies[index] / bound)
+    return worst

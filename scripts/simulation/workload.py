@@ -2,8 +2,9 @@
 
 import csv
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +28,7 @@ class Request:
     waveforms: int = 1
     items: int = 2  # UNet batch items of each waveform
     is_batch: bool = False
+    timeout: float = inf  # seconds from its arrival to its deadline
 
 
 def mixed_requests(count: int, rate: float, arrivals: str, seed: int) -> list[Request]:
@@ -52,6 +54,18 @@ def mixed_requests(count: int, rate: float, arrivals: str, seed: int) -> list[Re
             )
         )
     return requests
+
+
+def shortened(requests: Sequence[Request], length_divisor: int, step_divisor: int) -> list[Request]:
+    """Returns the requests with a fraction of their length and steps, so that a real run ends."""
+    return [
+        replace(
+            request,
+            frames=8 * max(1, request.frames // length_divisor // 8),
+            steps=max(2, request.steps // step_divisor),
+        )
+        for request in requests
+    ]
 
 
 def read_trace(path: Path) -> list[Request]:

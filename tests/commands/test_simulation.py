@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 
 from audioldm2_triton.server.settings import ARRIVAL, LAXITY
-from engine.laxity import AGED_SHARE
 from engine.limits import EngineLimits
 from project import ROOT
 from simulation.costs import read_costs, write_costs
-from simulation.engine import Job, SimulatedEngine, simulate
-from simulation.report import report
+from simulation.engine import SimulatedEngine, simulate
+from simulation.report import report, worst_share_of_bound
 from simulation.workload import Request, mixed_requests, read_trace
 from stepping.forward_plan import Bucket, ForwardCosts, LaunchBoundCost, LinearCost
 
@@ -57,14 +56,33 @@ def test_by_laxity_the_short_one_goes_first_and_the_long_one_pauses() -> None:
 
 def test_interactive_goes_before_batch() -> None:
     assert ends([one(0, 5, is_batch=True), one(0.5, 9)], LINEAR, LAXITY) == [14, 10]
-    assert ends([one(0, 5), one(0.5, 9)], LINEAR, LAXITY) == [5, 14]
+    assert ends([one(0, 4), one(0.5, 9)], LINEAR, LAXITY) == [4, 13]
+
+
+def test_those_that_are_alike_share_by_either_policy() -> None:
+    for policy in (ARRIVAL, LAXITY):
+        assert ends([one(0, 5), one(0.5, 9)], LINEAR, policy) == [9, 14]
+
+
+def test_whoever_cannot_be_in_time_is_dropped_and_whom_others_make_late_is_refused() -> None:
+    tight = one(0.5, 4, timeout=4.2)
+    for policy in (ARRIVAL, LAXITY):
+        # At 1 s it has 3.7 s left, and needs 4.
+        assert ends([one(0, 10, waveforms=8), tight], LINEAR, policy) == [80, None]
+    # After one forward it has 23.5 s left and needs 10. Those before it still take 72, of which half is sure.
+    first = one(0, 10, waveforms=8, timeout=90)
+    for policy in (ARRIVAL, LAXITY):
+        for timeout, is_refused in ((30, True), (100, False)):
+            engine = SimulatedEngine(LINEAR, replace(LIMITS, scheduling=policy))
+            jobs = simulate([first, one(1.5, 10, timeout=timeout)], [engine])
+            assert [job is None for job in jobs] == [False, is_refused]
 
 
 def test_each_device_takes_its_share() -> None:
     requests = [one(0, 10) for _ in range(4)]
-    assert ends(requests, LINEAR, ARRIVAL, devices=2) == [20] * 4
-    assert ends(requests, LINEAR, ARRIVAL, devices=4) == [10] * 4
-    assert sorted(ends(requests, LINEAR, LAXITY, devices=2)) == [10, 10, 20, 20]  # type: ignore[type-var]
+    for policy in (ARRIVAL, LAXITY):
+        assert ends(requests, LINEAR, policy, devices=2) == [20] * 4
+        assert ends(requests, LINEAR, policy, devices=4) == [10] * 4
 
 
 def test_what_finds_no_room_waits_and_more_is_refused() -> None:
@@ -102,10 +120,12 @@ def test_costs_are_kept(tmp_path: Path) -> None:
     assert read_costs(tmp_path / "costs.json") == costs
 
 
-def bound(job: Job, longest_round: float) -> float:
-    """What the page says: each of those ahead, and itself, earns its time alone at its share, then has its rounds."""
-    rounds = sum(each.request.steps * each.request.waveforms for each in [*job.ahead, job]) + 1
-    return sum(each.alone for each in [*job.ahead, job]) * (1 / AGED_SHARE - 1) + rounds * longest_round
+def test_a_wait_is_compared_with_its_bound() -> None:
+    # Alone 4 and 2 s. The first: 9 * 4 s and 5 rounds. The second has the first ahead: 9 * 6 s and 7 rounds.
+    requests = [one(0, 4), one(1, 2)]
+    assert worst_share_of_bound(requests, [23.0, 1.0], LINEAR, 2.0) == 23 / 46
+    assert worst_share_of_bound(requests, [2.0, 34.0], LINEAR, 2.0) == 34 / 68
+    assert worst_share_of_bound(requests, [0.5, 34.0], LINEAR, 2.0) == 34 / 24  # nobody ahead
 
 
 def check_bounds(costs: ForwardCosts, rate_per_s: float, arrivals: str, seed: int) -> tuple[SimulatedEngine, float]:
@@ -118,7 +138,9 @@ def check_bounds(costs: ForwardCosts, rate_per_s: float, arrivals: str, seed: in
     done = [job for job in simulate(requests, [engine]) if job is not None]
     assert len(done) < len(requests) or rate_per_s < 0.02, "it was never full"
     assert min(job.latency for job in done) > 0
-    worst = max(job.latency / bound(job, engine.longest_round) for job in done)
+    worst = worst_share_of_bound(
+        [job.request for job in done], [job.latency for job in done], costs, engine.longest_round
+    )
     assert worst <= 1
     return engine, worst
 
@@ -143,8 +165,10 @@ def test_no_wait_of_100_000_is_longer_than_its_bound() -> None:
 
 def test_the_command_prints_a_row_for_each_policy_and_load(tmp_path: Path) -> None:
     write_costs(tmp_path / "costs.json", SHARED)
-    command = [ROOT / "scripts/simulate", "run", tmp_path / "costs.json", "--requests=50", "--loads", "0.5", "2"]
+    plot = tmp_path / "goodput.png"
+    options = ["--requests=50", "--loads", "0.5", "2", "--devices", "1", "2", f"--plot={plot}"]
+    command = [ROOT / "scripts/simulate", "run", tmp_path / "costs.json", *options]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    assert [line.split(" | ")[:2] for line in lines[3:]] == [
-        [f"| {policy}", load] for load in ("0.5", "2") for policy in (ARRIVAL, LAXITY)
-    ]
+    rows = [[f"| {policy}", load] for load in ("0.5", "2") for policy in (ARRIVAL, LAXITY)]
+    assert [line.split(" | ")[:2] for line in lines if line.startswith(("| arrival", "| laxity"))] == [*rows, *rows]
+    assert plot.stat().st_size > 10_000

@@ -70,19 +70,19 @@ def test_time_alone_counts_shared_forwards_once() -> None:
     assert seconds_alone(parts, SHARED) == 4 * 9 + 6 * 8
 
 
-def test_who_can_wait_least_steps_and_who_is_late_waits() -> None:
-    # Objectives: 5, 30 and 15; the first cannot be met any more.
-    held = [request(-25, 10, started=1), request(0, 10), request(0, 5)]
+def test_who_can_wait_least_steps_and_who_is_late_waits_for_shorter_ones() -> None:
+    # Objectives: 5, 35 and 12; the first cannot be met any more, and it takes more than twice as long as the last.
+    held = [request(-25, 10, started=1), request(5, 10), request(0, 4)]
     assert counts(held, now=4.0) == [0, 0, 1]
-    assert counts(held, now=11.0) == [0, 1, 0]  # the last is late as well
+    assert counts(held, now=9.0) == [1, 1, 1]  # the last is late as well, and nobody in time is shorter
     # All are late, so nobody is urgent: as many as have room, first whoever has least left.
-    assert counts(held, now=21.0) == [1, 1, 1]
-    assert counts(held, now=21.0, room=Room(2, 2, 4)) == [1, 0, 1]
+    assert counts(held, now=26.0) == [1, 1, 1]
+    assert counts(held, now=26.0, room=Room(2, 2, 4)) == [1, 0, 1]
 
 
 def test_a_deadline_is_an_objective() -> None:
     assert counts([request(0, 5), request(0, 5, deadline=6.0)], now=0.0) == [0, 1]
-    assert counts([request(0, 5), request(0, 5, deadline=60.0)], now=0.0) == [1, 0]
+    assert counts([request(0, 5), request(0, 5, deadline=60.0)], now=0.0) == [1, 1]
 
 
 def test_interactive_pauses_batch() -> None:
@@ -100,14 +100,26 @@ def test_what_costs_nothing_is_shared_up_to_the_knee() -> None:
     assert sum(counts(batch, now=0.0, costs=SHARED)) == 16  # nobody urgent
 
 
-def test_beyond_the_knee_interactive_ones_join_while_all_are_in_time() -> None:
+def test_beyond_the_knee_longer_ones_join_while_shorter_ones_are_in_time() -> None:
     fixed = ForwardCosts(LinearCost(8.0, 1.0), LinearCost(inf, 1.0))
-    held = [request(0, 10, costs=fixed) for _ in range(16)]  # 90 s alone: the objective is 270
+    short = request(0, 10, costs=fixed)  # 90 s alone: the objective is 270
+    held = [short, *(request(0, 21, costs=fixed) for _ in range(15))]
     assert sum(counts(held, now=0.0, costs=fixed)) == 12  # 20 s, where 18 would be the best
     assert sum(counts(held, now=100.0, costs=fixed)) == 9  # 10 evaluations of 17 s
     assert sum(counts(held, now=160.0, costs=fixed)) == 3
     assert sum(counts(held, now=175.0, costs=fixed)) == 2  # the knee
-    assert sum(counts(held, now=181.0, costs=fixed)) == 16  # all are late
+    assert sum(counts(held, now=181.0, costs=fixed)) == 16  # it is late
+    batch = [replace(each, is_batch=True) for each in held[1:]]
+    assert sum(counts([short, *batch], now=0.0, costs=fixed)) == 2
+
+
+@pytest.mark.parametrize("now", [0.0, 100.0, 175.0, 181.0, 1000.0])
+def test_those_that_are_alike_share_as_in_order_of_arrival(now: float) -> None:
+    fixed = ForwardCosts(LinearCost(8.0, 1.0), LinearCost(inf, 1.0))
+    held = [request(arrived, steps, costs=fixed) for arrived, steps in enumerate([10, 15, 8, 9] * 5)]
+    assert sum(counts(held, now, fixed)) == 16
+    alike = [replace(each, waveforms=held[0].waveforms, alone=held[0].alone) for each in held]
+    assert counts(alike, now, fixed) == [1] * 16 + [0] * 4
 
 
 def test_memory_bounds_who_has_started() -> None:

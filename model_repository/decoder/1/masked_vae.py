@@ -104,7 +104,7 @@ def _normalise(norm: nn.GroupNorm, hidden: Tensor, valid: ValidFrames, activate:
     normed = (centred * torch.rsqrt(variance + norm.eps)).flatten(1, 2)
     scaled = torch.addcmul(norm.bias.view(1, -1, 1, 1), normed, norm.weight.view(1, -1, 1, 1))
     normed = scaled.masked_fill(valid.padding, 0).to(hidden.dtype)
-    return functional.silu(normed) if activate else normed
+    return functional.silu(normed, inplace=True) if activate else normed
 
 
 def _resnet(resnet: Any, hidden: Tensor, valid: ValidFrames) -> Tensor:

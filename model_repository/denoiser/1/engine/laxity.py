@@ -4,20 +4,23 @@ Pure functions over plain data, as in `policy`. A request without a closer deadl
 `OBJECTIVE` times its time alone. Its laxity is the time that it can still wait and meet this. The ranks:
 
 1. The request whose turn has come by age, at most one at a time. It is not paused until it is done.
-2. Interactive requests that can meet their objective, least laxity first.
-3. Interactive requests that cannot any more, first whoever has least left: whoever is late makes no other late.
-4. Batch requests, in the same two parts.
+2. Interactive requests. Those that can meet their objective go by least laxity. A late one goes behind those of them
+   that are shorter, and before the others.
+3. Batch requests, in the same order.
 
-While anyone of rank 2 steps, a round of forwards is filled to the knee: beyond it, more waveforms make every step
-longer and the device less and less faster. Until it is as good as full, more interactive ones join as long as all of
-rank 2 still meet their objectives.
+A request is shorter if its objective is less than `1 / LONGER` as long. So a late request makes no shorter one late,
+and nobody is made late for the sake of an equal: requests that are alike step as in order of arrival.
+
+While anyone of rank 2 can meet its objective, a round of forwards is filled to the knee: beyond it, more waveforms make
+every step longer and the device less and less faster. More interactive ones join if nobody in time is shorter, or if
+all who are shorter stay in time and the round is not as good as full.
 
 The turn by age bounds the wait: `AGED_SHARE` of the device's time goes to the oldest requests. A request gets its turn
 after the older ones, and each of them no later than it takes to earn its time alone at that share.
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import inf
@@ -34,6 +37,8 @@ KNEE: Final = 0.3
 a lower one throughput; see `PERFORMANCE.md`."""
 FULL: Final = 0.9
 """The share of the highest throughput beyond which nothing is gained by sharing a round."""
+LONGER: Final = 2.0
+"""How many times as long as that of another an objective must be to give way to it."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,26 @@ class Held:
     alone: float  # seconds that all of it takes by itself
     waveforms: tuple[HeldWaveform, ...]  # in generation order
     has_turn: bool = False  # by age
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a request stands at a time."""
+
+    remaining: float  # seconds that the rest of it takes by itself
+    objective: float  # seconds from its arrival to its objective
+    within: float  # seconds until its objective
+
+    @property
+    def laxity(self) -> float:
+        return self.within - self.remaining
+
+    @property
+    def is_late(self) -> bool:
+        return self.laxity < 0
+
+    def is_longer_than(self, other: "Standing") -> bool:
+        return self.objective > LONGER * other.objective
 
 
 @dataclass(frozen=True)
@@ -103,6 +128,12 @@ def round_seconds(waveforms: Sequence[HeldWaveform], costs: ForwardCosts) -> flo
     return seconds
 
 
+def least_item_seconds(frames: int, costs: ForwardCosts, items: int) -> float:
+    """Returns the seconds that an item of so many frames takes at the highest throughput of up to so many items."""
+    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size < items] + [items]
+    return min(costs.cheapest(size, frames, False)[0] / size for size in sizes)
+
+
 def schedule(
     held: Sequence[Held], now: float, since: float, costs: ForwardCosts, room: Room, pace: float = 1.0
 ) -> Schedule:
@@ -113,31 +144,43 @@ def schedule(
         pace: what a forward takes, as a multiple of its cost.
     """
     turn, review_at = _turn(held, now, since, costs, pace)
-    remaining = [seconds_alone(request.waveforms, costs) * pace for request in held]
-    laxities = [_laxity(request, left, now, pace) for request, left in zip(held, remaining, strict=True)]
-
-    def rank(index: int) -> tuple[bool, bool, bool, float]:
-        request, laxity = held[index], laxities[index]
-        if request.has_turn or index == turn:
-            return False, False, False, 0.0
-        is_late = laxity < 0
-        return True, request.is_batch, is_late, remaining[index] if is_late else laxity
-
-    ranked = sorted(range(len(held)), key=rank)
+    standings = [standing(request, now, costs, pace) for request in held]
+    ranked = rank(held, standings, turn)
     chosen, must_step = _fill(held, ranked, turn, room)
-    # Seconds until the objective of whoever is urgent.
-    within = {i: laxities[i] + remaining[i] for i, _ in chosen if laxities[i] >= 0 and not held[i].is_batch}
-    if within:
-        chosen = chosen[: _fill_round(held, chosen, must_step, within, costs, room, pace)]
+    if any(not held[index].is_batch and not standings[index].is_late for index, _ in chosen):
+        chosen = chosen[: _fill_round(held, standings, chosen, must_step, costs, room, pace)]
     counts = [0] * len(held)
     for index, _ in chosen:
         counts[index] += 1
     return Schedule(counts, turn, review_at)
 
 
-def _laxity(request: Held, remaining: float, now: float, pace: float) -> float:
-    objective = min(request.deadline, request.arrived + OBJECTIVE * request.alone * pace)
-    return objective - now - remaining
+def standing(request: Held, now: float, costs: ForwardCosts, pace: float) -> Standing:
+    objective = min(request.deadline - request.arrived, OBJECTIVE * request.alone * pace)
+    return Standing(seconds_alone(request.waveforms, costs) * pace, objective, request.arrived + objective - now)
+
+
+def rank(held: Sequence[Held], standings: Sequence[Standing], turn: int | None = None) -> list[int]:
+    """Returns who goes first.
+
+    Args:
+        turn: the request whose turn by age begins.
+    """
+    ranked = [index for index, request in enumerate(held) if request.has_turn or index == turn]
+    for is_batch in (False, True):
+        among = [index for index, each in enumerate(held) if each.is_batch == is_batch and index not in ranked]
+        in_time = sorted((each for each in among if not standings[each].is_late), key=lambda i: standings[i].laxity)
+        late = sorted((each for each in among if standings[each].is_late), key=lambda i: standings[i].remaining)
+        places = {each: _place(standings[each], [standings[other] for other in in_time]) for each in late}
+        for place in range(len(in_time) + 1):
+            ranked += [each for each in late if places[each] == place]
+            ranked += in_time[place : place + 1]
+    return ranked
+
+
+def _place(late: Standing, in_time: Sequence[Standing]) -> int:
+    """Returns how many of those in time go before a late one: all up to the last that is shorter."""
+    return max((place for place, other in enumerate(in_time, 1) if late.is_longer_than(other)), default=0)
 
 
 def _turn(held: Sequence[Held], now: float, since: float, costs: ForwardCosts, pace: float) -> tuple[int | None, float]:
@@ -182,23 +225,20 @@ def _fill(
 
 def _fill_round(
     held: Sequence[Held],
+    standings: Sequence[Standing],
     chosen: Sequence[tuple[int, int]],
     must_step: int,
-    within: Mapping[int, float],
     costs: ForwardCosts,
     room: Room,
     pace: float,
 ) -> int:
     """Returns how many of the first waveforms step: to the knee, with all that must and those that cost nothing.
 
-    Beyond it interactive ones, until the round is full or someone would miss `within`. Batch waveforms do not join:
-    the objective of an interactive request is no licence to take all of it.
+    Beyond it interactive ones, where nobody who is shorter would be late. Batch waveforms do not join: the objective of
+    an interactive request is no licence to take all of it.
     """
     waveforms = [held[index].waveforms[part] for index, part in chosen]
-    least: dict[int, float] = {}
-    for frames in {waveform.frames for waveform in waveforms}:
-        sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size < room.items] + [room.items]
-        least[frames] = min(costs.cheapest(size, frames, False)[0] / size for size in sizes)
+    least = {frames: least_item_seconds(frames, costs, room.items) for frames in {each.frames for each in waveforms}}
 
     @cache
     def seconds(count: int) -> float:
@@ -214,14 +254,20 @@ def _fill_round(
             count += 1  # for nothing
         return count
 
-    def is_too_long(count: int) -> bool:
-        return any(
-            waveform.evaluations * seconds(count) * pace > within.get(index, inf)
+    def are_in_time(requests: Collection[int], count: int) -> bool:
+        return all(
+            waveform.evaluations * seconds(count) * pace <= standings[index].within
             for waveform, (index, _) in zip(waveforms[:count], chosen[:count], strict=True)
+            if index in requests
         )
 
-    knee = most = count_reaching(KNEE)
-    full = count_reaching(FULL)
-    while most < full and not held[chosen[most][0]].is_batch:
-        most += 1
-    return bisect_left(range(most + 1), True, knee + 1, key=is_too_long) - 1
+    in_time = {index for index, _ in chosen if not held[index].is_batch and not standings[index].is_late}
+    count, full = count_reaching(KNEE), count_reaching(FULL)
+    while count < len(chosen) and not held[chosen[count][0]].is_batch:
+        joining = standings[chosen[count][0]]
+        stepping = {index for index, _ in chosen[:count]}
+        shorter = {index for index in in_time & stepping if joining.is_longer_than(standings[index])}
+        if shorter and not (count < full and are_in_time(shorter, count + 1)):
+            break
+        count += 1
+    return count

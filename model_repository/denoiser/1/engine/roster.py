@@ -4,13 +4,12 @@ import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from math import inf
-from typing import Final
 
 from audioldm2_triton.contract import BATCH
 from audioldm2_triton.errors import UnavailableError, as_exception
 from audioldm2_triton.server import faults
 from audioldm2_triton.server.settings import LAXITY
-from engine.foresight import Ahead, rounds_until_entry
+from engine.foresight import Ahead, lateness, rounds_until_entry, seconds_ahead
 from engine.job import Job, JobStatus
 from engine.laxity import Held, HeldWaveform, Room, round_seconds, schedule, seconds_alone
 from engine.limits import EngineLimits, EngineLoad
@@ -18,9 +17,6 @@ from engine.pace import Pace
 from engine.policy import Waiting, admit
 from stepping.forward_plan import ForwardCosts
 from stepping.waveform import WaveformState
-
-SURE_SHARE: Final = 0.5
-"""Of the wait that is foretold: forwards become cheaper when long waveforms leave, and requests may be cancelled."""
 
 
 @dataclass
@@ -79,32 +75,38 @@ class Roster:
         load = self.load
         if self.jobs and self._frames(job.waveforms) > load.free_frames:
             job.status = JobStatus.WAITING
-            round_s = 0.0 if costs is None else round_seconds(self._held_waveforms(self.in_flight, ()), costs)
             if load.is_full:
                 full = f"{load.active_requests} requests in flight and {load.waiting_requests} waiting"
-                wait_s = self._rounds_until_entry(self._pending[:1]) * round_s * pace.usual
-                when = f"retry after {wait_s:.1f} s" if wait_s else "try again later"
-                raise UnavailableError(f"denoiser is full: {full}; {when}")
-            if self._limits.scheduling != LAXITY:  # which may let it in before others
-                self._check_promise(job, round_s * pace.least, pace.least)
+                raise UnavailableError(f"denoiser is full: {full}; {self._when(costs, pace)}")
+            if job.request.deadline_ns > 0 and costs is not None:
+                self._check_promise(job, costs, pace)
         if not self.jobs:
             self._turn_since = time.monotonic()
         self.jobs.append(job)
         self._is_stale = True
 
-    def _check_promise(self, job: Job, round_s: float, pace: float) -> None:
+    def _check_promise(self, job: Job, costs: ForwardCosts, pace: Pace) -> None:
         """Raises `UnavailableError` for a request that others before it make late; alone it would be done in time."""
-        left_s = (job.request.deadline_ns - time.monotonic_ns()) / 1e9
-        needed_s = job.pending[-1].table.num_evaluations * job.evaluation_cost * pace
-        if job.request.deadline_ns <= 0 or left_s < needed_s:
-            return
-        wait_s = self._rounds_until_entry([*self._pending, *job.pending]) * round_s
-        late_s = SURE_SHARE * wait_s + needed_s - left_s
+        now = time.monotonic()
+        if self._limits.scheduling == LAXITY:
+            held = [self._held(each, costs, ()) for each in (*self.jobs, job)]
+            wait_s = seconds_ahead(held, now, costs, self._limits.max_active_rows, pace.least)
+        else:
+            round_s = round_seconds(self._held_waveforms(self.in_flight, ()), costs) * pace.least
+            wait_s = self._rounds_until_entry([*self._pending, *job.pending]) * round_s
+        left_s = job.request.deadline_ns / 1e9 - now
+        needed_s = job.pending[-1].table.num_evaluations * job.evaluation_cost * pace.least
+        late_s = lateness(left_s, needed_s, wait_s)
         if late_s > 0:
             raise UnavailableError(
                 f"denoiser is busy: {left_s:.1f} s are left, but those before it take about {wait_s:.1f} s, and it at"
                 f" least {needed_s:.1f} s; retry after {late_s:.1f} s"
             )
+
+    def _when(self, costs: ForwardCosts | None, pace: Pace) -> str:
+        round_s = 0.0 if costs is None else round_seconds(self._held_waveforms(self.in_flight, ()), costs) * pace.usual
+        wait_s = self._rounds_until_entry(self._pending[:1]) * round_s
+        return f"retry after {wait_s:.1f} s" if wait_s else "try again later"
 
     def admit(self, costs: ForwardCosts | None, pace: float, amid_step: Collection[WaveformState]) -> Admission:
         """Admits waveforms, or pauses and resumes them too, as the limits' scheduling says.

@@ -113,7 +113,7 @@ class GroupNorm(nn.Module):
             normed: Tensor = norm(hidden)
         else:
             normed = masked_group_norm(hidden, norm.num_groups, norm.weight, norm.bias, norm.eps, masks)
-        return functional.silu(normed) if activate else normed
+        return functional.silu(normed, inplace=True) if activate else normed
 
 
 class Resnet(nn.Module):
