@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from audioldm2_triton.contract import Limits
+from audioldm2_triton.contract import BATCH, Limits
 from audioldm2_triton.server_info import ServerInfo
 from benchmarks.commands import loadtest
 from benchmarks.measurement import read_records
@@ -83,15 +83,16 @@ def test_what_cannot_be_tested_is_refused_in_words(words: tuple[str, ...], said:
 
 def test_a_checkpoint_that_speaks_says_the_prompts() -> None:
     plain, spoken = (
-        loadtest.make_requests(["a", "b"], 3, ServerInfo(**{**vars(INFO), "transcription": needed}), length, 5)
+        loadtest.make_requests(["a", "b"], 3, ServerInfo(**{**vars(INFO), "transcription": needed}), length, 5, BATCH)
         for needed, length in ((None, None), ("required", 2.0))
     )
-    assert plain[2] == {"prompt": "a", "seed": 2, "num_inference_steps": 5}
+    assert plain[2] == {"prompt": "a", "seed": 2, "num_inference_steps": 5, "priority": "batch"}
     assert spoken[1] == {
         "prompt": "b",
         "transcription": "b",
         "seed": 1,
         "num_inference_steps": 5,
+        "priority": "batch",
         "audio_length_in_s": 2.0,
     }
 

@@ -67,10 +67,10 @@ class Settings:
         0, "requests that may wait for room in one engine (default: 0: derived from the device)", range=(0, 1_000_000)
     )
     scheduling: str = _setting(
-        ARRIVAL,
-        "arrival: requests enter in order of arrival and step until they are done; laxity: interactive before batch, "
-        "and first whoever can wait least to be done in three times its time alone; others pause (default: arrival)",
-        (ARRIVAL, LAXITY),
+        LAXITY,
+        "laxity: interactive before batch, and first whoever can wait least to be done in three times its time alone; "
+        "others pause; arrival: requests enter in order of arrival and step until they are done (default: laxity)",
+        (LAXITY, ARRIVAL),
     )
     compile: str = _setting(
         "auto",

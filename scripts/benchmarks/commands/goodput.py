@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
-from math import inf
+from math import inf, nan
 from pathlib import Path
 from typing import Any, Final
 
@@ -182,14 +182,15 @@ def judge(
     urgent = [latencies[index] for index in interactive if latencies[index] < inf]
     seconds = max(ends, default=inf) - requests[0].arrived
     return Found(
-        way,
-        load,
-        len(done) / seconds,
-        sum(good) / seconds,
-        *_percentiles(done, 50, 99),
-        *_percentiles(urgent, 99),
-        sum(good) / len(good),
-        sum(good[index] for index in interactive) / len(interactive) if interactive else float("nan"),
+        way=way,
+        load=load,
+        throughput=len(done) / seconds,
+        goodput=sum(good) / seconds,
+        p50=_percentile(done, 50),
+        p99=_percentile(done, 99),
+        interactive_p99=_percentile(urgent, 99),
+        good=sum(good) / len(good),
+        interactive_good=sum(good[index] for index in interactive) / len(interactive) if interactive else nan,
     )
 
 
@@ -200,8 +201,8 @@ def mean(found: Sequence[Found], way: str, load: float) -> Found:
     return Found(way, load, **{name: statistics.fmean(getattr(one, name) for one in runs) for name in names})
 
 
-def _percentiles(values: Sequence[float], *which: float) -> list[float]:
-    return [float(value) for value in np.percentile(values, which)] if values else [float("nan")] * len(which)
+def _percentile(values: Sequence[float], percentile: float) -> float:
+    return float(np.percentile(values, percentile)) if values else nan
 
 
 def _inputs(request: Request, seed: int, takes_priority: bool) -> list[Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from audioldm2_triton import AudioLDM2Client, AudioLDM2Error, ServerInfo
-from audioldm2_triton.contract import DEFAULT_NUM_INFERENCE_STEPS, ENSEMBLE
+from audioldm2_triton.contract import BATCH, DEFAULT_NUM_INFERENCE_STEPS, ENSEMBLE, PRIORITIES
 from audioldm2_triton.errors import invalid
 from audioldm2_triton.files import read_prompts
 from audioldm2_triton.transport.endpoint import Endpoint, parse_url
@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one a line, - for standard input; default: eight")
     parser.add_argument("--audio-length-in-s", type=float, help="default: the server's")
     parser.add_argument("--num-inference-steps", type=int, default=DEFAULT_NUM_INFERENCE_STEPS, help="default: 20")
+    parser.add_argument("--priority", choices=PRIORITIES, default=BATCH, help="default: batch, behind whoever listens")
     parser.add_argument("--concurrency", type=int, nargs="*", default=[1, 2, 4, 8, 16], help="default: 1 2 4 8 16")
     parser.add_argument(
         "--rates", type=float, nargs="*", help=f"Poisson arrivals per second (default: {RATES} of the best throughput)"
@@ -96,7 +97,7 @@ def measure(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as directory:
         input_data = Path(directory) / "requests.json"
         count = max(DIFFERENT_REQUESTS, len(prompts))
-        options = (arguments.audio_length_in_s, arguments.num_inference_steps)
+        options = (arguments.audio_length_in_s, arguments.num_inference_steps, arguments.priority)
         write_input_data(input_data, make_requests(prompts, count, server.info, *options))
         binary = find_perf_analyzer(CACHE / "perf_analyzer")
         for target in server.targets:
@@ -164,10 +165,10 @@ def _find_metrics(given: str | None, beside: str | None) -> tuple[str, int] | No
 
 
 def make_requests(
-    prompts: Sequence[str], count: int, info: ServerInfo, length_in_s: float | None, steps: int
+    prompts: Sequence[str], count: int, info: ServerInfo, length_in_s: float | None, steps: int, priority: str
 ) -> list[dict[str, Any]]:
     """Returns as many requests, each with a seed of its own; a checkpoint that speaks is to say the prompts."""
-    given: dict[str, Any] = {"num_inference_steps": steps}
+    given: dict[str, Any] = {"num_inference_steps": steps, "priority": priority}
     if length_in_s is not None:
         given["audio_length_in_s"] = length_in_s
     chosen = [prompts[seed % len(prompts)] for seed in range(count)]
