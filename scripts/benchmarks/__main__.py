@@ -6,6 +6,7 @@ from typing import Final
 from command_line import measure
 
 COMMANDS: Final = {
+    "background": "what a batch job costs those who wait for an answer, and what they cost it",
     "coldstart": "from the start to ready, with and without compiled code that was kept",
     "formats": "the size of an answer and what it costs: floats and files, over gRPC and HTTP",
     "goodput": "requests that differ in everything, over multiples of the capacity, four ways in turns",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import fields, replace
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from audioldm2_triton.contract import ENSEMBLE
 from audioldm2_triton.server.geometry import AudioGeometry
 from audioldm2_triton.server.settings import Settings
 from benchmarks.commands import gpu
+from benchmarks.commands.goodput import Way, judge, mean, send
 from benchmarks.commands.latency import scale_up
 from benchmarks.commands.load import Options, aim, with_answers
 from benchmarks.flops import unet_gflop
@@ -33,6 +36,8 @@ from benchmarks.whole_requests import MODEL, write_whole_request_repository
 from checkpoints.shapes import component_config
 from in_process.batcher import Batcher
 from project import ROOT
+from serving.local_server import LocalServer
+from simulation.workload import Request
 
 RECORD = Record("load", "engine, grpc", "CPU", "float32", "2.0", "tiny", length_s=0.64, steps=4, guidance=3.5)
 
@@ -112,6 +117,26 @@ def test_rates_and_objective_come_from_the_first_way_alone() -> None:
     assert aim(aimed, [50.0]) == aimed  # the same for the ways that follow
     given = Options(0.64, 4, (1,), (3.0,), 8, 500)
     assert aim(given, [1.0]) == given
+
+
+def test_a_mixture_is_judged_by_each_requests_own_time_alone() -> None:
+    requests = [Request(1.0, 16, 4), Request(2.0, 16, 8), Request(3.0, 16, 4, is_batch=True), Request(4.0, 16, 4)]
+    alone = {(16, 4, 1): 1.0, (16, 8, 1): 2.0}
+    found = judge("laxity", 1.3, requests, [3.0, 6.5, 2.0, inf], alone)  # the last failed
+    assert (found.way, found.load, found.p50, found.good) == ("laxity", 1.3, 3.0, 0.5)
+    assert (found.throughput, found.goodput) == (3 / 7.5, 2 / 7.5)
+    assert found.interactive_good == 1 / 3
+    assert found.interactive_p99 == pytest.approx(6.465)
+    other = replace(found, p50=5.0, good=1.0)
+    assert mean([found, other, replace(found, load=2.0, p50=99.0)], "laxity", 1.3) == replace(found, p50=4.0, good=0.75)
+
+
+def test_a_mixture_is_sent_and_what_fails_takes_for_ever(server: LocalServer) -> None:
+    way = Way("laxity", ENSEMBLE, f"localhost:{server.grpc_port}", takes_priority=True)
+    requests = [Request(0.0, 8, 2), Request(0.1, 8, 2, waveforms=2, is_batch=True), Request(0.2, 8, 0)]
+    latencies = send(way, requests)
+    assert all(0 < latency < inf for latency in latencies[:2])
+    assert latencies[2] == inf
 
 
 def test_scaling_up_leaves_the_fixed_cost_alone() -> None:

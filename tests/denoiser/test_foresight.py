@@ -1,12 +1,15 @@
-"""When a request can enter: against a simulation, round by round, of admission in order of arrival."""
+"""What a request has to wait for: by order of arrival against a simulation, round by round; by laxity by hand."""
 
 from collections import deque
+from math import inf
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.foresight import Ahead, rounds_until_entry
+from engine.foresight import Ahead, lateness, rounds_until_entry, seconds_ahead
+from engine.laxity import Held, HeldWaveform
 from engine.policy import Waiting, admit
+from stepping.forward_plan import ForwardCosts, LinearCost
 
 LIMIT = 8
 waveforms = st.builds(Ahead, room=st.integers(1, LIMIT + 3), rounds=st.integers(1, 9))
@@ -42,3 +45,25 @@ def test_those_in_flight_come_first() -> None:
 
 def test_whoever_is_longer_than_the_limit_is_waited_for() -> None:
     assert rounds_until_entry([Ahead(12, 4)], [Ahead(1, 1)], LIMIT - 12) == 4
+
+
+def test_others_make_late_whoever_would_be_in_time_alone() -> None:
+    assert lateness(left=10.0, needed=4.0, wait=20.0) == 4.0  # half of the wait is sure
+    assert lateness(left=10.0, needed=4.0, wait=12.0) == 0.0
+    assert lateness(left=10.0, needed=11.0, wait=99.0) == 0.0  # it is late anyhow, and said to be so elsewhere
+
+
+def test_by_laxity_those_before_it_count_at_the_highest_throughput() -> None:
+    fixed = ForwardCosts(LinearCost(8.0, 1.0), LinearCost(inf, 1.0))  # 3 s an item, where 4 share a forward
+
+    def held(arrived: float, deadline: float = inf, steps: int = 10, is_batch: bool = False) -> Held:
+        return Held(arrived, deadline, is_batch, 9.0 * steps, (HeldWaveform(1, 1, 1, steps),))
+
+    tight, loose, late, batch = held(0, 100), held(0), held(-300), held(0, 95, is_batch=True)
+    newcomer = held(1)  # its objective is 271
+    assert seconds_ahead([tight, newcomer], 1.0, fixed, 4, 1.0) == 30.0
+    assert seconds_ahead([tight, loose, newcomer], 1.0, fixed, 4, 2.0) == 120.0
+    assert seconds_ahead([late, newcomer], 1.0, fixed, 4, 1.0) == 30.0  # its equal
+    assert seconds_ahead([held(-1000, steps=30), newcomer], 1.0, fixed, 4, 1.0) == 0.0  # late, and longer
+    assert seconds_ahead([batch, newcomer], 1.0, fixed, 4, 1.0) == 0.0
+    assert seconds_ahead([tight, held(1, is_batch=True)], 1.0, fixed, 4, 1.0) == 30.0
