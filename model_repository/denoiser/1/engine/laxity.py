@@ -147,7 +147,7 @@ def schedule(
     standings = [standing(request, now, costs, pace) for request in held]
     ranked = rank(held, standings, turn)
     chosen, must_step = _fill(held, ranked, turn, room)
-    if any(not held[index].is_batch and not standings[index].is_late for index, _ in chosen):
+    if any(not held[index].is_batch for index, _ in chosen):
         chosen = chosen[: _fill_round(held, standings, chosen, must_step, costs, room, pace)]
     counts = [0] * len(held)
     for index, _ in chosen:
