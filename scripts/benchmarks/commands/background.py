@@ -5,8 +5,9 @@ alone; each policy in turn.
 """
 
 import argparse
+import statistics
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -21,11 +22,22 @@ JOB_STEPS: Final = 50
 SHARE: Final = 0.1  # of the job's rate
 
 
+@dataclass(frozen=True)
+class Found:
+    """One run of one policy."""
+
+    without: list[float]  # seconds of the interactive requests
+    beside: list[float]  # the same with the job behind them
+    job: float  # its clips per second then
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, "background")
     parser.add_argument("--job", type=int, default=200, help="clips of 10.24 s, 50 steps (default: %(default)s)")
     parser.add_argument("--share", type=float, default=SHARE, help="of interactive arrivals (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=3, help="each with other requests (default: %(default)s)")
+    parser.add_argument(
+        "--runs", type=int, default=3, help="of different requests, taken together (default: %(default)s)"
+    )
     parser.add_argument("--length-divisor", type=int, default=1, help="of the audio's length (default: %(default)s)")
     parser.add_argument("--step-divisor", type=int, default=1, help="of the steps (default: %(default)s)")
 
@@ -35,16 +47,21 @@ def measure(arguments: argparse.Namespace) -> None:
     divisors = (arguments.length_divisor, arguments.step_divisor)
     clip = Request(0.0, round(JOB_LENGTH_IN_S * FRAMES_PER_S), JOB_STEPS, is_batch=True)
     job = shortened([clip] * arguments.job, *divisors)
-    print("| policy | run | interactive | p99 s: without, with | ratio | clips per s of the job: alone, with | ratio |")
-    print("|---" * 7 + "|")
-    with running((ARRIVAL, LAXITY), run, 10 * arguments.job) as ways:
-        for way in ways:
-            send(way, job[:8])
-        alone = {way.name: len(job) / max(send(way, job)) for way in ways}
+    found: dict[str, list[Found]] = {ARRIVAL: [], LAXITY: []}
+    with running(tuple(found), run, 10 * arguments.job) as ways:
+        # The first run warms up.
+        alone = {way.name: max(len(job) / max(send(way, job)) for _ in range(2)) for way in ways}
         for seed in range(arguments.runs):
             interactive = _interactive(len(job), arguments.share * alone[ARRIVAL], alone[ARRIVAL], seed, divisors)
             for way in ways if seed % 2 == 0 else reversed(ways):
-                print(_row(way, seed, interactive, job, alone[way.name]), flush=True)
+                found[way.name].append(_measure(way, interactive, job))
+                print(f"{way.name}, run {seed + 1} of {arguments.runs}", file=sys.stderr)
+    print(
+        "| policy | interactive | p50 s: without, with | p99 s | ratio | clips per s of the job: alone, with | ratio |"
+    )
+    print("|---" * 7 + "|")
+    for name, runs in found.items():
+        print(_row(name, runs, alone[name]))
     print(f"\n{run.record.checkpoint}, {run.record.device}, {run.record.dtype}, {run.record.commit}", file=sys.stderr)
 
 
@@ -55,14 +72,18 @@ def _interactive(clips: int, rate: float, job_rate: float, seed: int, divisors: 
     return shortened(lasting, *divisors)
 
 
-def _row(way: Way, seed: int, interactive: list[Request], job: list[Request], job_alone: float) -> str:
-    without = float(np.percentile(send(way, interactive), 99))
+def _measure(way: Way, interactive: list[Request], job: list[Request]) -> Found:
+    without = send(way, interactive)
     latencies = send(way, [*job, *interactive])
-    beside = float(np.percentile(latencies[len(job) :], 99))
-    with_others = len(job) / max(latencies[: len(job)])
+    return Found(without, latencies[len(job) :], len(job) / max(latencies[: len(job)]))
+
+
+def _row(policy: str, runs: list[Found], job_alone: float) -> str:
+    without, beside = (np.concatenate([getattr(each, name) for each in runs]) for name in ("without", "beside"))
+    before, behind = (np.percentile(latencies, (50, 99)) for latencies in (without, beside))
+    job = statistics.fmean(each.job for each in runs)
     cells = [
-        *(way.name, str(seed + 1), str(len(interactive))),
-        *(f"{without:.3g}, {beside:.3g}", f"{beside / without:.2f}"),
-        *(f"{job_alone:.3g}, {with_others:.3g}", f"{with_others / job_alone:.2f}"),
+        *(policy, str(len(without)), f"{before[0]:.3g}, {behind[0]:.3g}", f"{before[1]:.3g}, {behind[1]:.3g}"),
+        *(f"{behind[1] / before[1]:.2f}", f"{job_alone:.3g}, {job:.3g}", f"{job / job_alone:.2f}"),
     ]
     return f"| {' | '.join(cells)} |"

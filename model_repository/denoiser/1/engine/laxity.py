@@ -157,7 +157,9 @@ def schedule(
 
 def standing(request: Held, now: float, costs: ForwardCosts, pace: float) -> Standing:
     objective = min(request.deadline - request.arrived, OBJECTIVE * request.alone * pace)
-    return Standing(seconds_alone(request.waveforms, costs) * pace, objective, request.arrived + objective - now)
+    has_begun = any(waveform.started for waveform in request.waveforms)
+    remaining = seconds_alone(request.waveforms, costs) if has_begun else request.alone
+    return Standing(remaining * pace, objective, request.arrived + objective - now)
 
 
 def rank(held: Sequence[Held], standings: Sequence[Standing], turn: int | None = None) -> list[int]:
