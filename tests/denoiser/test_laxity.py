@@ -111,6 +111,7 @@ def test_beyond_the_knee_longer_ones_join_while_shorter_ones_are_in_time() -> No
     assert sum(counts(held, now=181.0, costs=fixed)) == 16  # it is late
     batch = [replace(each, is_batch=True) for each in held[1:]]
     assert sum(counts([short, *batch], now=0.0, costs=fixed)) == 2
+    assert sum(counts([short, *batch], now=181.0, costs=fixed)) == 2  # late or not
 
 
 @pytest.mark.parametrize("now", [0.0, 100.0, 175.0, 181.0, 1000.0])

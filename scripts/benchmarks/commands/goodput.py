@@ -127,8 +127,9 @@ def running(names: Sequence[str], run: Run, requests: int) -> Iterator[list[Way]
             if name in (ARRIVAL, LAXITY):
                 # Texts are encoded anew, as in the other ways: the same few come again and again here.
                 options = (f"--scheduling={name}", f"--max-waiting={requests}", "--embedding-cache-size=0")
-                arguments = [each for each in run.serve_arguments if not each.startswith(tuple(_names(options)))]
-                server = stack.enter_context(local_server(run.checkpoint, directory / name, *arguments, *options))
+                server = stack.enter_context(
+                    local_server(run.checkpoint, directory / name, *run.serve_arguments, *options)
+                )
                 ways.append(Way(name, ENSEMBLE, f"localhost:{server.grpc_port}", takes_priority=True))
             else:
                 max_batch = MAX_BATCH if name == DYNAMIC else 1
@@ -223,10 +224,6 @@ def _inputs(request: Request, seed: int, takes_priority: bool) -> list[Any]:
         tensor.set_data_from_numpy(value[None])
         inputs.append(tensor)
     return inputs
-
-
-def _names(options: Sequence[str]) -> list[str]:
-    return [option.partition("=")[0] + "=" for option in options]
 
 
 def _record(run: Run, found: Found, rate: float, count: int, seed: int) -> Record:
