@@ -31,6 +31,7 @@ HEAD: Final = (
 
 CHECK_HEAD: Final = "| policy | load | | per s | p50 s | p99 s | good |"
 SHORTER: Final = 8  # the lengths and steps of a real run
+SATURATING: Final = 200  # requests at once
 
 
 def main() -> int:
@@ -44,6 +45,8 @@ def main() -> int:
         return _bound(arguments)
     costs = read_costs(arguments.costs)
     limits = EngineLimits(arguments.max_active_rows, arguments.max_waiting, arguments.row_frames)
+    if arguments.trace is not None and arguments.plot is not None:
+        sys.exit("scripts/simulate: got --trace and --plot, but a trace has one load")
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for devices in arguments.devices:
         lines = _print_table(arguments, costs, limits, devices)
@@ -119,8 +122,8 @@ def _bound(arguments: argparse.Namespace) -> int:
     from simulation.check import RealEngine
 
     real = RealEngine(arguments.checkpoint)
-    limits = EngineLimits(32, arguments.requests, 256, LAXITY)
-    saturating = shortened(mixed_requests(200, inf, "poisson", 0), SHORTER, SHORTER)
+    saturating = shortened(mixed_requests(SATURATING, inf, "poisson", 0), SHORTER, SHORTER)
+    limits = EngineLimits(32, max(SATURATING, arguments.requests), 256, LAXITY)
     rate = real.run(saturating, replace(limits, scheduling=ARRIVAL)).throughput
     requests = shortened(mixed_requests(arguments.requests, rate, arguments.arrivals, 1), SHORTER, SHORTER)
     latencies = real.latencies(requests, limits)
@@ -129,7 +132,7 @@ def _bound(arguments: argparse.Namespace) -> int:
     worst = worst_share_of_bound(requests, latencies, real.costs, simulated.longest_round)
     print(
         f"{len(requests)} requests, {rate:.3g} arrivals per s, {simulated.pauses} pauses if simulated;"
-        f" the longest wait {max(latencies):.1f} s; the worst took {worst:.0%} of its bound"
+        f" the longest wait {max(latencies):.1f} s; none took more than {worst:.0%} of its bound"
     )
     return 0
 
@@ -139,6 +142,10 @@ def _row(policy: str, name: str, result: Report) -> str:
     shares = (result.goodput, result.interactive_goodput)
     cells = [policy, name, str(result.requests), str(result.refused), str(result.expired)]
     return f"| {' | '.join([*cells, *(f'{x:.3g}' for x in figures), *(f'{x:.1%}' for x in shares)])} |"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _parser() -> argparse.ArgumentParser:

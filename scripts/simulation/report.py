@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf, nan
 
 import numpy as np
 
@@ -35,8 +36,8 @@ def report(jobs: Sequence[Job | None], interactive: Sequence[bool]) -> Report:
     taken = [job for job in jobs if job is not None]
     done = [job for job in taken if job.finished is not None]
     good = [job is not None and job.latency <= OBJECTIVE * job.alone for job in jobs]
-    first = min(job.request.arrived for job in taken)
-    last = max(job.finished or 0.0 for job in done)
+    first = min((job.request.arrived for job in taken), default=0.0)
+    last = max((job.finished or 0.0 for job in done), default=inf)
     urgent = [job.latency for job in done if not job.request.is_batch]
     latencies = [job.latency for job in done]
     of_urgent = [fits for fits, counts in zip(good, interactive, strict=True) if counts]
@@ -45,12 +46,16 @@ def report(jobs: Sequence[Job | None], interactive: Sequence[bool]) -> Report:
         refused=len(jobs) - len(taken),
         expired=len(taken) - len(done),
         throughput=len(done) / (last - first),
-        p50=float(np.percentile(latencies, 50)),
-        p99=float(np.percentile(latencies, 99)),
-        interactive_p99=float(np.percentile(urgent, 99)) if urgent else float("nan"),
+        p50=_percentile(latencies, 50),
+        p99=_percentile(latencies, 99),
+        interactive_p99=_percentile(urgent, 99),
         goodput=sum(good) / len(good),
-        interactive_goodput=sum(of_urgent) / len(of_urgent) if of_urgent else float("nan"),
+        interactive_goodput=sum(of_urgent) / len(of_urgent) if of_urgent else nan,
     )
+
+
+def _percentile(latencies: Sequence[float], percentile: float) -> float:
+    return float(np.percentile(latencies, percentile)) if latencies else nan
 
 
 def time_alone(request: Request, costs: ForwardCosts) -> float:

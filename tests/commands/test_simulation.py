@@ -69,12 +69,12 @@ def test_whoever_cannot_be_in_time_is_dropped_and_whom_others_make_late_is_refus
     for policy in (ARRIVAL, LAXITY):
         # At 1 s it has 3.7 s left, and needs 4.
         assert ends([one(0, 10, waveforms=8), tight], LINEAR, policy) == [80, None]
-    # After one forward it has 23.5 s left and needs 10. Those before it still take 72, of which half is sure.
-    first = one(0, 10, waveforms=8, timeout=90)
+    # After one forward it has 18.5 s left and needs 12. That before it still takes 16, of which half is sure.
+    first = one(0, 3, waveforms=8, timeout=26)
     for policy in (ARRIVAL, LAXITY):
-        for timeout, is_refused in ((30, True), (100, False)):
+        for timeout, is_refused in ((25, True), (100, False)):
             engine = SimulatedEngine(LINEAR, replace(LIMITS, scheduling=policy))
-            jobs = simulate([first, one(1.5, 10, timeout=timeout)], [engine])
+            jobs = simulate([first, one(1.5, 12, timeout=timeout)], [engine])
             assert [job is None for job in jobs] == [False, is_refused]
 
 

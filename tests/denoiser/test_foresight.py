@@ -62,8 +62,11 @@ def test_by_laxity_those_before_it_count_at_the_highest_throughput() -> None:
     tight, loose, late, batch = held(0, 100), held(0), held(-300), held(0, 95, is_batch=True)
     newcomer = held(1)  # its objective is 271
     assert seconds_ahead([tight, newcomer], 1.0, fixed, 4, 1.0) == 30.0
-    assert seconds_ahead([tight, loose, newcomer], 1.0, fixed, 4, 2.0) == 120.0
+    assert seconds_ahead([tight, loose, newcomer], 1.0, fixed, 4, 1.0) == 60.0
+    assert seconds_ahead([tight, loose, newcomer], 1.0, fixed, 4, 2.0) == 60.0  # the first is lost, and gives way
     assert seconds_ahead([late, newcomer], 1.0, fixed, 4, 1.0) == 30.0  # its equal
     assert seconds_ahead([held(-1000, steps=30), newcomer], 1.0, fixed, 4, 1.0) == 0.0  # late, and longer
     assert seconds_ahead([batch, newcomer], 1.0, fixed, 4, 1.0) == 0.0
+    # Its laxity is less now, but not any more when the newcomer's is used up.
+    assert seconds_ahead([held(0, 280, steps=28), newcomer], 1.0, fixed, 4, 1.0) == 0.0
     assert seconds_ahead([tight, held(1, is_batch=True)], 1.0, fixed, 4, 1.0) == 30.0

@@ -75,7 +75,7 @@ def test_who_can_wait_least_steps_and_who_is_late_waits_for_shorter_ones() -> No
     held = [request(-25, 10, started=1), request(5, 10), request(0, 4)]
     assert counts(held, now=4.0) == [0, 0, 1]
     assert counts(held, now=9.0) == [1, 1, 1]  # the last is late as well, and nobody in time is shorter
-    # All are late, so nobody is urgent: as many as have room, first whoever has least left.
+    # Nobody in time is shorter: as many as have room, first whoever has least left.
     assert counts(held, now=26.0) == [1, 1, 1]
     assert counts(held, now=26.0, room=Room(2, 2, 4)) == [1, 0, 1]
 
@@ -83,6 +83,12 @@ def test_who_can_wait_least_steps_and_who_is_late_waits_for_shorter_ones() -> No
 def test_a_deadline_is_an_objective() -> None:
     assert counts([request(0, 5), request(0, 5, deadline=6.0)], now=0.0) == [0, 1]
     assert counts([request(0, 5), request(0, 5, deadline=60.0)], now=0.0) == [1, 1]
+
+
+def test_whoever_misses_its_deadline_takes_no_steps_from_others() -> None:
+    doomed = request(-30, 10, deadline=9.0)
+    assert counts([doomed, request(0, 10)], now=0.0, room=Room(1, 1, 4)) == [0, 1]
+    assert counts([replace(doomed, deadline=inf), request(0, 10)], now=0.0, room=Room(1, 1, 4)) == [1, 0]
 
 
 def test_interactive_pauses_batch() -> None:

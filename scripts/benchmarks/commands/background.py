@@ -53,6 +53,8 @@ def measure(arguments: argparse.Namespace) -> None:
         alone = {way.name: max(len(job) / max(send(way, job)) for _ in range(2)) for way in ways}
         for seed in range(arguments.runs):
             interactive = _interactive(len(job), arguments.share * alone[ARRIVAL], alone[ARRIVAL], seed, divisors)
+            if not interactive:
+                sys.exit("scripts/benchmark background: got a share without any request but expected a larger one")
             for way in ways if seed % 2 == 0 else reversed(ways):
                 found[way.name].append(_measure(way, interactive, job))
                 print(f"{way.name}, run {seed + 1} of {arguments.runs}", file=sys.stderr)

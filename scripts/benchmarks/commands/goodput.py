@@ -94,6 +94,8 @@ def measure(arguments: argparse.Namespace) -> None:
         alone = {key: time_alone(yardstick, request) for key, request in shapes.items()}
         at_once = drawn(inf, 0)
         capacity = len(at_once) / max(send(yardstick, at_once))
+        if not capacity or inf in alone.values():
+            sys.exit("scripts/benchmark goodput: got an error but expected an answer to each request alone, and to all")
         print(f"capacity {capacity:.4g} requests per s, of {yardstick.name}\n{HEAD}\n{'|---' * 8}|", flush=True)
         for seed in range(arguments.runs):
             for load in arguments.loads:
@@ -176,7 +178,10 @@ def judge(
     latencies: Sequence[float],
     alone: Mapping[tuple[int, int, int], float],
 ) -> Found:
-    good = [latency <= OBJECTIVE * alone[shape(request)] for request, latency in zip(requests, latencies, strict=True)]
+    good = [
+        latency < inf and latency <= OBJECTIVE * alone[shape(request)]
+        for request, latency in zip(requests, latencies, strict=True)
+    ]
     done = [latency for latency in latencies if latency < inf]
     ends = [request.arrived + latency for request, latency in zip(requests, latencies, strict=True) if latency < inf]
     interactive = [index for index, request in enumerate(requests) if not request.is_batch]

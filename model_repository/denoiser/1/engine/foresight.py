@@ -56,13 +56,17 @@ def rounds_until_entry(in_flight: Iterable[Ahead], waiting: Iterable[Ahead], fre
 def seconds_ahead(held: Sequence[Held], now: float, costs: ForwardCosts, items: int, pace: float) -> float:
     """Returns what those before the last request take at the highest throughput, by laxity.
 
+    Only those with a sooner objective: one with a later objective has less laxity now, but not any more when the last
+    request's is used up.
+
     Args:
         items: UNet batch items of a forward at most.
     """
     standings = [standing(request, now, costs, pace) for request in held]
     ranked = rank(held, standings)
-    return pace * sum(
-        part.evaluations * part.items * least_item_seconds(part.frames, costs, items)
-        for index in ranked[: ranked.index(len(held) - 1)]
-        for part in held[index].waveforms
-    )
+    before = ranked[: ranked.index(len(held) - 1)]
+    parts = [
+        part for index in before if standings[index].within <= standings[-1].within for part in held[index].waveforms
+    ]
+    least = {frames: least_item_seconds(frames, costs, items) for frames in {part.frames for part in parts}}
+    return pace * sum(part.evaluations * part.items * least[part.frames] for part in parts)

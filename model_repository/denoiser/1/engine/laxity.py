@@ -4,16 +4,16 @@ Pure functions over plain data, as in `policy`. A request without a closer deadl
 `OBJECTIVE` times its time alone. Its laxity is the time that it can still wait and meet this. The ranks:
 
 1. The request whose turn has come by age, at most one at a time. It is not paused until it is done.
-2. Interactive requests. Those that can meet their objective go by least laxity. A late one goes behind those of them
-   that are shorter, and before the others.
+2. Interactive requests. Those that can meet their objective go by least laxity. A late one goes behind the last of them
+   that is shorter, and whoever misses its deadline behind all.
 3. Batch requests, in the same order.
 
 A request is shorter if its objective is less than `1 / LONGER` as long. So a late request makes no shorter one late,
-and nobody is made late for the sake of an equal: requests that are alike step as in order of arrival.
+and requests that are alike step as in order of arrival.
 
-While anyone of rank 2 can meet its objective, a round of forwards is filled to the knee: beyond it, more waveforms make
-every step longer and the device less and less faster. More interactive ones join if nobody in time is shorter, or if
-all who are shorter stay in time and the round is not as good as full.
+While any interactive request steps, a round of forwards is filled to the knee: beyond it, more waveforms make every
+step longer and the device less and less faster. More interactive ones join if nobody in time is shorter, or if all who
+are shorter stay in time and the round is not as good as full.
 
 The turn by age bounds the wait: `AGED_SHARE` of the device's time goes to the oldest requests. A request gets its turn
 after the older ones, and each of them no later than it takes to earn its time alone at that share.
@@ -73,6 +73,7 @@ class Standing:
     remaining: float  # seconds that the rest of it takes by itself
     objective: float  # seconds from its arrival to its objective
     within: float  # seconds until its objective
+    misses_deadline: bool = False
 
     @property
     def laxity(self) -> float:
@@ -159,7 +160,8 @@ def standing(request: Held, now: float, costs: ForwardCosts, pace: float) -> Sta
     objective = min(request.deadline - request.arrived, OBJECTIVE * request.alone * pace)
     has_begun = any(waveform.started for waveform in request.waveforms)
     remaining = seconds_alone(request.waveforms, costs) if has_begun else request.alone
-    return Standing(remaining * pace, objective, request.arrived + objective - now)
+    misses_deadline = now + remaining * pace > request.deadline
+    return Standing(remaining * pace, objective, request.arrived + objective - now, misses_deadline)
 
 
 def rank(held: Sequence[Held], standings: Sequence[Standing], turn: int | None = None) -> list[int]:
@@ -173,15 +175,21 @@ def rank(held: Sequence[Held], standings: Sequence[Standing], turn: int | None =
         among = [index for index, each in enumerate(held) if each.is_batch == is_batch and index not in ranked]
         in_time = sorted((each for each in among if not standings[each].is_late), key=lambda i: standings[i].laxity)
         late = sorted((each for each in among if standings[each].is_late), key=lambda i: standings[i].remaining)
-        places = {each: _place(standings[each], [standings[other] for other in in_time]) for each in late}
-        for place in range(len(in_time) + 1):
+        before = [standings[each] for each in in_time]
+        places = {each: _place(standings[each], before) for each in late}
+        for place in range(len(in_time) + 2):
             ranked += [each for each in late if places[each] == place]
             ranked += in_time[place : place + 1]
     return ranked
 
 
 def _place(late: Standing, in_time: Sequence[Standing]) -> int:
-    """Returns how many of those in time go before a late one: all up to the last that is shorter."""
+    """Returns how many of those in time go before a late one: all up to the last that is shorter.
+
+    One more than all for whoever misses its deadline: it must not take steps from those that can be answered.
+    """
+    if late.misses_deadline:
+        return len(in_time) + 1
     return max((place for place, other in enumerate(in_time, 1) if late.is_longer_than(other)), default=0)
 
 
