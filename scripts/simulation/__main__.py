@@ -21,10 +21,9 @@ from simulation.costs import measure_costs, read_costs, write_costs  # noqa: E40
 from simulation.engine import SimulatedEngine, simulate  # noqa: E402
 from simulation.goodput_plot import save_goodput_plot  # noqa: E402
 from simulation.report import Report, report, time_alone, worst_share_of_bound  # noqa: E402
-from simulation.workload import Request, mixed_requests, read_trace, shortened  # noqa: E402
+from simulation.workload import LOADS, Request, mixed_requests, read_trace, shortened  # noqa: E402
 from stepping.forward_plan import ForwardCosts  # noqa: E402
 
-LOADS: Final = (0.5, 0.8, 1.0, 1.3, 2.0)
 HEAD: Final = (
     "| policy | load | requests | refused | expired | per s | p50 s | p99 s | interactive p99 s | good | interactive |"
 )

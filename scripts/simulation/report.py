@@ -46,15 +46,16 @@ def report(jobs: Sequence[Job | None], interactive: Sequence[bool]) -> Report:
         refused=len(jobs) - len(taken),
         expired=len(taken) - len(done),
         throughput=len(done) / (last - first),
-        p50=_percentile(latencies, 50),
-        p99=_percentile(latencies, 99),
-        interactive_p99=_percentile(urgent, 99),
+        p50=percentile_of(latencies, 50),
+        p99=percentile_of(latencies, 99),
+        interactive_p99=percentile_of(urgent, 99),
         goodput=sum(good) / len(good),
         interactive_goodput=sum(of_urgent) / len(of_urgent) if of_urgent else nan,
     )
 
 
-def _percentile(latencies: Sequence[float], percentile: float) -> float:
+def percentile_of(latencies: Sequence[float], percentile: float) -> float:
+    """Returns nan of none."""
     return float(np.percentile(latencies, percentile)) if latencies else nan
 
 

@@ -12,6 +12,7 @@ from audioldm2_triton.contract import BATCH, DEFAULT_PRIORITY, PRIORITIES
 
 FRAMES_PER_S: Final = 25  # of the official checkpoints
 LENGTHS_IN_S: Final = (1.0, 2.56, 5.12, 10.24, 20.48, 30.0)
+LOADS: Final = (0.5, 0.8, 1.0, 1.3, 2.0)  # multiples of a capacity
 STEPS: Final = (4, 10, 20, 50, 100)
 WAVEFORMS: Final = (1, 1, 2, 4)
 BATCH_SHARE: Final = 0.3

@@ -23,20 +23,17 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from audioldm2_triton.contract import BATCH, ENSEMBLE, INTERACTIVE
 from audioldm2_triton.server.settings import ARRIVAL, LAXITY
+from benchmarks.commands.load import DYNAMIC, MAX_BATCH, OBJECTIVE, ONE_BY_ONE
 from benchmarks.measurement import Record
 from benchmarks.run import Run, add_common_arguments, read_run
 from benchmarks.whole_requests import MODEL, whole_request_server
 from benchmarks.workload import NEGATIVE_PROMPTS, PROMPTS
 from serving.local_server import local_server
 from simulation.goodput_plot import save_goodput_plot
-from simulation.workload import FRAMES_PER_S, Request, mixed_requests, shortened
+from simulation.report import percentile_of
+from simulation.workload import FRAMES_PER_S, LOADS, Request, mixed_requests, shortened
 
-ONE_BY_ONE: Final = "one by one"
-DYNAMIC: Final = "dynamic batching of whole requests"
 WAYS: Final = (ONE_BY_ONE, DYNAMIC, ARRIVAL, LAXITY)
-LOADS: Final = (0.5, 0.8, 1.0, 1.3, 2.0)
-OBJECTIVE: Final = 3.0  # times the time alone
-MAX_BATCH: Final = 8
 REQUEST_TIMEOUT_S: Final = 1800.0
 REPEATS_ALONE: Final = 2
 HEAD: Final = "| way | load | requests per s | p50 s | p99 s | interactive p99 s | good | interactive good |"
@@ -192,9 +189,9 @@ def judge(
         load=load,
         throughput=len(done) / seconds,
         goodput=sum(good) / seconds,
-        p50=_percentile(done, 50),
-        p99=_percentile(done, 99),
-        interactive_p99=_percentile(urgent, 99),
+        p50=percentile_of(done, 50),
+        p99=percentile_of(done, 99),
+        interactive_p99=percentile_of(urgent, 99),
         good=sum(good) / len(good),
         interactive_good=sum(good[index] for index in interactive) / len(interactive) if interactive else nan,
     )
@@ -205,10 +202,6 @@ def mean(found: Sequence[Found], way: str, load: float) -> Found:
     runs = [one for one in found if (one.way, one.load) == (way, load)]
     names = [each.name for each in fields(Found) if each.name not in ("way", "load")]
     return Found(way, load, **{name: statistics.fmean(getattr(one, name) for one in runs) for name in names})
-
-
-def _percentile(values: Sequence[float], percentile: float) -> float:
-    return float(np.percentile(values, percentile)) if values else nan
 
 
 def _inputs(request: Request, seed: int, takes_priority: bool) -> list[Any]:

@@ -73,7 +73,7 @@ class Standing:
     remaining: float  # seconds that the rest of it takes by itself
     objective: float  # seconds from its arrival to its objective
     within: float  # seconds until its objective
-    misses_deadline: bool = False
+    misses_deadline: bool
 
     @property
     def laxity(self) -> float:
