@@ -70,7 +70,7 @@ def test_time_alone_counts_shared_forwards_once() -> None:
     assert seconds_alone(parts, SHARED) == 4 * 9 + 6 * 8
 
 
-def test_who_can_wait_least_steps_and_who_is_late_waits_for_shorter_ones() -> None:
+def test_the_soonest_objective_goes_first_and_who_is_late_waits_for_shorter_ones() -> None:
     # Objectives: 5, 35 and 12; the first cannot be met any more, and it takes more than twice as long as the last.
     held = [request(-25, 10, started=1), request(5, 10), request(0, 4)]
     assert counts(held, now=4.0) == [0, 0, 1]
@@ -127,6 +127,11 @@ def test_those_that_are_alike_share_as_in_order_of_arrival(now: float) -> None:
     assert sum(counts(held, now, fixed)) == 16
     alike = [replace(each, waveforms=held[0].waveforms, alone=held[0].alone) for each in held]
     assert counts(alike, now, fixed) == [1] * 16 + [0] * 4
+
+
+def test_those_that_are_alike_do_not_pause_each_other() -> None:
+    begun = replace(request(0, 10), waveforms=request(0, 4, started=1).waveforms)  # 6 of 10 evaluations in 6 s
+    assert counts([begun, request(1, 10)], now=6.0, room=Room(1, 1, 4)) == [1, 0]
 
 
 def test_memory_bounds_who_has_started() -> None:

@@ -82,7 +82,8 @@ def test_a_short_request_overtakes_a_long_one(server: LocalServer) -> None:
 def small_server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     """Room for two guided waveforms, and for three requests that wait."""
     log = tmp_path_factory.mktemp("small") / "log"
-    with local_server(tiny_checkpoint, log, "--max-active-rows=4", "--max-waiting=3") as running:
+    options = ("--max-active-rows=4", "--max-waiting=3", "--max-num-inference-steps=1000")
+    with local_server(tiny_checkpoint, log, *options) as running:
         yield running
 
 
@@ -127,8 +128,8 @@ def test_a_full_denoiser_closes_the_entrance(small_server: LocalServer) -> None:
     over = threading.Event()
 
     def fill(client: AudioLDM2Client, seed: int) -> None:
-        """Waits for room and takes all of it, until the test is over."""
-        options = {"audio_length_in_s": 0.2, "num_inference_steps": 200, "num_waveforms_per_prompt": 2, "seed": seed}
+        """Waits for room and takes all of it, until the test is over; with fewer steps it could be done before."""
+        options = {"audio_length_in_s": 0.2, "num_inference_steps": 500, "num_waveforms_per_prompt": 2, "seed": seed}
         with closing(client.stream("rain", **options)) as events:
             while not over.is_set():
                 next(events)

@@ -1,10 +1,12 @@
-"""Least laxity first: which waveforms step next, which wait, and which pause between two of their steps.
+"""By laxity: which waveforms step next, which wait, and which pause between two of their steps.
 
 Pure functions over plain data, as in `policy`. A request without a closer deadline has the objective to be done within
-`OBJECTIVE` times its time alone. Its laxity is the time that it can still wait and meet this. The ranks:
+`OBJECTIVE` times its time alone. Its laxity is the time that it can still wait and meet this; without any it is late.
+The ranks:
 
 1. The request whose turn has come by age, at most one at a time. It is not paused until it is done.
-2. Interactive requests. Those that can meet their objective go by least laxity. A late one goes behind the last of them
+2. Interactive requests. Those in time go by the soonest objective: by least laxity, requests that are alike would pause
+   each other again and again, since only the laxity of those that wait shrinks. A late one goes behind the last of them
    that is shorter, and whoever misses its deadline behind all.
 3. Batch requests, in the same order.
 
@@ -173,7 +175,7 @@ def rank(held: Sequence[Held], standings: Sequence[Standing], turn: int | None =
     ranked = [index for index, request in enumerate(held) if request.has_turn or index == turn]
     for is_batch in (False, True):
         among = [index for index, each in enumerate(held) if each.is_batch == is_batch and index not in ranked]
-        in_time = sorted((each for each in among if not standings[each].is_late), key=lambda i: standings[i].laxity)
+        in_time = sorted((each for each in among if not standings[each].is_late), key=lambda i: standings[i].within)
         late = sorted((each for each in among if standings[each].is_late), key=lambda i: standings[i].remaining)
         before = [standings[each] for each in in_time]
         places = {each: _place(standings[each], before) for each in late}
