@@ -47,10 +47,11 @@ def request(
     waveforms: int = 1,
     started: int = 0,
     costs: ForwardCosts = LINEAR,
+    frames: int = 1,
     **options: float | bool,
 ) -> Held:
-    """A request whose waveforms have one item of one frame."""
-    parts = tuple(HeldWaveform(1, 1, 1, steps, started=part < started) for part in range(waveforms))
+    """A request whose waveforms have one item."""
+    parts = tuple(HeldWaveform(1, frames, frames, steps, started=part < started) for part in range(waveforms))
     alone = seconds_alone(parts, costs)
     return Held(arrived, **{"deadline": inf, "is_batch": False, "alone": alone, **options}, waveforms=parts)  # type: ignore[arg-type]
 
@@ -74,15 +75,22 @@ def test_the_soonest_objective_goes_first_and_who_is_late_waits_for_shorter_ones
     # Objectives: 5, 35 and 12; the first cannot be met any more, and it takes more than twice as long as the last.
     held = [request(-25, 10, started=1), request(5, 10), request(0, 4)]
     assert counts(held, now=4.0) == [0, 0, 1]
-    assert counts(held, now=9.0) == [1, 1, 1]  # the last is late as well, and nobody in time is shorter
-    # Nobody in time is shorter: as many as have room, first whoever has least left.
-    assert counts(held, now=26.0) == [1, 1, 1]
-    assert counts(held, now=26.0, room=Room(2, 2, 4)) == [1, 0, 1]
+    # All are late, so nobody who is shorter is in time: first whoever has least left.
+    assert counts(held, now=26.0) == [0, 0, 1]
+    assert counts(held[:2], now=26.0) == [1, 0]
+
+
+def test_those_of_different_lengths_go_one_after_the_other_unless_they_share_a_forward() -> None:
+    apart = ForwardCosts(LinearCost(8.0, 1.0), LinearCost(inf, 1.0))
+    for costs, expected in ((LINEAR, [1, 0, 0]), (apart, [1, 0, 1]), (SHARED, [1, 1, 1])):
+        held = [request(0, 10, costs=costs), request(1, 10, frames=2, costs=costs), request(2, 10, costs=costs)]
+        assert counts(held, now=3.0, costs=costs) == expected
 
 
 def test_a_deadline_is_an_objective() -> None:
     assert counts([request(0, 5), request(0, 5, deadline=6.0)], now=0.0) == [0, 1]
-    assert counts([request(0, 5), request(0, 5, deadline=60.0)], now=0.0) == [1, 1]
+    assert counts([request(0, 5, deadline=60.0), request(0, 5, deadline=6.0)], now=0.0) == [0, 1]
+    assert counts([request(0, 5), request(0, 5, deadline=60.0)], now=0.0) == [1, 0]
 
 
 def test_whoever_misses_its_deadline_takes_no_steps_from_others() -> None:
@@ -113,7 +121,7 @@ def test_beyond_the_knee_longer_ones_join_while_shorter_ones_are_in_time() -> No
     assert sum(counts(held, now=0.0, costs=fixed)) == 12  # 20 s, where 18 would be the best
     assert sum(counts(held, now=100.0, costs=fixed)) == 9  # 10 evaluations of 17 s
     assert sum(counts(held, now=160.0, costs=fixed)) == 3
-    assert sum(counts(held, now=175.0, costs=fixed)) == 2  # the knee
+    assert sum(counts(held, now=175.0, costs=fixed)) == 1
     assert sum(counts(held, now=181.0, costs=fixed)) == 16  # it is late
     batch = [replace(each, is_batch=True) for each in held[1:]]
     assert sum(counts([short, *batch], now=0.0, costs=fixed)) == 2

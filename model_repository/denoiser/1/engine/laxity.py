@@ -13,18 +13,18 @@ The ranks:
 A request is shorter if its objective is less than `1 / LONGER` as long. So a late request makes no shorter one late,
 and requests that are alike step as in order of arrival.
 
-While any interactive request steps, a round of forwards is filled to the knee: beyond it, more waveforms make every
-step longer and the device less and less faster. More interactive ones join if nobody in time is shorter, or if all who
-are shorter stay in time and the round is not as good as full.
+While any interactive request steps, a waveform joins only where it shares a forward, so that all are done sooner than
+one after the other: batch up to the knee, beyond which more waveforms make every step longer and the device less and
+less faster; interactive ones if nobody in time is shorter, or if all who are shorter stay in time and the round is not
+as good as full.
 
 The turn by age bounds the wait: `AGED_SHARE` of the device's time goes to the oldest requests. A request gets its turn
 after the older ones, and each of them no later than it takes to earn its time alone at that share.
 """
 
-from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from math import inf
 from typing import Final
 
@@ -35,12 +35,13 @@ OBJECTIVE: Final = 3.0
 """In times alone: what serving systems are measured by. A `timeout` says when to give up, not when it is wanted."""
 AGED_SHARE: Final = 0.1
 KNEE: Final = 0.3
-"""The share of the highest throughput that a round has at least, if there is enough to do. A higher one costs goodput,
-a lower one throughput; see `PERFORMANCE.md`."""
+"""The share of the highest throughput up to which batch joins a round of interactive requests."""
 FULL: Final = 0.9
 """The share of the highest throughput beyond which nothing is gained by sharing a round."""
 LONGER: Final = 2.0
 """How many times as long as that of another an objective must be to give way to it."""
+ROUNDING: Final = 1e-9
+"""The share by which sums of costs may differ that are equal."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,12 @@ def seconds_alone(waveforms: Sequence[HeldWaveform], costs: ForwardCosts) -> flo
 
 def round_seconds(waveforms: Sequence[HeldWaveform], costs: ForwardCosts) -> float:
     """Returns the seconds in which each of these waveforms takes one step."""
-    frames = {waveform.frames for waveform in waveforms}
-    if len(frames) == 1 and not any(waveform.in_turns for waveform in waveforms):
-        return costs.cheapest(sum(waveform.items for waveform in waveforms), frames.pop(), False)[0]
-    plain = [InFlight(0, waveform.items, waveform.frames, waveform.in_turns) for waveform in waveforms]
+    items_of: Counter[int] = Counter()  # by length: those of a length share a forward
+    for waveform in waveforms:
+        if not waveform.in_turns:
+            items_of[waveform.frames] += waveform.items
+    plain = [InFlight(0, items, frames, False) for frames, items in items_of.items()]
+    plain += [InFlight(0, waveform.items, waveform.frames, True) for waveform in waveforms if waveform.in_turns]
     seconds = 0.0
     for group in plan_groups(plain, costs):
         lengths = {plain[index].frames for index in group.indices}
@@ -151,7 +154,7 @@ def schedule(
     ranked = rank(held, standings, turn)
     chosen, must_step = _fill(held, ranked, turn, room)
     if any(not held[index].is_batch for index, _ in chosen):
-        chosen = chosen[: _fill_round(held, standings, chosen, must_step, costs, room, pace)]
+        chosen = _fill_round(held, standings, chosen, must_step, costs, room, pace)
     counts = [0] * len(held)
     for index, _ in chosen:
         counts[index] += 1
@@ -243,43 +246,36 @@ def _fill_round(
     costs: ForwardCosts,
     room: Room,
     pace: float,
-) -> int:
-    """Returns how many of the first waveforms step: to the knee, with all that must and those that cost nothing.
-
-    Beyond it interactive ones, where nobody who is shorter would be late. Batch waveforms do not join: the objective of
-    an interactive request is no licence to take all of it.
-    """
+) -> list[tuple[int, int]]:
+    """Returns which waveforms step: the first one, all that must, and those that may join them."""
     waveforms = [held[index].waveforms[part] for index, part in chosen]
     least = {frames: least_item_seconds(frames, costs, room.items) for frames in {each.frames for each in waveforms}}
-
-    @cache
-    def seconds(count: int) -> float:
-        return round_seconds(waveforms[:count], costs)
-
-    def count_reaching(share: float) -> int:
-        def is_enough(count: int) -> bool:
-            at_best = sum(waveform.items * least[waveform.frames] for waveform in waveforms[:count])
-            return at_best >= share * seconds(count)
-
-        count = bisect_left(range(len(waveforms)), True, max(must_step, 1), key=is_enough)
-        while count < len(waveforms) and seconds(count + 1) <= seconds(count):
-            count += 1  # for nothing
-        return count
-
-    def are_in_time(requests: Collection[int], count: int) -> bool:
-        return all(
-            waveform.evaluations * seconds(count) * pace <= standings[index].within
-            for waveform, (index, _) in zip(waveforms[:count], chosen[:count], strict=True)
-            if index in requests
-        )
-
-    in_time = {index for index, _ in chosen if not held[index].is_batch and not standings[index].is_late}
-    count, full = count_reaching(KNEE), count_reaching(FULL)
-    while count < len(chosen) and not held[chosen[count][0]].is_batch:
-        joining = standings[chosen[count][0]]
-        stepping = {index for index, _ in chosen[:count]}
-        shorter = {index for index in in_time & stepping if joining.is_longer_than(standings[index])}
-        if shorter and not (count < full and are_in_time(shorter, count + 1)):
-            break
-        count += 1
-    return count
+    count = max(must_step, 1)
+    stepping, seconds = waveforms[:count], round_seconds(waveforms[:count], costs)
+    joined, passed_over = list(chosen[:count]), set[int]()
+    for (index, part), waveform in zip(chosen[count:], waveforms[count:], strict=True):
+        if index in passed_over:
+            continue
+        together = round_seconds([*stepping, waveform], costs)
+        share = sum(each.items * least[each.frames] for each in stepping) / seconds
+        if together <= seconds:
+            joins = True  # for nothing
+        elif together > (seconds + round_seconds([waveform], costs)) * (1 - ROUNDING):
+            joins = False
+        elif held[index].is_batch:
+            joins = share < KNEE
+        else:
+            in_time = [
+                (standings[other], held[other].waveforms[which]) for other, which in joined if not held[other].is_batch
+            ]
+            shorter = [
+                (other, each) for other, each in in_time if not other.is_late and standings[index].is_longer_than(other)
+            ]
+            stay_in_time = all(each.evaluations * together * pace <= other.within for other, each in shorter)
+            joins = not shorter or (share < FULL and stay_in_time)
+        if joins:
+            stepping, seconds = [*stepping, waveform], together
+            joined.append((index, part))
+        else:
+            passed_over.add(index)  # a request's first waveforms step
+    return joined
