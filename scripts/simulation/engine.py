@@ -194,7 +194,8 @@ class SimulatedEngine:
             HeldWaveform(request.items, request.frames, self._frames(job), part.left, started=part.started)
             for part in job.waveforms
         )
-        return Held(request.arrived, job.deadline, request.is_batch, job.alone, parts, job.has_turn)
+        has_begun = job.began is not None
+        return Held(request.arrived, job.deadline, request.is_batch, job.alone, parts, job.has_turn, has_begun)
 
     def _frames(self, job: Job) -> int:
         return self.limits.frames(job.request.items, job.request.frames)

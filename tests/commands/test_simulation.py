@@ -61,7 +61,10 @@ def test_interactive_goes_before_batch() -> None:
 
 def test_those_that_are_alike_share_by_either_policy() -> None:
     for policy in (ARRIVAL, LAXITY):
-        assert ends([one(0, 5), one(0.5, 9)], LINEAR, policy) == [9, 14]
+        assert ends([one(0, 5), one(0.5, 9)], SHARED, policy) == [40, 80]
+    # By laxity not where nothing is gained.
+    assert ends([one(0, 5), one(0.5, 9)], LINEAR, ARRIVAL) == [9, 14]
+    assert ends([one(0, 5), one(0.5, 9)], LINEAR, LAXITY) == [5, 14]
 
 
 def test_whoever_cannot_be_in_time_is_dropped_and_whom_others_make_late_is_refused() -> None:
@@ -69,20 +72,23 @@ def test_whoever_cannot_be_in_time_is_dropped_and_whom_others_make_late_is_refus
     for policy in (ARRIVAL, LAXITY):
         # At 1 s it has 3.7 s left, and needs 4.
         assert ends([one(0, 10, waveforms=8), tight], LINEAR, policy) == [80, None]
-    # After one forward it has 18.5 s left and needs 12. That before it still takes 16, of which half is sure.
+    # After the forward, of 8 s or by laxity of 1 s, it has 18.5 or 24.5 s left, and needs 14. What goes before it still
+    # takes 16 or 22, of which half is sure.
     first = one(0, 3, waveforms=8, timeout=26)
     for policy in (ARRIVAL, LAXITY):
         for timeout, is_refused in ((25, True), (100, False)):
             engine = SimulatedEngine(LINEAR, replace(LIMITS, scheduling=policy))
-            jobs = simulate([first, one(1.5, 12, timeout=timeout)], [engine])
+            jobs = simulate([first, one(1.5, 14, timeout=timeout)], [engine])
             assert [job is None for job in jobs] == [False, is_refused]
 
 
 def test_each_device_takes_its_share() -> None:
     requests = [one(0, 10) for _ in range(4)]
     for policy in (ARRIVAL, LAXITY):
-        assert ends(requests, LINEAR, policy, devices=2) == [20] * 4
+        assert ends(requests, SHARED, policy, devices=2) == [80] * 4
         assert ends(requests, LINEAR, policy, devices=4) == [10] * 4
+    assert ends(requests, LINEAR, ARRIVAL, devices=2) == [20] * 4
+    assert ends(requests, LINEAR, LAXITY, devices=2) == [10, 10, 20, 20]
 
 
 def test_what_finds_no_room_waits_and_more_is_refused() -> None:

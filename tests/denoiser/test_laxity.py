@@ -53,7 +53,11 @@ def request(
     """A request whose waveforms have one item."""
     parts = tuple(HeldWaveform(1, frames, frames, steps, started=part < started) for part in range(waveforms))
     alone = seconds_alone(parts, costs)
-    return Held(arrived, **{"deadline": inf, "is_batch": False, "alone": alone, **options}, waveforms=parts)  # type: ignore[arg-type]
+    return Held(
+        arrived,
+        **{"deadline": inf, "is_batch": False, "alone": alone, "has_begun": started > 0, **options},
+        waveforms=parts,
+    )  # type: ignore[arg-type]
 
 
 def counts(held: Sequence[Held], now: float, costs: ForwardCosts = LINEAR, room: Room = ROOM) -> list[int]:
@@ -138,8 +142,14 @@ def test_those_that_are_alike_share_as_in_order_of_arrival(now: float) -> None:
 
 
 def test_those_that_are_alike_do_not_pause_each_other() -> None:
-    begun = replace(request(0, 10), waveforms=request(0, 4, started=1).waveforms)  # 6 of 10 evaluations in 6 s
+    begun = replace(request(0, 4, started=1), alone=10.0)  # 6 of 10 evaluations in 6 s
     assert counts([begun, request(1, 10)], now=6.0, room=Room(1, 1, 4)) == [1, 0]
+
+
+def test_what_is_finished_is_not_left() -> None:
+    # 2 of 10 candidates are left, none of them begun: 10 s within 11, and the other cannot wait for them.
+    begun = replace(request(-89, 5, waveforms=2, deadline=11.0), alone=50.0, has_begun=True)
+    assert schedule([begun, request(0, 5, deadline=11.5)], 0.0, 0.0, LINEAR, Room(1, 1, 4)).counts == [1, 0]
 
 
 def test_memory_bounds_who_has_started() -> None:

@@ -68,7 +68,7 @@ class Settings:
     )
     scheduling: str = _setting(
         LAXITY,
-        "laxity: interactive before batch, and first whoever can wait least to be done in three times its time alone; "
+        "laxity: interactive before batch, and first whose objective of three times its time alone comes soonest; "
         "others pause; arrival: requests enter in order of arrival and step until they are done (default: laxity)",
         (LAXITY, ARRIVAL),
     )

@@ -67,6 +67,7 @@ class Held:
     alone: float  # seconds that all of it takes by itself
     waveforms: tuple[HeldWaveform, ...]  # in generation order
     has_turn: bool = False  # by age
+    has_begun: bool = False  # a waveform of it has stepped, and may be finished
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,7 @@ def schedule(
 
 def standing(request: Held, now: float, costs: ForwardCosts, pace: float) -> Standing:
     objective = min(request.deadline - request.arrived, OBJECTIVE * request.alone * pace)
-    has_begun = any(waveform.started for waveform in request.waveforms)
-    remaining = seconds_alone(request.waveforms, costs) if has_begun else request.alone
+    remaining = seconds_alone(request.waveforms, costs) if request.has_begun else request.alone
     misses_deadline = now + remaining * pace > request.deadline
     return Standing(remaining * pace, objective, request.arrived + objective - now, misses_deadline)
 

@@ -159,7 +159,8 @@ class Roster:
             job.alone = seconds_alone(waveforms, costs)
         deadline = job.request.deadline_ns / 1e9 if job.request.deadline_ns > 0 else inf
         is_batch = job.request.priority == BATCH
-        return Held(job.submitted_ns / 1e9, deadline, is_batch, job.alone, waveforms, job.has_turn)
+        has_begun = len(job.pending) < len(job.waveforms)
+        return Held(job.submitted_ns / 1e9, deadline, is_batch, job.alone, waveforms, job.has_turn, has_begun)
 
     def _held_waveforms(
         self,
