@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 CPU_MAX_ACTIVE_ROWS: Final = 32
 CPU_MAX_WAITING: Final = 64
 GPU_MAX_ACTIVE_ROWS: Final = 62
+SWITCH_INTERVAL_S: Final = 1e-4
+"""Each kernel of a forward gives Python's lock away, and while another thread takes in requests, gets it back after
+this time. By Python's default, 5 ms, a burst of requests stalls the steps."""
 COMPILED_ITEMS: Final = (2, 4, 8, 12, 16, 24, 32, 48, 62)  # UNet batch items; half of a forward is waste at worst
 _SPACINGS: Final[Mapping[str, dict[str, object]]] = {
     "": {},
@@ -55,6 +59,7 @@ def load_engines(
     Args:
         observe: makes the observer of the engine on a device.
     """
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     checkpoint = Path(settings.checkpoint)
     tables = load_schedule_tables(checkpoint, settings.timestep_spacing)
     devices = denoising_devices(settings)
