@@ -88,14 +88,17 @@ class Roster:
     def _check_promise(self, job: Job, costs: ForwardCosts, pace: Pace) -> None:
         """Raises `UnavailableError` for a request that others before it make late; alone it would be done in time."""
         now = time.monotonic()
+        left_s = job.request.deadline_ns / 1e9 - now
+        needed_s = job.pending[-1].table.num_evaluations * job.evaluation_cost * pace.least
         if self._limits.scheduling == LAXITY:
+            most_s = sum(self._alone(each, costs) for each in self.jobs) * pace.least
+            if lateness(left_s, needed_s, most_s) <= 0:
+                return  # as nearly always: a burst of requests must not be ranked again and again
             held = [self._held(each, costs, ()) for each in (*self.jobs, job)]
             wait_s = seconds_ahead(held, now, costs, self._limits.max_active_rows, pace.least)
         else:
             round_s = round_seconds(self._held_waveforms(self.in_flight, ()), costs) * pace.least
             wait_s = self._rounds_until_entry([*self._pending, *job.pending]) * round_s
-        left_s = job.request.deadline_ns / 1e9 - now
-        needed_s = job.pending[-1].table.num_evaluations * job.evaluation_cost * pace.least
         late_s = lateness(left_s, needed_s, wait_s)
         if late_s > 0:
             raise UnavailableError(
@@ -155,12 +158,17 @@ class Roster:
 
     def _held(self, job: Job, costs: ForwardCosts, amid_step: Collection[WaveformState]) -> Held:
         waveforms = self._held_waveforms(job.unfinished, job.pending, amid_step)
-        if job.alone is None:
-            job.alone = seconds_alone(waveforms, costs)
         deadline = job.request.deadline_ns / 1e9 if job.request.deadline_ns > 0 else inf
         is_batch = job.request.priority == BATCH
         has_begun = len(job.pending) < len(job.waveforms)
-        return Held(job.submitted_ns / 1e9, deadline, is_batch, job.alone, waveforms, job.has_turn, has_begun)
+        return Held(
+            job.submitted_ns / 1e9, deadline, is_batch, self._alone(job, costs), waveforms, job.has_turn, has_begun
+        )
+
+    def _alone(self, job: Job, costs: ForwardCosts) -> float:
+        if job.alone is None:  # which is asked before its first step
+            job.alone = seconds_alone(self._held_waveforms(job.waveforms, job.pending), costs)
+        return job.alone
 
     def _held_waveforms(
         self,
