@@ -1,38 +1,71 @@
-"""The spans of a request without a server: its parts, under the trace that it belongs to."""
+"""The spans of a request without a server: its parts and steps, under the trace that it belongs to."""
 
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
 
 from audioldm2_triton.errors import UnavailableError
 from audioldm2_triton.server.journal import Journal
-from audioldm2_triton.server.request_record import RequestRecord
-from audioldm2_triton.server.spans import spans_of
+from audioldm2_triton.server.request_record import RequestRecord, StepTime
+from audioldm2_triton.server.spans import close_spans, make_spans, trace_request
+from collector import running_collector
 
 WHOLE = Journal(1, 2, 4, 8)
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+SAMPLED = f"00-{TRACE}-{PARENT}-01"
 
 
-def spans(traceparent: str, outcome: object = None, journal: Journal = WHOLE) -> list[dict[str, Any]]:
-    record = RequestRecord("decoder", "a-7", traceparent)
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    close_spans()
+
+
+def record_of(model: str = "decoder", traceparent: str = SAMPLED, journal: Journal = WHOLE) -> RequestRecord:
+    record = RequestRecord(model, "a-7", traceparent)
     record.journal = journal
-    return spans_of(record, outcome, ended_ns=16)
+    return record
+
+
+def spans(record: RequestRecord, outcome: object = None) -> list[ReadableSpan]:
+    exporter, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    make_spans(provider.get_tracer("test"), record, outcome, ended_ns=16)
+    return list(exporter.get_finished_spans())
+
+
+def durations(found: list[ReadableSpan]) -> list[int]:
+    return [(span.end_time or 0) - (span.start_time or 0) for span in found]
 
 
 def test_a_span_for_each_part() -> None:
-    found = spans(f"00-{TRACE}-{PARENT}-01")
-    assert [span["name"] for span in found] == [
-        f"audioldm2.{part}" for part in ("text", "queue", "denoising", "decoding")
-    ]
-    assert {(span["traceId"], span["parentSpanId"]) for span in found} == {(TRACE, PARENT)}
-    assert len({span["spanId"] for span in found}) == 4
-    assert [int(span["endTimeUnixNano"]) - int(span["startTimeUnixNano"]) for span in found] == [1, 2, 4, 8]
-    assert not any("status" in span for span in found)
+    found = spans(record_of())
+    assert [span.name for span in found] == [f"audioldm2.{part}" for part in ("text", "queue", "denoising", "decoding")]
+    parents = [span.parent for span in found if span.parent is not None]
+    assert {(f"{parent.trace_id:032x}", f"{parent.span_id:016x}") for parent in parents} == {(TRACE, PARENT)}
+    assert len(parents) == 4
+    assert durations(found) == [1, 2, 4, 8]
+    assert {span.status.status_code for span in found} == {StatusCode.UNSET}
+
+
+def test_a_span_for_each_step_in_the_denoiser_alone() -> None:
+    record = record_of("denoiser")
+    record.steps = [StepTime(4, 5, 2), StepTime(5, 8, 16)]
+    found = spans(record)
+    assert [span.name for span in found] == ["audioldm2.step"] * 2
+    assert durations(found) == [1, 3]
+    known = [span.attributes or {} for span in found]
+    assert [(each["audioldm2.step"], each["audioldm2.rows"]) for each in known] == [(1, 2), (2, 16)]
 
 
 def test_the_part_that_failed_says_so() -> None:
-    found = spans(f"00-{TRACE}-{PARENT}-01", UnavailableError("full"), Journal(1, 2, 4))
-    assert [span.get("status") for span in found] == [None, None, {"code": 2, "message": "unavailable"}]
+    found = spans(record_of(journal=Journal(1, 2, 4)), UnavailableError("full"))
+    assert [span.status.description for span in found] == [None, None, "unavailable"]
+    assert found[-1].status.status_code is StatusCode.ERROR
 
 
 @pytest.mark.parametrize(
@@ -48,4 +81,20 @@ def test_the_part_that_failed_says_so() -> None:
     ],
 )
 def test_what_is_no_sampled_trace_has_no_spans(traceparent: str) -> None:
-    assert spans(traceparent) == []
+    assert spans(record_of(traceparent=traceparent)) == []
+
+
+@pytest.mark.parametrize("service", [None, "music"])
+def test_the_end_sends_what_is_left(service: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_collector() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url.removesuffix("/v1/traces"))
+        if service:
+            monkeypatch.setenv("OTEL_SERVICE_NAME", service)
+        trace_request(record_of(), None, 16)
+        close_spans()
+        assert len(collector.of_trace(TRACE)) == 4
+        assert collector.services == {service or "audioldm2"}
+
+
+def test_without_a_collector_nothing_is_made() -> None:
+    trace_request(record_of(), None, 16)

@@ -12,7 +12,7 @@ import pytest
 from tritonclient import grpc, http
 
 from audioldm2_triton import AudioLDM2Client
-from audioldm2_triton.server.spans import ENDPOINT_VARIABLE
+from audioldm2_triton.contract import DEFAULT_NUM_INFERENCE_STEPS
 from collector import Collector, running_collector
 from serving.local_server import LocalServer, local_server
 from supervised_server import wait_until
@@ -44,7 +44,9 @@ def traced(
     words = [word for option in options for word in ("--trace-config", option)]
     log = tmp_path_factory.mktemp("traced") / "log"
     with (
-        mock.patch.dict(os.environ, {ENDPOINT_VARIABLE: collector.url}),
+        mock.patch.dict(
+            os.environ, {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "500"}
+        ),
         local_server(tiny_checkpoint, log, "--log-format=json", "--", *words) as server,
     ):
         yield server
@@ -74,13 +76,18 @@ def test_a_request_is_one_trace(protocol: str, traced: LocalServer, collector: C
     prompt = module.InferInput("prompt", [1, 1], "BYTES")
     prompt.set_data_from_numpy(np.array([["rain"]], object))
     client.infer("audioldm2", [prompt], request_id=protocol, headers={"traceparent": f"00-{trace}-{PARENT}-01"})
-    spans = complete(collector, trace, "InferRequest", "audioldm2", "text_conditioning", "denoiser", "decoder", *PARTS)
+    spans = complete(collector, trace, "InferRequest", "audioldm2", "text_conditioning", "denoiser", "decoder", "audioldm2.step", *PARTS)
     (request,), (ensemble,), (decoder,) = (spans[name] for name in ("InferRequest", "audioldm2", "decoder"))
     assert request["parentSpanId"] == PARENT
     assert ensemble["parentSpanId"] == request["spanId"]
     assert decoder["parentSpanId"] == ensemble["spanId"]
     own = [spans[part][0] for part in PARTS]
     assert {span["parentSpanId"] for span in own} == {decoder["spanId"]}
+    steps = sorted(spans["audioldm2.step"], key=lambda span: int(span["startTimeUnixNano"]))
+    assert len(steps) == DEFAULT_NUM_INFERENCE_STEPS
+    assert {span["parentSpanId"] for span in steps} == {spans["denoiser"][0]["spanId"]}
+    (denoising,) = spans["audioldm2.denoising"]
+    assert int(steps[-1]["endTimeUnixNano"]) <= int(denoising["endTimeUnixNano"])
     # One after the other, without a gap. Each is counted from the same clock.
     assert [span["endTimeUnixNano"] for span in own[:-1]] == [span["startTimeUnixNano"] for span in own[1:]]
     said = line(traced, protocol)
@@ -95,5 +102,5 @@ def test_a_stream_begins_a_trace(traced: LocalServer, collector: Collector) -> N
     with AudioLDM2Client(traced.grpc_url) as client:
         client.generate("rain", request_id="own")
     trace = line(traced, "own")["traceparent"].split("-")[1]
-    spans = complete(collector, trace, "InferRequest", "audioldm2_stream", *PARTS)
+    spans = complete(collector, trace, "InferRequest", "audioldm2_stream", "audioldm2.step", *PARTS)
     assert {span["parentSpanId"] for part in PARTS for span in spans[part]} == {spans["audioldm2_stream"][0]["spanId"]}

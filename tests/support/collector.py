@@ -1,5 +1,9 @@
-"""A stand-in for an OpenTelemetry collector: keeps the spans that are posted to it, OTLP in JSON over HTTP."""
+"""A stand-in for an OpenTelemetry collector: keeps the spans that are posted to it, OTLP over HTTP.
 
+Triton's come in JSON, those of the models in protobuf.
+"""
+
+import base64
 import json
 import threading
 from collections.abc import Iterator
@@ -7,6 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 PATH = "/v1/traces"
 
@@ -17,9 +24,9 @@ class Collector:
     spans: list[dict[str, Any]] = field(default_factory=list)
     services: set[str] = field(default_factory=set)
 
-    def take(self, body: bytes) -> None:
-        for of_resource in json.loads(body)["resourceSpans"]:
-            known = {each["key"]: each["value"]["stringValue"] for each in of_resource["resource"]["attributes"]}
+    def take(self, body: bytes, content_type: str) -> None:
+        for of_resource in (json.loads(body) if "json" in content_type else _decode(body))["resourceSpans"]:
+            known = {each["key"]: each["value"].get("stringValue") for each in of_resource["resource"]["attributes"]}
             self.services.add(known["service.name"])
             self.spans += [span for of_scope in of_resource["scopeSpans"] for span in of_scope["spans"]]
 
@@ -30,6 +37,16 @@ class Collector:
             if span["traceId"] == trace:
                 found.setdefault(span["name"], []).append(span)
         return found
+
+
+def _decode(body: bytes) -> dict[str, Any]:
+    """Returns what the same would be in JSON, where ids are in hexadecimal, not in base64 as in any other message."""
+    decoded = MessageToDict(ExportTraceServiceRequest.FromString(body))
+    for of_resource in decoded["resourceSpans"]:
+        for span in (span for of_scope in of_resource["scopeSpans"] for span in of_scope["spans"]):
+            for name in ("traceId", "spanId", "parentSpanId"):
+                span[name] = base64.b64decode(span[name]).hex()
+    return decoded
 
 
 @contextmanager
@@ -43,7 +60,7 @@ def running_collector() -> Iterator[Collector]:
             self.send_header("Content-Length", "0")
             self.end_headers()
             if self.path == PATH:
-                collector.take(body)
+                collector.take(body, self.headers["Content-Type"])
 
         def log_message(self, *_: object) -> None:
             """Says nothing."""

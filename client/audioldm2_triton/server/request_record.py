@@ -20,6 +20,15 @@ TRACEPARENT: Final = "traceparent"
 _LONGEST_TRACEPARENT: Final = 100  # characters; those of today have 55
 
 
+@dataclass(frozen=True)
+class StepTime:
+    """A step of a request, on the monotonic clock, and the UNet batch items of its forward, of all requests."""
+
+    began_ns: int
+    ended_ns: int
+    rows: int
+
+
 @dataclass
 class RequestRecord:
     """One request in one model. Whoever works on it writes here what it learns."""
@@ -31,6 +40,7 @@ class RequestRecord:
     is_part: bool = False  # of a stream, which logs and measures the whole
     arrived_ns: int = field(default_factory=time.monotonic_ns)  # at this model
     first_audio_ns: int = 0  # when a stream's was sent
+    steps: list[StepTime] = field(default_factory=list)  # where they are traced
     journal: Journal = field(init=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +82,11 @@ class RequestRecord:
 
     def admitted(self) -> None:
         self.journal = replace(self.journal, admitted_ns=time.monotonic_ns())
+
+    def stepped(self, seconds: float, rows: int) -> None:
+        """Notes that a step has just ended, and how long its forward took."""
+        now = time.monotonic_ns()
+        self.steps.append(StepTime(now - int(1e9 * seconds), now, rows))
 
     def sent(self, names: Collection[str]) -> None:
         """Notes the moments that the parts of a stream's answer tell of; only the first of each kind counts."""

@@ -1,96 +1,86 @@
-"""The parts of a request as OpenTelemetry's spans; Triton's own cover only `execute()`, which returns at once.
+"""The parts and the steps of a request as OpenTelemetry's spans; Triton's own cover only `execute()`, which returns at once.
 
-Sent when a request ends, as OTLP in JSON over HTTP, to where OpenTelemetry's own environment variable says.
+Sent by OpenTelemetry's library, which reads where to and how from its own environment variables.
 """
 
-import json
-import logging
 import os
-import re
-import secrets
+import threading
 import time
-import urllib.request
-from collections.abc import Mapping
-from functools import cache, partial
-from typing import Any, Final
+from functools import cache
+from typing import TYPE_CHECKING, Final
 
-from audioldm2_triton.server.reports import Reports
-from audioldm2_triton.server.request_record import RequestRecord, outcome_name
+from audioldm2_triton.server.request_record import TRACEPARENT, RequestRecord, outcome_name
 
-ENDPOINT_VARIABLE: Final = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
-"""With the URL of a collector, such as `http://localhost:4318/v1/traces`."""
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Tracer
+
+ENDPOINT_VARIABLES: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 SERVICE_VARIABLE: Final = "OTEL_SERVICE_NAME"
-TIMEOUT_IN_S: Final = 5.0
-MAX_UNSENT: Final = 1000  # requests, for a collector that does not answer
+CLOSE_TIMEOUT_IN_S: Final = 2.0  # a collector that does not answer must not hold up the exit
 
-_INTERNAL: Final = 1  # a span's kind
-_ERROR: Final = 2  # a status
-_TRACEPARENT: Final = re.compile(
-    r"[0-9a-f]{2}-(?P<trace>(?!0{32})[0-9a-f]{32})-(?P<parent>(?!0{16})[0-9a-f]{16})-(?P<flags>[0-9a-f]{2})"
-)
-_SAMPLED: Final = 1  # a flag
 
-logger = logging.getLogger(__name__)
+def are_wanted() -> bool:
+    return any(os.environ.get(name) for name in ENDPOINT_VARIABLES)
 
 
 def trace_request(record: RequestRecord, outcome: object, ended_ns: int) -> None:
-    """Sends the spans of a request that has ended, in a thread, if there is a collector and its trace is sampled."""
-    url = os.environ.get(ENDPOINT_VARIABLE, "")
-    if url and record.ends_with(outcome) and (spans := spans_of(record, outcome, ended_ns)):
-        _sending().put(partial(_send, url, spans), MAX_UNSENT)
+    """Has the spans of a request that has ended in this model sent, by a thread, if there is a collector."""
+    if are_wanted():
+        make_spans(_provider().get_tracer("audioldm2_triton"), record, outcome, ended_ns)
 
 
-def spans_of(record: RequestRecord, outcome: object, ended_ns: int) -> list[dict[str, Any]]:
-    """Returns a span for each known part of a request; none if its trace is not sampled, or is no trace.
+def make_spans(tracer: "Tracer", record: RequestRecord, outcome: object, ended_ns: int) -> None:
+    """Makes a span for each step in this model, and where the request ends, for each known part of it.
 
-    They are children of what `traceparent` names: of Triton's span of this model where Triton traces too.
+    They are children of what `traceparent` names: of Triton's span of this model where Triton traces too. None if its
+    trace is not sampled, or is no trace.
     """
-    named = _TRACEPARENT.match(record.traceparent)
-    if not named or not int(named["flags"], 16) & _SAMPLED:
-        return []
+    from opentelemetry.trace import Status, StatusCode, get_current_span
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    context = TraceContextTextMapPropagator().extract({TRACEPARENT: record.traceparent})
+    parent = get_current_span(context).get_span_context()
+    if not (parent.is_valid and parent.trace_flags.sampled):
+        return
     to_epoch = time.time_ns() - time.monotonic_ns()
-    parts = record.journal.parts(ended_ns)
     known = {"audioldm2.model": record.door, "audioldm2.request_id": record.request_id}
-    spans: list[dict[str, Any]] = [
-        {
-            "traceId": named["trace"],
-            "spanId": secrets.token_hex(8),
-            "parentSpanId": named["parent"],
-            "name": f"audioldm2.{part}",
-            "kind": _INTERNAL,
-            "startTimeUnixNano": str(begin + to_epoch),
-            "endTimeUnixNano": str(end + to_epoch),
-            "attributes": _attributes(known),
-        }
-        for part, (begin, end) in parts.items()
-    ]
-    if spans and isinstance(outcome, BaseException):
-        spans[-1]["status"] = {"code": _ERROR, "message": outcome_name(outcome)}
-    return spans
+    for number, step in enumerate(record.steps, start=1):
+        attributes = {**known, "audioldm2.step": number, "audioldm2.rows": step.rows}
+        tracer.start_span(
+            "audioldm2.step", context, attributes=attributes, start_time=step.began_ns + to_epoch
+        ).end(step.ended_ns + to_epoch)
+    if not record.ends_with(outcome):
+        return
+    parts = record.journal.parts(ended_ns)
+    for part, (began_ns, part_ended_ns) in parts.items():
+        span = tracer.start_span(
+            f"audioldm2.{part}", context, attributes=known, start_time=began_ns + to_epoch
+        )
+        if isinstance(outcome, BaseException) and part == list(parts)[-1]:
+            span.set_status(Status(StatusCode.ERROR, outcome_name(outcome)))
+        span.end(part_ended_ns + to_epoch)
 
 
 def close_spans() -> None:
-    """Sends what is left."""
-    if _sending.cache_info().currsize:
-        _sending().close()
+    """Sends what is left, if the collector takes it in time."""
+    if _provider.cache_info().currsize:
+        closing = threading.Thread(target=_provider().shutdown, name="spans", daemon=True)
+        closing.start()
+        closing.join(CLOSE_TIMEOUT_IN_S)
+        _provider.cache_clear()
 
 
 @cache
-def _sending() -> Reports:
-    return Reports("spans")
+def _provider() -> "TracerProvider":
+    # Imported where it is needed: most servers have no collector.
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-
-def _attributes(known: Mapping[str, str]) -> list[dict[str, Any]]:
-    return [{"key": name, "value": {"stringValue": value}} for name, value in known.items()]
-
-
-def _send(url: str, spans: list[dict[str, Any]]) -> None:
-    resource = {"attributes": _attributes({"service.name": os.environ.get(SERVICE_VARIABLE, "audioldm2")})}
-    scoped = [{"scope": {"name": "audioldm2_triton"}, "spans": spans}]
-    body = json.dumps({"resourceSpans": [{"resource": resource, "scopeSpans": scoped}]}).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_IN_S):
-            pass
-    except OSError as error:
-        logger.warning("the spans of a request could not be sent to %s: %s", url, error)
+    service = os.environ.get(SERVICE_VARIABLE) or "audioldm2"
+    # At exit it would wait for a collector that does not answer.
+    provider = TracerProvider(resource=Resource.create({"service.name": service}), shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return provider

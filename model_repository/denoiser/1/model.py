@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from audioldm2_triton.errors import invalid
-from audioldm2_triton.server import faults
+from audioldm2_triton.server import faults, spans
 from audioldm2_triton.server import triton_adapter as adapter
 from audioldm2_triton.server.entrance import FullSign, entrance_of
 from audioldm2_triton.server.journal import TENSOR as JOURNAL
@@ -90,7 +90,11 @@ class TritonPythonModel:
             raise invalid(CONTROL, read.control, f"{PROGRESS} or {CANCEL}")
         else:
             request = parse_denoising_request(read.inputs, self.shapes)
-            request = replace(request, deadline_ns=read.deadline_ns, on_admitted=taken.record.admitted)
+            record = taken.record
+            on_stepped = record.stepped if spans.are_wanted() else None
+            request = replace(
+                request, deadline_ns=read.deadline_ns, on_admitted=record.admitted, on_stepped=on_stepped
+            )
             self.engines.submit(request, partial(self._finish, taken, request), taken.is_cancelled, job)
 
     def _finish(

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Final
 
 import torch
@@ -258,6 +259,8 @@ class Engine:
                 self._groups.stale |= waveform.guidance is not guidance  # it needs more or fewer items from now on
             jobs = self._roster.owners_of(group.waveforms)
             calls = [call for job in jobs for call in job.progressed()]
+        told = [job.request.on_stepped for job in jobs if job.request.on_stepped is not None]
+        calls += [partial(on_stepped, seconds, items) for on_stepped in told]
         call_all(calls)
         finished = [waveform for waveform in group.waveforms if waveform.finished]
         if finished:

@@ -65,6 +65,7 @@ class DenoisingRequest:
     deadline_ns: int = 0  # on the monotonic clock; 0: none
     priority: str = DEFAULT_PRIORITY
     on_admitted: Callable[[], None] = _ignore  # called from the engine's thread before the first step
+    on_stepped: Callable[[float, int], None] | None = None  # the same, after each: seconds and items of the forward
 
     @property
     def unet_items(self) -> int:
