@@ -1,4 +1,4 @@
-"""Who steps by least laxity, without a UNet; and the engine, which pauses waveforms between their steps."""
+"""Who steps by laxity, without a UNet; and the engine, which pauses waveforms between their steps."""
 
 import random
 import subprocess
@@ -79,22 +79,27 @@ def test_the_soonest_objective_goes_first_and_who_is_late_waits_for_shorter_ones
     # Objectives: 5, 35 and 12; the first cannot be met any more, and it takes more than twice as long as the last.
     held = [request(-25, 10, started=1), request(5, 10), request(0, 4)]
     assert counts(held, now=4.0) == [0, 0, 1]
-    # All are late, so nobody who is shorter is in time: first whoever has least left.
-    assert counts(held, now=26.0) == [0, 0, 1]
-    assert counts(held[:2], now=26.0) == [1, 0]
+    assert counts(held, now=9.0) == [1, 1, 1]  # the last is late as well, and nobody in time is shorter
+    # Nobody in time is shorter: as many as have room, first whoever has least left.
+    assert counts(held, now=26.0) == [1, 1, 1]
+    assert counts(held, now=26.0, room=Room(2, 2, 4)) == [1, 0, 1]
 
 
-def test_those_of_different_lengths_go_one_after_the_other_unless_they_share_a_forward() -> None:
+def test_lengths_go_one_after_the_other_unless_they_share_a_forward() -> None:
     apart = ForwardCosts(LinearCost(8.0, 1.0), LinearCost(inf, 1.0))
-    for costs, expected in ((LINEAR, [1, 0, 0]), (apart, [1, 0, 1]), (SHARED, [1, 1, 1])):
+    for costs, expected in ((LINEAR, [1, 0, 1]), (apart, [1, 0, 1]), (SHARED, [1, 1, 1])):
         held = [request(0, 10, costs=costs), request(1, 10, frames=2, costs=costs), request(2, 10, costs=costs)]
         assert counts(held, now=3.0, costs=costs) == expected
 
 
+def test_a_turn_by_age_does_not_stop_the_others() -> None:
+    old = request(0, 10, frames=2, started=1, is_batch=True, has_turn=True)
+    assert counts([old, request(1, 10), request(2, 10), request(3, 10, frames=3)], now=30.0) == [1, 1, 1, 0]
+
+
 def test_a_deadline_is_an_objective() -> None:
     assert counts([request(0, 5), request(0, 5, deadline=6.0)], now=0.0) == [0, 1]
-    assert counts([request(0, 5, deadline=60.0), request(0, 5, deadline=6.0)], now=0.0) == [0, 1]
-    assert counts([request(0, 5), request(0, 5, deadline=60.0)], now=0.0) == [1, 0]
+    assert counts([request(0, 5), request(0, 5, deadline=60.0)], now=0.0) == [1, 1]
 
 
 def test_whoever_misses_its_deadline_takes_no_steps_from_others() -> None:
@@ -144,6 +149,9 @@ def test_those_that_are_alike_share_as_in_order_of_arrival(now: float) -> None:
 def test_those_that_are_alike_do_not_pause_each_other() -> None:
     begun = replace(request(0, 4, started=1), alone=10.0)  # 6 of 10 evaluations in 6 s
     assert counts([begun, request(1, 10)], now=6.0, room=Room(1, 1, 4)) == [1, 0]
+    # Nor if the second is late, who was to be done later: 8 s are left to the first for 6, and 9 to the second for 10.
+    begun = replace(request(2, 6, started=1), alone=10.0)
+    assert counts([begun, request(3, 10)], now=24.0, room=Room(1, 1, 4)) == [1, 0]
 
 
 def test_what_is_finished_is_not_left() -> None:

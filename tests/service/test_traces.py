@@ -76,7 +76,17 @@ def test_a_request_is_one_trace(protocol: str, traced: LocalServer, collector: C
     prompt = module.InferInput("prompt", [1, 1], "BYTES")
     prompt.set_data_from_numpy(np.array([["rain"]], object))
     client.infer("audioldm2", [prompt], request_id=protocol, headers={"traceparent": f"00-{trace}-{PARENT}-01"})
-    spans = complete(collector, trace, "InferRequest", "audioldm2", "text_conditioning", "denoiser", "decoder", "audioldm2.step", *PARTS)
+    spans = complete(
+        collector,
+        trace,
+        "InferRequest",
+        "audioldm2",
+        "text_conditioning",
+        "denoiser",
+        "decoder",
+        "audioldm2.step",
+        *PARTS,
+    )
     (request,), (ensemble,), (decoder,) = (spans[name] for name in ("InferRequest", "audioldm2", "decoder"))
     assert request["parentSpanId"] == PARENT
     assert ensemble["parentSpanId"] == request["spanId"]

@@ -1,4 +1,4 @@
-"""A thread that tells the server what the metrics are to show.
+"""A thread that tells others what happens: the server what the metrics are to show, a collector what is traced.
 
 Each operation on a metric is a round trip of 0.1 to 2 ms, for which no step and no answer should wait. Being the only
 one, the thread also keeps apart the operations of one metric: two at a time bring down the server (2.51.0).
@@ -23,9 +23,10 @@ class Reports:
         self._thread = threading.Thread(target=self._run, name=f"reports-{name}", daemon=True)
         self._thread.start()
 
-    def put(self, operation: Callable[[], object]) -> None:
-        """Has an operation carried out."""
-        self._queue.put(operation)
+    def put(self, operation: Callable[[], object], max_waiting: int = 0) -> None:
+        """Has an operation carried out, unless more than `max_waiting` wait for it already; 0: in any case."""
+        if not max_waiting or self._queue.qsize() < max_waiting:
+            self._queue.put(operation)
 
     def close(self) -> None:
         """Carries out what is left, and ends the thread."""

@@ -51,7 +51,7 @@ class RequestRecord:
         """The model that the client called, if it is one of the two public ones."""
         for stage in (TEXT_CONDITIONING, DENOISER, DECODER):
             if self.model.endswith(stage):
-                return self.model.removesuffix(stage) + ENSEMBLE
+                return self.model.removesuffix(stage) + (STREAM if self.is_part else ENSEMBLE)
         return self.model
 
     @property

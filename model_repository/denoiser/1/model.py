@@ -92,9 +92,7 @@ class TritonPythonModel:
             request = parse_denoising_request(read.inputs, self.shapes)
             record = taken.record
             on_stepped = record.stepped if spans.are_wanted() else None
-            request = replace(
-                request, deadline_ns=read.deadline_ns, on_admitted=record.admitted, on_stepped=on_stepped
-            )
+            request = replace(request, deadline_ns=read.deadline_ns, on_admitted=record.admitted, on_stepped=on_stepped)
             self.engines.submit(request, partial(self._finish, taken, request), taken.is_cancelled, job)
 
     def _finish(

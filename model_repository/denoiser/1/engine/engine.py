@@ -258,9 +258,9 @@ class Engine:
                 waveform.evaluation += 1
                 self._groups.stale |= waveform.guidance is not guidance  # it needs more or fewer items from now on
             jobs = self._roster.owners_of(group.waveforms)
-            calls = [call for job in jobs for call in job.progressed()]
-        told = [job.request.on_stepped for job in jobs if job.request.on_stepped is not None]
-        calls += [partial(on_stepped, seconds, items) for on_stepped in told]
+            told = [job.request.on_stepped for job in jobs if job.request.on_stepped is not None]
+            calls: list[Callable[[], None]] = [partial(on_stepped, seconds, items) for on_stepped in told]
+            calls += [call for job in jobs for call in job.progressed()]
         call_all(calls)
         finished = [waveform for waveform in group.waveforms if waveform.finished]
         if finished:

@@ -56,7 +56,7 @@ def rounds_until_entry(in_flight: Iterable[Ahead], waiting: Iterable[Ahead], fre
 def seconds_ahead(held: Sequence[Held], now: float, costs: ForwardCosts, items: int, pace: float) -> float:
     """Returns what those before the last request take at the highest throughput, by laxity.
 
-    Only those with a sooner objective: late ones with a later one give way when the last request becomes late as well.
+    Only of those with a sooner objective: rather too little is foretold than too much.
 
     Args:
         items: UNet batch items of a forward at most.

@@ -36,7 +36,7 @@ OnProgress = Callable[[int, int], None]
 class JobStatus(Enum):
     """The state of a request in the engine."""
 
-    ADMISSIBLE = auto()  # there was room on arrival: it enters before the next step
+    ADMISSIBLE = auto()  # there was room on arrival
     WAITING = auto()  # there was no room on arrival
     IN_FLIGHT = auto()  # since its first waveform has entered
     DONE = auto()  # answered, or about to be
@@ -61,6 +61,7 @@ class Job:
         self.status = JobStatus.ADMISSIBLE
         self.cancelled = False  # a client or its door wants it to end
         self.alone: float | None = None  # seconds that it takes by itself; None: not asked yet
+        self.most: float | None = None  # seconds that it takes from others at most; None: not asked yet
         self.has_turn = False  # by age: it is not paused any more
         self.evaluation_cost = evaluation_cost  # seconds, at least; 0: unknown
         self.submitted_ns = time.monotonic_ns()

@@ -7,16 +7,16 @@ The ranks:
 1. The request whose turn has come by age, at most one at a time. It is not paused until it is done.
 2. Interactive requests. Those in time go by the soonest objective: by least laxity, requests that are alike would pause
    each other again and again, since only the laxity of those that wait shrinks. A late one goes behind the last of them
-   that is shorter, and whoever misses its deadline behind all.
+   that is shorter or has a sooner objective, and whoever misses its deadline behind all.
 3. Batch requests, in the same order.
 
 A request is shorter if its objective is less than `1 / LONGER` as long. So a late request makes no shorter one late,
 and requests that are alike step as in order of arrival.
 
-While any interactive request steps, a waveform joins only where it shares a forward, so that all are done sooner than
-one after the other: batch up to the knee, beyond which more waveforms make every step longer and the device less and
-less faster; interactive ones if nobody in time is shorter, or if all who are shorter stay in time and the round is not
-as good as full.
+While any interactive request steps, a waveform joins only where it shares a forward, by its length or because all are
+done sooner than one after the other: batch up to the knee, beyond which more waveforms make every step longer and the
+device less and less faster; interactive ones if nobody in time is shorter, or if all who are shorter stay in time and
+the round is not as good as full.
 
 The turn by age bounds the wait: `AGED_SHARE` of the device's time goes to the oldest requests. A request gets its turn
 after the older ones, and each of them no later than it takes to earn its time alone at that share.
@@ -126,7 +126,8 @@ def round_seconds(waveforms: Sequence[HeldWaveform], costs: ForwardCosts) -> flo
         if not waveform.in_turns:
             items_of[waveform.frames] += waveform.items
     plain = [InFlight(0, items, frames, False) for frames, items in items_of.items()]
-    plain += [InFlight(0, waveform.items, waveform.frames, True) for waveform in waveforms if waveform.in_turns]
+    in_turns = [waveform for waveform in waveforms if waveform.in_turns]
+    plain += [InFlight(number, each.items, each.frames, True) for number, each in enumerate(in_turns)]
     seconds = 0.0
     for group in plan_groups(plain, costs):
         lengths = {plain[index].frames for index in group.indices}
@@ -189,13 +190,14 @@ def rank(held: Sequence[Held], standings: Sequence[Standing], turn: int | None =
 
 
 def _place(late: Standing, in_time: Sequence[Standing]) -> int:
-    """Returns how many of those in time go before a late one: all up to the last that is shorter.
+    """Returns how many of those in time go before a late one: all up to the last that is shorter, or was to be sooner.
 
     One more than all for whoever misses its deadline: it must not take steps from those that can be answered.
     """
     if late.misses_deadline:
         return len(in_time) + 1
-    return max((place for place, other in enumerate(in_time, 1) if late.is_longer_than(other)), default=0)
+    before = (late.is_longer_than(other) or other.within <= late.within for other in in_time)
+    return max((place for place, goes_before in enumerate(before, 1) if goes_before), default=0)
 
 
 def _turn(held: Sequence[Held], now: float, since: float, costs: ForwardCosts, pace: float) -> tuple[int | None, float]:
@@ -247,35 +249,47 @@ def _fill_round(
     room: Room,
     pace: float,
 ) -> list[tuple[int, int]]:
-    """Returns which waveforms step: the first one, all that must, and those that may join them."""
+    """Returns which waveforms step: all that must, the first of the others, and those that may join them."""
     waveforms = [held[index].waveforms[part] for index, part in chosen]
     least = {frames: least_item_seconds(frames, costs, room.items) for frames in {each.frames for each in waveforms}}
-    count = max(must_step, 1)
-    stepping, seconds = waveforms[:count], round_seconds(waveforms[:count], costs)
-    joined, passed_over = list(chosen[:count]), set[int]()
+    # A request whose turn has come by age, or a step that has begun, does not stop whoever goes first for long.
+    count = must_step + 1
+    stepping, joined = waveforms[:count], list(chosen[:count])
+    seconds = round_seconds(stepping, costs)
+    passed_over: set[int] = set()
     for (index, part), waveform in zip(chosen[count:], waveforms[count:], strict=True):
         if index in passed_over:
             continue
         together = round_seconds([*stepping, waveform], costs)
-        share = sum(each.items * least[each.frames] for each in stepping) / seconds
+        at_best = sum(each.items * least[each.frames] for each in stepping)
         if together <= seconds:
             joins = True  # for nothing
-        elif together > (seconds + round_seconds([waveform], costs)) * (1 - ROUNDING):
+        elif not (
+            index == joined[-1][0]
+            or _share_a_length(waveform, stepping)
+            or together < (seconds + round_seconds([waveform], costs)) * (1 - ROUNDING)
+        ):
             joins = False
         elif held[index].is_batch:
-            joins = share < KNEE
+            joins = at_best < KNEE * seconds
         else:
-            in_time = [
-                (standings[other], held[other].waveforms[which]) for other, which in joined if not held[other].is_batch
-            ]
             shorter = [
-                (other, each) for other, each in in_time if not other.is_late and standings[index].is_longer_than(other)
+                (standings[other], held[other].waveforms[which])
+                for other, which in joined
+                if not held[other].is_batch
+                and not standings[other].is_late
+                and standings[index].is_longer_than(standings[other])
             ]
             stay_in_time = all(each.evaluations * together * pace <= other.within for other, each in shorter)
-            joins = not shorter or (share < FULL and stay_in_time)
+            joins = not shorter or (at_best < FULL * seconds and stay_in_time)
         if joins:
             stepping, seconds = [*stepping, waveform], together
             joined.append((index, part))
         else:
             passed_over.add(index)  # a request's first waveforms step
     return joined
+
+
+def _share_a_length(waveform: HeldWaveform, others: Sequence[HeldWaveform]) -> bool:
+    """Returns whether a forward has room for it beside one of the others, whatever its bucket."""
+    return not waveform.in_turns and any(each.frames == waveform.frames and not each.in_turns for each in others)

@@ -11,7 +11,7 @@ from audioldm2_triton.server import faults
 from audioldm2_triton.server.settings import LAXITY
 from engine.foresight import Ahead, lateness, rounds_until_entry, seconds_ahead
 from engine.job import Job, JobStatus
-from engine.laxity import Held, HeldWaveform, Room, round_seconds, schedule, seconds_alone
+from engine.laxity import Held, HeldWaveform, Room, least_item_seconds, round_seconds, schedule, seconds_alone
 from engine.limits import EngineLimits, EngineLoad
 from engine.pace import Pace
 from engine.policy import Waiting, admit
@@ -91,7 +91,7 @@ class Roster:
         left_s = job.request.deadline_ns / 1e9 - now
         needed_s = job.pending[-1].table.num_evaluations * job.evaluation_cost * pace.least
         if self._limits.scheduling == LAXITY:
-            most_s = sum(self._alone(each, costs) for each in self.jobs) * pace.least
+            most_s = sum(self._most(each, costs) for each in self.jobs) * pace.least
             if lateness(left_s, needed_s, most_s) <= 0:
                 return  # as nearly always: a burst of requests must not be ranked again and again
             held = [self._held(each, costs, ()) for each in (*self.jobs, job)]
@@ -108,7 +108,9 @@ class Roster:
 
     def _when(self, costs: ForwardCosts | None, pace: Pace) -> str:
         round_s = 0.0 if costs is None else round_seconds(self._held_waveforms(self.in_flight, ()), costs) * pace.usual
-        wait_s = self._rounds_until_entry(self._pending[:1]) * round_s
+        # By laxity there may be room for whoever waits, so that it is the first to be done who makes a place.
+        first = min((each.table.num_evaluations - each.evaluation for each in self.in_flight), default=0)
+        wait_s = (self._rounds_until_entry(self._pending[:1]) or first) * round_s
         return f"retry after {wait_s:.1f} s" if wait_s else "try again later"
 
     def admit(self, costs: ForwardCosts | None, pace: float, amid_step: Collection[WaveformState]) -> Admission:
@@ -169,6 +171,17 @@ class Roster:
         if job.alone is None:  # which is asked before its first step
             job.alone = seconds_alone(self._held_waveforms(job.waveforms, job.pending), costs)
         return job.alone
+
+    def _most(self, job: Job, costs: ForwardCosts) -> float:
+        """Returns the seconds that its steps take at most, in forwards of as many items as there is room for."""
+        if job.most is None:
+            waveforms = self._held_waveforms(job.waveforms, job.pending)
+            at_best = (
+                each.evaluations * each.items * least_item_seconds(each.frames, costs, self._limits.max_active_rows)
+                for each in waveforms
+            )
+            job.most = max(self._alone(job, costs), sum(at_best))
+        return job.most
 
     def _held_waveforms(
         self,
