@@ -172,6 +172,10 @@ def test_amid_a_step_nothing_pauses() -> None:
     decided = schedule(held, 1.0, 1.0, LINEAR, ROOM)
     assert decided.counts == [2, 0]
     assert decided.review_at == 1.0
+    # Two that are never between two steps at once: when a turn is due, nothing else begins a step.
+    between = replace(held[0], waveforms=tuple(replace(part, amid_step=False) for part in parts))
+    decided = schedule([between, held[0], request(1, 5)], 200.0, 0.0, LINEAR, ROOM)
+    assert (decided.counts, decided.turn, decided.review_at) == ([0, 2, 0], None, 200.0)
 
 
 def test_the_oldest_gets_its_turn() -> None:

@@ -151,16 +151,22 @@ def schedule(
         since: when the last turn by age ended, or work came after a rest.
         pace: what a forward takes, as a multiple of its cost.
     """
-    turn, review_at = _turn(held, now, since, costs, pace)
+    due = _turn_due(held, since, costs, pace)
+    is_amid_step = any(waveform.amid_step for request in held for waveform in request.waveforms)
+    turn = 0 if due <= now and not is_amid_step else None
     standings = [standing(request, now, costs, pace) for request in held]
     ranked = rank(held, standings, turn)
     chosen, must_step = _fill(held, ranked, turn, room)
-    if any(not held[index].is_batch for index, _ in chosen):
+    if due <= now and is_amid_step:
+        chosen = chosen[:must_step]  # the others wait until all are between two steps, and the turn has its room
+    elif any(not held[index].is_batch for index, _ in chosen):
         chosen = _fill_round(held, standings, chosen, must_step, costs, room, pace)
     counts = [0] * len(held)
     for index, _ in chosen:
         counts[index] += 1
-    return Schedule(counts, turn, review_at)
+    if is_amid_step:
+        return Schedule(counts, None, now)  # whoever waits for its room must not wait longer
+    return Schedule(counts, turn, due if turn is None else inf)
 
 
 def standing(request: Held, now: float, costs: ForwardCosts, pace: float) -> Standing:
@@ -200,14 +206,11 @@ def _place(late: Standing, in_time: Sequence[Standing]) -> int:
     return max((place for place, goes_before in enumerate(before, 1) if goes_before), default=0)
 
 
-def _turn(held: Sequence[Held], now: float, since: float, costs: ForwardCosts, pace: float) -> tuple[int | None, float]:
-    """Returns the request whose turn by age begins, and when the next one's may."""
-    if any(waveform.amid_step for request in held for waveform in request.waveforms):
-        return None, now  # whoever waits for its room must not wait longer
+def _turn_due(held: Sequence[Held], since: float, costs: ForwardCosts, pace: float) -> float:
+    """Returns when the turn by age of the oldest request begins; inf while another has it."""
     if not held or any(request.has_turn for request in held):
-        return None, inf
-    due = since + seconds_alone(held[0].waveforms, costs) * pace * (1 / AGED_SHARE - 1)
-    return (0, inf) if due <= now else (None, due)
+        return inf
+    return since + seconds_alone(held[0].waveforms, costs) * pace * (1 / AGED_SHARE - 1)
 
 
 def _fill(
