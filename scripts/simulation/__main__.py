@@ -101,16 +101,15 @@ def _check(arguments: argparse.Namespace) -> int:
     real = RealEngine(arguments.checkpoint)
     limits = EngineLimits(32, arguments.requests, 256)
     saturating = shortened(mixed_requests(arguments.requests, inf, "poisson", 0), SHORTER, SHORTER)
-    rate = real.run(saturating, limits).throughput
-    print(f"{real.costs.plain}; capacity {rate:.4g} requests per s, measured\n{CHECK_HEAD}\n{'|---' * 7}|")
+    saturated = real.run(saturating, limits)
+    rate = saturated.throughput
+    print(f"{saturated.costs.plain}; capacity {rate:.4g} requests per s, measured\n{CHECK_HEAD}\n{'|---' * 7}|")
     for load in arguments.loads:
         requests = shortened(mixed_requests(arguments.requests, load * rate, "poisson", 1), SHORTER, SHORTER)
         for policy in (ARRIVAL, LAXITY):
             scheduled = replace(limits, scheduling=policy)
-            for name, found in (
-                ("engine", real.run(requests, scheduled)),
-                ("simulated", run(requests, real.costs, scheduled, 1)),
-            ):
+            measured = real.run(requests, scheduled)
+            for name, found in (("engine", measured), ("simulated", run(requests, measured.costs, scheduled, 1))):
                 figures = f"{found.throughput:.3g} | {found.p50:.3g} | {found.p99:.3g} | {found.goodput:.1%}"
                 print(f"| {policy} | {load:g} | {name} | {figures} |", flush=True)
     return 0

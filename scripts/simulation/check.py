@@ -19,6 +19,7 @@ from denoising_inputs import draw_noise, read_tensor_shapes
 from engine.engine import Engine
 from engine.laxity import OBJECTIVE
 from engine.limits import EngineLimits
+from simulation.costs import mean_costs
 from simulation.report import time_alone
 from simulation.workload import Request
 from stepping.denoising_unet import load_unet
@@ -28,6 +29,7 @@ from stepping.request import DenoisingRequest, DenoisingRow, TextStates
 
 @dataclass(frozen=True)
 class Measured:
+    costs: ForwardCosts  # the mean of those before and after: the pace of a shared machine changes
     throughput: float  # requests per second
     p50: float
     p99: float
@@ -44,19 +46,29 @@ class RealEngine:
         self._dtype = resolve_dtype(settings, self._device)
         self._tables = load_schedule_tables(checkpoint)
         self._unet = load_unet(checkpoint, self._geometry.latent_width, self._device, self._dtype, ())
+        self.costs: ForwardCosts
+        self.time_forwards()
+
+    def time_forwards(self) -> None:
+        """Sets `costs` to what forwards take now, as an engine's start does."""
         with torch.inference_mode():
-            self.costs: ForwardCosts = self._unet.warm_up()
+            self.costs = self._unet.warm_up()
 
     def run(self, requests: Sequence[Request], limits: EngineLimits) -> Measured:
         """Sends each request when it arrives; nothing may be refused."""
+        self.time_forwards()
+        before = self.costs
         latencies = self.latencies(requests, limits)
+        self.time_forwards()
+        costs = mean_costs(before, self.costs)
         ends = [request.arrived + latency for request, latency in zip(requests, latencies, strict=True)]
         good = [
-            latency <= OBJECTIVE * time_alone(request, self.costs)
+            latency <= OBJECTIVE * time_alone(request, costs)
             for request, latency in zip(requests, latencies, strict=True)
         ]
         p50, p99 = (float(value) for value in np.percentile(latencies, (50, 99)))
-        return Measured(len(requests) / (max(ends) - requests[0].arrived), p50, p99, sum(good) / len(good))
+        throughput = len(requests) / (max(ends) - requests[0].arrived)
+        return Measured(costs, throughput, p50, p99, sum(good) / len(good))
 
     def latencies(self, requests: Sequence[Request], limits: EngineLimits) -> list[float]:
         """Returns the seconds from each request's arrival to its latents. Raises `RuntimeError` if there are none."""

@@ -1,7 +1,7 @@
 """The costs of a forward, measured on this machine or read from a file."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 
 from stepping.forward_plan import Bucket, ForwardCosts, LaunchBoundCost, LinearCost
@@ -22,6 +22,18 @@ def write_costs(path: Path, costs: ForwardCosts) -> None:
     compiled = [[bucket.items, bucket.frames, bucket.masked, seconds] for bucket, seconds in costs.compiled.items()]
     content = {"plain": asdict(costs.plain), "masked": asdict(costs.masked), "compiled": compiled}
     path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def mean_costs(first: ForwardCosts, second: ForwardCosts) -> ForwardCosts:
+    """Returns the mean of two measurements of the same shapes."""
+    plain, masked = (_mean(*pair) for pair in ((first.plain, second.plain), (first.masked, second.masked)))
+    compiled = {bucket: (first.compiled[bucket] + second.compiled[bucket]) / 2 for bucket in first.compiled}
+    return ForwardCosts(plain, masked, compiled)
+
+
+def _mean(first: LinearCost | LaunchBoundCost, second: LinearCost | LaunchBoundCost) -> LinearCost | LaunchBoundCost:
+    means = ((one + other) / 2 for one, other in zip(astuple(first), astuple(second), strict=True))
+    return type(first)(*means)
 
 
 def measure_costs(checkpoint: Path) -> ForwardCosts:

@@ -123,6 +123,14 @@ def test_what_costs_nothing_is_shared_up_to_the_knee() -> None:
     assert sum(counts(batch, now=0.0, costs=SHARED)) == 16  # nobody urgent
 
 
+def test_batch_joins_nobody_while_an_interactive_request_waits() -> None:
+    fixed = ForwardCosts(LinearCost(8.0, 1.0), LinearCost(inf, 1.0))
+    held = [request(0, 10, costs=fixed), request(0, 10, costs=fixed, is_batch=True)]
+    assert counts(held, now=0.0, costs=fixed) == [1, 1]
+    # Of another length, so that it shares no forward with the first.
+    assert counts([*held, request(0, 10, frames=2, costs=fixed)], now=0.0, costs=fixed) == [1, 0, 0]
+
+
 def test_beyond_the_knee_longer_ones_join_while_shorter_ones_are_in_time() -> None:
     fixed = ForwardCosts(LinearCost(8.0, 1.0), LinearCost(inf, 1.0))
     short = request(0, 10, costs=fixed)  # 90 s alone: the objective is 270

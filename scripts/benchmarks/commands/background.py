@@ -28,7 +28,8 @@ class Found:
 
     without: list[float]  # seconds of the interactive requests
     beside: list[float]  # the same with the job behind them
-    job: float  # its clips per second then
+    alone: float  # clips per second of the job alone
+    job: float  # and with the interactive requests
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,9 +51,9 @@ def measure(arguments: argparse.Namespace) -> None:
     found: dict[str, list[Found]] = {ARRIVAL: [], LAXITY: []}
     with running(tuple(found), run, 10 * arguments.job) as ways:
         # The first run warms up.
-        alone = {way.name: max(len(job) / max(send(way, job)) for _ in range(2)) for way in ways}
+        rate = max(len(job) / max(send(way, job)) for _ in range(2) for way in ways)
         for seed in range(arguments.runs):
-            interactive = _interactive(len(job), arguments.share * alone[ARRIVAL], alone[ARRIVAL], seed, divisors)
+            interactive = _interactive(len(job), arguments.share * rate, rate, seed, divisors)
             if not interactive:
                 sys.exit("scripts/benchmark background: got a share without any request but expected a larger one")
             for way in ways if seed % 2 == 0 else reversed(ways):
@@ -63,7 +64,7 @@ def measure(arguments: argparse.Namespace) -> None:
     )
     print("|---" * 7 + "|")
     for name, runs in found.items():
-        print(_row(name, runs, alone[name]))
+        print(_row(name, runs))
     print(f"\n{run.record.checkpoint}, {run.record.device}, {run.record.dtype}, {run.record.commit}", file=sys.stderr)
 
 
@@ -76,16 +77,17 @@ def _interactive(clips: int, rate: float, job_rate: float, seed: int, divisors: 
 
 def _measure(way: Way, interactive: list[Request], job: list[Request]) -> Found:
     without = send(way, interactive)
+    alone = send(way, job)
     latencies = send(way, [*job, *interactive])
-    return Found(without, latencies[len(job) :], len(job) / max(latencies[: len(job)]))
+    return Found(without, latencies[len(job) :], len(job) / max(alone), len(job) / max(latencies[: len(job)]))
 
 
-def _row(policy: str, runs: list[Found], job_alone: float) -> str:
+def _row(policy: str, runs: list[Found]) -> str:
     without, beside = (np.concatenate([getattr(each, name) for each in runs]) for name in ("without", "beside"))
     before, behind = (np.percentile(latencies, (50, 99)) for latencies in (without, beside))
-    job = statistics.fmean(each.job for each in runs)
+    alone, job = (statistics.fmean(getattr(each, name) for each in runs) for name in ("alone", "job"))
     cells = [
         *(policy, str(len(without)), f"{before[0]:.3g}, {behind[0]:.3g}", f"{before[1]:.3g}, {behind[1]:.3g}"),
-        *(f"{behind[1] / before[1]:.2f}", f"{job_alone:.3g}, {job:.3g}", f"{job / job_alone:.2f}"),
+        *(f"{behind[1] / before[1]:.2f}", f"{alone:.3g}, {job:.3g}", f"{job / alone:.2f}"),
     ]
     return f"| {' | '.join(cells)} |"

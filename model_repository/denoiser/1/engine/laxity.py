@@ -15,8 +15,8 @@ and requests that are alike step as in order of arrival.
 
 While any interactive request steps, a waveform joins only where it shares a forward, by its length or because all are
 done sooner than one after the other: batch up to the knee, beyond which more waveforms make every step longer and the
-device less and less faster; interactive ones if nobody in time is shorter, or if all who are shorter stay in time and
-the round is not as good as full.
+device less and less faster, if no interactive one waits; interactive ones if nobody in time is shorter, or if all who
+are shorter stay in time and the round is not as good as full.
 
 The turn by age bounds the wait: `AGED_SHARE` of the device's time goes to the oldest requests. A request gets its turn
 after the older ones, and each of them no later than it takes to earn its time alone at that share.
@@ -274,7 +274,8 @@ def _fill_round(
         ):
             joins = False
         elif held[index].is_batch:
-            joins = at_best < KNEE * seconds
+            no_other_waits = all(held[each].is_batch for each in passed_over)
+            joins = no_other_waits and at_best < KNEE * seconds
         else:
             shorter = [
                 (standings[other], held[other].waveforms[which])
