@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Semaphore
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,22 +19,58 @@ from denoiser_stage import load_schedule_tables
 from denoising_inputs import draw_noise, read_tensor_shapes
 from engine.engine import Engine
 from engine.laxity import OBJECTIVE
-from engine.limits import EngineLimits
-from simulation.costs import mean_costs
+from engine.limits import EngineLimits, EngineLoad
+from simulation.costs import scaled_costs
 from simulation.report import time_alone
 from simulation.workload import Request
-from stepping.denoising_unet import load_unet
-from stepping.forward_plan import ForwardCosts
+from stepping.denoising_unet import DenoisingUNet, load_unet
+from stepping.forward_plan import Bucket, ForwardCosts
 from stepping.request import DenoisingRequest, DenoisingRow, TextStates
+from stepping.step_batch import StepInputs
 
 
 @dataclass(frozen=True)
 class Measured:
-    costs: ForwardCosts  # the mean of those before and after: the pace of a shared machine changes
+    costs: ForwardCosts  # in this run: the pace of a shared machine changes
     throughput: float  # requests per second
     p50: float
     p99: float
     goodput: float
+
+
+class Watch:
+    """Learns what an engine's steps take, as a multiple of what their forwards took when they were timed.
+
+    It is the engine's UNet, which knows what each forward should cost, and its observer, which is told what each step
+    took, with all that is done between two forwards.
+    """
+
+    def __init__(self, unet: DenoisingUNet, costs: ForwardCosts) -> None:
+        self._unet, self._costs = unet, costs
+        self._seconds, self._expected = 0.0, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._unet, name)
+
+    @property
+    def pace(self) -> float:
+        return self._seconds / self._expected
+
+    def denoise(self, inputs: StepInputs, bucket: Bucket | None) -> Tensor:
+        items, frames = len(inputs.row_of_item), inputs.history.shape[4]
+        self._expected += self._costs.cheapest(items, frames, inputs.masks is not None)[0]
+        return self._unet.denoise(inputs, bucket)
+
+    def stepped(self, rows: int, seconds: float) -> None:  # noqa: ARG002
+        self._seconds += seconds
+
+    def admitted(self, waited_s: float) -> None: ...
+
+    def finished(self, request: DenoisingRequest, outcome: Tensor | Exception) -> None: ...
+
+    def changed(self, load: EngineLoad) -> None: ...
+
+    def broke(self, error: Exception, /) -> None: ...
 
 
 class RealEngine:
@@ -46,21 +83,14 @@ class RealEngine:
         self._dtype = resolve_dtype(settings, self._device)
         self._tables = load_schedule_tables(checkpoint)
         self._unet = load_unet(checkpoint, self._geometry.latent_width, self._device, self._dtype, ())
-        self.costs: ForwardCosts
-        self.time_forwards()
-
-    def time_forwards(self) -> None:
-        """Sets `costs` to what forwards take now, as an engine's start does."""
         with torch.inference_mode():
-            self.costs = self._unet.warm_up()
+            self.costs: ForwardCosts = self._unet.warm_up()
 
     def run(self, requests: Sequence[Request], limits: EngineLimits) -> Measured:
         """Sends each request when it arrives; nothing may be refused."""
-        self.time_forwards()
-        before = self.costs
-        latencies = self.latencies(requests, limits)
-        self.time_forwards()
-        costs = mean_costs(before, self.costs)
+        watch = Watch(self._unet, self.costs)
+        latencies = self.latencies(requests, limits, watch)
+        costs = scaled_costs(self.costs, watch.pace)
         ends = [request.arrived + latency for request, latency in zip(requests, latencies, strict=True)]
         good = [
             latency <= OBJECTIVE * time_alone(request, costs)
@@ -70,9 +100,10 @@ class RealEngine:
         throughput = len(requests) / (max(ends) - requests[0].arrived)
         return Measured(costs, throughput, p50, p99, sum(good) / len(good))
 
-    def latencies(self, requests: Sequence[Request], limits: EngineLimits) -> list[float]:
+    def latencies(self, requests: Sequence[Request], limits: EngineLimits, watch: Watch | None = None) -> list[float]:
         """Returns the seconds from each request's arrival to its latents. Raises `RuntimeError` if there are none."""
-        engine = Engine(self._unet, self._tables, limits, lambda: self.costs, self._device, self._dtype)
+        unet = watch or self._unet
+        engine = Engine(unet, self._tables, limits, lambda: self.costs, self._device, self._dtype, watch)
         engine.wait_until_warm()
         made = [self._request(request, seed) for seed, request in enumerate(requests)]
         latencies = [math.nan] * len(requests)

@@ -24,16 +24,14 @@ def write_costs(path: Path, costs: ForwardCosts) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def mean_costs(first: ForwardCosts, second: ForwardCosts) -> ForwardCosts:
-    """Returns the mean of two measurements of the same shapes."""
-    plain, masked = (_mean(*pair) for pair in ((first.plain, second.plain), (first.masked, second.masked)))
-    compiled = {bucket: (first.compiled[bucket] + second.compiled[bucket]) / 2 for bucket in first.compiled}
-    return ForwardCosts(plain, masked, compiled)
+def scaled_costs(costs: ForwardCosts, factor: float) -> ForwardCosts:
+    """Returns what forwards cost where each takes so many times as long."""
+    compiled = {bucket: factor * seconds for bucket, seconds in costs.compiled.items()}
+    return ForwardCosts(_scaled(costs.plain, factor), _scaled(costs.masked, factor), compiled)
 
 
-def _mean(first: LinearCost | LaunchBoundCost, second: LinearCost | LaunchBoundCost) -> LinearCost | LaunchBoundCost:
-    means = ((one + other) / 2 for one, other in zip(astuple(first), astuple(second), strict=True))
-    return type(first)(*means)
+def _scaled(cost: LinearCost | LaunchBoundCost, factor: float) -> LinearCost | LaunchBoundCost:
+    return type(cost)(*(factor * part for part in astuple(cost)))
 
 
 def measure_costs(checkpoint: Path) -> ForwardCosts:
