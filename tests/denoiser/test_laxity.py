@@ -129,6 +129,10 @@ def test_batch_joins_nobody_while_an_interactive_request_waits() -> None:
     assert counts(held, now=0.0, costs=fixed) == [1, 1]
     # Of another length, so that it shares no forward with the first.
     assert counts([*held, request(0, 10, frames=2, costs=fixed)], now=0.0, costs=fixed) == [1, 0, 0]
+    # No more may start, so that it is not even considered.
+    started = [replace(each, waveforms=(replace(each.waveforms[0], started=True),)) for each in held]
+    waiting = request(0, 20, costs=fixed)
+    assert counts([*started, waiting], now=0.0, costs=fixed, room=Room(16, 16, started=2)) == [1, 0, 0]
 
 
 def test_beyond_the_knee_longer_ones_join_while_shorter_ones_are_in_time() -> None:

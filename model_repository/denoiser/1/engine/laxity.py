@@ -260,6 +260,7 @@ def _fill_round(
     stepping, joined = waveforms[:count], list(chosen[:count])
     seconds = round_seconds(stepping, costs)
     passed_over: set[int] = set()
+    interactive = sum(len(request.waveforms) for request in held if not request.is_batch)
     for (index, part), waveform in zip(chosen[count:], waveforms[count:], strict=True):
         if index in passed_over:
             continue
@@ -274,8 +275,8 @@ def _fill_round(
         ):
             joins = False
         elif held[index].is_batch:
-            no_other_waits = all(held[each].is_batch for each in passed_over)
-            joins = no_other_waits and at_best < KNEE * seconds
+            all_interactive_step = interactive == sum(not held[each].is_batch for each, _ in joined)
+            joins = all_interactive_step and at_best < KNEE * seconds
         else:
             shorter = [
                 (standings[other], held[other].waveforms[which])
