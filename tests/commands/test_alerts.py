@@ -29,6 +29,7 @@ import yaml
 from audioldm2_triton import AudioLDM2Client, AudioLDM2Error
 from audioldm2_triton.server import faults
 from monitoring_files import MONITORING, dashboard_expressions, rules
+from server_faults import faults_found_in
 from serving.local_server import LocalServer, free_ports, local_server, serve_command
 from supervised_server import WAIT_IN_S, health, stage, wait_until
 from trials.proxy import Proxy, proxy
@@ -84,15 +85,19 @@ class Prometheus:
 
 
 @pytest.fixture(scope="module")
-def watched(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+def watched(
+    tiny_checkpoint: Path, fault_directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Watched]:
     folder = tmp_path_factory.mktemp("watched")
     options = ("--max-active-rows=4", "--max-waiting=2", "--stall-timeout-in-s=300", "--max-restart-delay-in-s=0")
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv(faults.DIRECTORY_VARIABLE, str(folder))
-        with local_server(tiny_checkpoint, folder / "log", *options) as server, proxy(server.metrics_port) as metrics:
-            made = Watched(server, folder, metrics, folder / "targets.json")
-            made.watch(server.health_port)
-            yield made
+    with (
+        faults_found_in(fault_directory),
+        local_server(tiny_checkpoint, folder / "log", *options) as server,
+        proxy(server.metrics_port) as metrics,
+    ):
+        made = Watched(server, fault_directory, metrics, folder / "targets.json")
+        made.watch(server.health_port)
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from tritonclient.utils import InferenceServerException
 
 from audioldm2_triton import AudioLDM2Client, UnavailableError
 from environments import environment
-from metrics_page import wait_for_metrics
 from plain_requests import ADMIN_KEY, Stream, check_responses, streamed, whole
 from project import ROOT
+from server_faults import faults_found_in, held_steps, wait_for_requests
 from serving.local_server import LocalServer, local_server
 from serving.model_control import models_may_change, was_unloaded
 from supervised_server import health, stage, stages, wait_until
@@ -26,7 +26,9 @@ ROWS = {"prompt": [b"a dog"], "num_inference_steps": [100], "audio_length_in_s":
 
 
 @pytest.fixture(scope="module")
-def controlled(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+def controlled(
+    tiny_checkpoint: Path, fault_directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalServer]:
     """A server from a tree of its own, as after a clone: without bytecode, which other tests' imports make here."""
     folder = tmp_path_factory.mktemp("controlled")
     for name in ("scripts", "model_repository"):
@@ -36,7 +38,7 @@ def controlled(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
         patch.setenv("AUDIOLDM2_ENVIRONMENT", str(environment("product")))
         patch.setattr("serving.local_server.SERVE", folder / "scripts" / "serve")
         options = (f"--admin-key={ADMIN_KEY}", "--", "--model-control-mode=explicit", "--load-model=*")
-        with local_server(tiny_checkpoint, folder / "log", *options) as server:
+        with faults_found_in(fault_directory), local_server(tiny_checkpoint, folder / "log", *options) as server:
             yield server
 
 
@@ -63,14 +65,15 @@ def test_loading_what_has_not_changed_restarts_nothing(
 
 
 def test_unloading_answers_what_is_inside_and_loading_serves_again(
-    controlled: LocalServer, control: grpc.InferenceServerClient
+    controlled: LocalServer, control: grpc.InferenceServerClient, fault_directory: Path
 ) -> None:
     right = whole(controlled, ROWS)["audio"]
     with ThreadPoolExecutor(1) as pool, closing(Stream(controlled)) as stream:
-        call = pool.submit(whole, controlled, ROWS)
-        stream.send(ROWS)
-        wait_for_metrics(controlled, lambda page: page["audioldm2_rows_in_flight"] >= 4, "two requests in flight")
-        control.unload_model("denoiser", headers=KEY)
+        with held_steps(fault_directory):
+            call = pool.submit(whole, controlled, ROWS)
+            stream.send(ROWS)
+            wait_for_requests(controlled, 2)
+            control.unload_model("denoiser", headers=KEY)
         np.testing.assert_allclose(call.result()["audio"], right, atol=1e-5)
         np.testing.assert_allclose(check_responses(list(stream.responses()), 100, 1)["audio"], right, atol=1e-5)
     # The ensemble goes with its step; the stream asks for its stages when it is called.

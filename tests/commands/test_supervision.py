@@ -24,9 +24,9 @@ from tritonclient.utils import InferenceServerException
 from audioldm2_pipeline import difference
 from audioldm2_triton import AudioLDM2Client, AudioLDM2Error, UnavailableError
 from audioldm2_triton.server import faults
-from metrics_page import wait_for_metrics
 from namespaces import another_host
 from plain_requests import Stream, infer_inputs
+from server_faults import faults_found_in, held_steps, wait_for_requests
 from serving.local_server import LocalServer, free_ports, local_server, serve_command, server_on
 from serving.server_error import ServerError
 from serving.stage_processes import find_stages
@@ -38,8 +38,11 @@ LONG = {"prompt": [b"a dog"], "num_inference_steps": [200], "audio_length_in_s":
 
 
 @pytest.fixture(scope="module")
-def supervised(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    with local_server(tiny_checkpoint, tmp_path_factory.mktemp("supervised") / "log") as server:
+def supervised(
+    tiny_checkpoint: Path, fault_directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalServer]:
+    log = tmp_path_factory.mktemp("supervised") / "log"
+    with faults_found_in(fault_directory), local_server(tiny_checkpoint, log) as server:
         yield server
 
 
@@ -95,18 +98,22 @@ FAILURES = [
 
 @pytest.mark.parametrize(("model", "signal_number"), FAILURES)
 def test_a_stage_that_dies_or_stops_is_replaced(
-    model: str, signal_number: signal.Signals, supervised: LocalServer, right_audio: np.ndarray
+    model: str,
+    signal_number: signal.Signals,
+    supervised: LocalServer,
+    fault_directory: Path,
+    right_audio: np.ndarray,
 ) -> None:
     wait_until(lambda: health(supervised)[0] == 200, "readiness")
     before = health(supervised)[1]["restarts"]
     old = shared_memory(supervised)
     assert old
     with ThreadPoolExecutor(4) as pool, AudioLDM2Client(supervised.grpc_url, max_retries=100) as client:
-        calls = start_calls(supervised, pool)
-        wait_for_metrics(supervised, lambda page: page["audioldm2_rows_in_flight"] >= 6, "three requests in flight")
-        resent = pool.submit(client.generate, **RESENT)
-        wait_for_metrics(supervised, lambda page: page["audioldm2_rows_in_flight"] >= 8, "four requests in flight")
-        stage(supervised, model).send_signal(signal_number)
+        with held_steps(fault_directory):
+            calls = start_calls(supervised, pool)
+            resent = pool.submit(client.generate, **RESENT)
+            wait_for_requests(supervised, 4)
+            stage(supervised, model).send_signal(signal_number)
         wait_until(lambda: health(supervised)[0] == 503, "the failure to be noticed")
         # Without a time limit of their own: all calls have ended because the server that had them is gone.
         assert all(isinstance(call.result(timeout=WAIT_IN_S), Exception) for call in calls)
@@ -122,14 +129,14 @@ def test_a_stage_that_dies_or_stops_is_replaced(
 @pytest.mark.slow
 @pytest.mark.parametrize("point", ["text_conditioning.encode", "denoiser.step", "decoder.VAE"])
 def test_a_stage_that_hangs_is_replaced(
-    point: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    point: str, tiny_checkpoint: Path, fault_directory: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv(faults.DIRECTORY_VARIABLE, str(tmp_path))
     with (
+        faults_found_in(fault_directory),
         local_server(tiny_checkpoint, tmp_path / "log", "--stall-timeout-in-s=3") as server,
         ThreadPoolExecutor(4) as pool,
     ):
-        file = faults.arm(tmp_path, point, faults.STALL)
+        file = faults.arm(fault_directory, point, faults.STALL)
         calls = [pool.submit(_long_call, server) for _ in range(4)]
         wait_until(lambda: health(server)[1]["restarts"] == 1, "the hanging stage to be noticed")
         file.unlink()
@@ -210,10 +217,12 @@ GIVEN = (
 )
 
 
-def test_a_drain_refuses_new_requests_and_finishes_those_inside(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_drain_refuses_new_requests_and_finishes_those_inside(
+    tiny_checkpoint: Path, fault_directory: Path, tmp_path: Path
+) -> None:
     """As a job in the background of a shell, where Ctrl-C is for others and SIGTERM is obeyed."""
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with local_server(tiny_checkpoint, tmp_path / "log", *GIVEN) as server:
+    with faults_found_in(fault_directory), local_server(tiny_checkpoint, tmp_path / "log", *GIVEN) as server:
         signal.signal(signal.SIGINT, previous)
         assert signal.SIGINT in ignored_signals(server.process.pid)
         idle = http.client.HTTPConnection("localhost", server.http_port)
@@ -223,14 +232,15 @@ def test_a_drain_refuses_new_requests_and_finishes_those_inside(tiny_checkpoint:
             limits = client.server_info().limits
             assert (limits.max_audio_length_in_s, limits.max_num_waveforms_per_prompt) == (0.5, 2)
             assert limits.max_num_inference_steps == 300
-            calls = start_calls(server, pool, LONG | {"audio_length_in_s": [0.5], "num_inference_steps": [60]})
-            wait_for_metrics(server, lambda page: page["audioldm2_rows_in_flight"] >= 6, "three requests in flight")
-            server.process.send_signal(signal.SIGTERM)
-            wait_until(lambda: health(server)[1]["state"] == "draining", "the drain")
-            assert health(server)[0] == 503
-            assert health(server, "/live")[0] == 200
-            with pytest.raises(UnavailableError, match="shutting down"):
-                client.generate(**SHORT)
+            with held_steps(fault_directory):
+                calls = start_calls(server, pool, LONG | {"audio_length_in_s": [0.5], "num_inference_steps": [60]})
+                wait_for_requests(server, 3)
+                server.process.send_signal(signal.SIGTERM)
+                wait_until(lambda: health(server)[1]["state"] == "draining", "the drain")
+                assert health(server)[0] == 503
+                assert health(server, "/live")[0] == 200
+                with pytest.raises(UnavailableError, match="shutting down"):
+                    client.generate(**SHORT)
             results = [call.result(timeout=WAIT_IN_S) for call in calls]
         assert not any(isinstance(result, Exception) for result in results), results
         audio = results[0].as_numpy("audio")
@@ -280,11 +290,18 @@ def test_nothing_is_left_of_a_supervisor(signal_number: signal.Signals, tiny_che
 
 
 @pytest.mark.slow
-def test_a_second_sigterm_stops_at_once_and_says_what_was_lost(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_second_sigterm_stops_at_once_and_says_what_was_lost(
+    tiny_checkpoint: Path, fault_directory: Path, tmp_path: Path
+) -> None:
     def stop_twice() -> None:
-        with local_server(tiny_checkpoint, tmp_path / "log") as server, ThreadPoolExecutor(3) as pool:
+        with (
+            faults_found_in(fault_directory),
+            local_server(tiny_checkpoint, tmp_path / "log") as server,
+            ThreadPoolExecutor(3) as pool,
+            held_steps(fault_directory),
+        ):
             calls = start_calls(server, pool)
-            wait_for_metrics(server, lambda page: page["audioldm2_rows_in_flight"] >= 6, "three requests in flight")
+            wait_for_requests(server, 3)
             server.process.send_signal(signal.SIGTERM)
             wait_until(lambda: health(server)[1]["state"] == "draining", "the drain")
             server.process.send_signal(signal.SIGTERM)

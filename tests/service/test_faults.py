@@ -22,6 +22,7 @@ from audioldm2_triton.server.faults import LEAK, MEMORY, NAN, PANIC, POINTS, RAI
 from metrics_page import is_idle, read_metrics, wait_for_metrics
 from plain_requests import Stream, infer_inputs
 from project import ROOT
+from server_faults import faults_found_in
 from serving.local_server import LocalServer, local_server
 from supervised_server import wait_until
 
@@ -143,18 +144,11 @@ class Asking:
 
 
 @pytest.fixture(scope="module")
-def fault_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("faults")
-
-
-@pytest.fixture(scope="module")
 def asking(tiny_checkpoint: Path, fault_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asking]:
     log = tmp_path_factory.mktemp("faulty") / "log"
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv(faults.DIRECTORY_VARIABLE, str(fault_directory))
-        # Without a cache of texts, so that all of them are encoded every time.
-        with local_server(tiny_checkpoint, log, "--embedding-cache-size=0") as running:
-            yield Asking(running)
+    # Without a cache of texts, so that all of them are encoded every time.
+    with faults_found_in(fault_directory), local_server(tiny_checkpoint, log, "--embedding-cache-size=0") as running:
+        yield Asking(running)
 
 
 def check_failure(outcome: np.ndarray | Exception, request: Request, codes: dict[str, str], words: str) -> None:

@@ -23,7 +23,9 @@ from audioldm2_pipeline import Call, Reference, difference, generate
 from audioldm2_triton import AudioLDM2Client
 from audioldm2_triton.cli import main
 from metrics_page import read_metrics, wait_for_metrics
+from server_faults import faults_found_in, held_steps, wait_for_requests
 from serving.local_server import LocalServer, local_server
+from supervised_server import health, wait_until
 
 MUSIC = "music_audioldm2"
 SUCCESSES = 'audioldm2_requests_total{{engine="cpu",model="{}",outcome="success"}}'
@@ -55,10 +57,11 @@ def music_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def both(
-    tiny_checkpoint: Path, music_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_checkpoint: Path, music_checkpoint: Path, fault_directory: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LocalServer]:
     # What is set for all models at once must not make one of the two.
     with (
+        faults_found_in(fault_directory),
         mock.patch.dict(os.environ, {"AUDIOLDM2_CHECKPOINT": str(music_checkpoint)}),
         local_server(
             tiny_checkpoint, tmp_path_factory.mktemp("both") / "log", f"--also=music={music_checkpoint}"
@@ -143,7 +146,7 @@ def test_the_command_takes_either(both: LocalServer, tmp_path: Path) -> None:
     assert (info.duration, info.samplerate) == (2.56, RATE)
 
 
-def test_stopping_waits_for_the_requests_of_both(both: LocalServer) -> None:
+def test_stopping_waits_for_the_requests_of_both(both: LocalServer, fault_directory: Path) -> None:
     """The last test with this server."""
     late: list[float] = []
 
@@ -153,10 +156,11 @@ def test_stopping_waits_for_the_requests_of_both(both: LocalServer) -> None:
             late.append(client.generate(["rain"], num_inference_steps=20, seed=1)[0].duration_in_s)
 
     thread = threading.Thread(target=generate_late)
-    thread.start()
-    busy = 'audioldm2_rows_in_flight{engine="cpu",model="music_denoiser"}'
-    wait_for_metrics(both, lambda page: page[busy] > 0, "a request in flight")
-    both.process.terminate()
+    with held_steps(fault_directory):
+        thread.start()
+        wait_for_requests(both, 1, "music_denoiser")
+        both.process.terminate()
+        wait_until(lambda: health(both)[1]["state"] == "draining", "the drain")
     assert both.process.wait(timeout=120) == 0
     thread.join(timeout=60)
     assert late == [2.56]

@@ -9,6 +9,7 @@ import pytest
 
 from audioldm2_triton import contract
 from audioldm2_triton.server import faults
+from server_faults import faults_found_in
 from serving.local_server import LocalServer, local_server
 from trials.fuzz import LIMITS, Tally, attack, fuzz, wrong_afterwards
 from trials.hostile import hostile, hostile_body, valid
@@ -16,18 +17,12 @@ from trials.sending import ANSWERED, NONE, REFUSED
 
 
 @pytest.fixture(scope="module")
-def fault_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("faults")
-
-
-@pytest.fixture(scope="module")
 def limited(
     tiny_checkpoint: Path, fault_directory: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LocalServer]:
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv(faults.DIRECTORY_VARIABLE, str(fault_directory))
-        with local_server(tiny_checkpoint, tmp_path_factory.mktemp("limited") / "log", *LIMITS) as server:
-            yield server
+    log = tmp_path_factory.mktemp("limited") / "log"
+    with faults_found_in(fault_directory), local_server(tiny_checkpoint, log, *LIMITS) as server:
+        yield server
 
 
 def test_hostile_requests_by_every_way_are_answered(limited: LocalServer) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from audioldm2_triton.server import faults
+from server_faults import faults_found_in
 from serving.local_server import LocalServer, local_server
 from trials.soak import soak
 from trials.watching import Sample, growth, left_behind
@@ -22,10 +23,9 @@ def test_mixed_load_has_right_audio_and_leaves_nothing(server: LocalServer) -> N
 
 
 @pytest.mark.slow
-def test_a_planted_leak_is_caught(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(faults.DIRECTORY_VARIABLE, str(tmp_path))
-    with local_server(tiny_checkpoint, tmp_path / "log") as server:
-        faults.arm(tmp_path, "decoder.parse", faults.LEAK, times=10**9)
+def test_a_planted_leak_is_caught(tiny_checkpoint: Path, fault_directory: Path, tmp_path: Path) -> None:
+    with faults_found_in(fault_directory), local_server(tiny_checkpoint, tmp_path / "log") as server:
+        faults.arm(fault_directory, "decoder.parse", faults.LEAK, times=10**9)
         outcomes, samples = soak(server, count=400, clients=8, seed=1)
     assert not outcomes.wrong
     assert any(found.startswith("decoder: resident memory") for found in growth(samples))
