@@ -8,6 +8,7 @@ from command_line import measure
 COMMANDS: Final = {
     "background": "what a batch job costs those who wait for an answer, and what they cost it",
     "coldstart": "from the start to ready, with and without compiled code that was kept",
+    "equal": "requests that are all alike, by each policy: what least laxity costs where it can gain nothing",
     "formats": "the size of an answer and what it costs: floats and files, over gRPC and HTTP",
     "goodput": "requests that differ in everything, over multiples of the capacity, four ways in turns",
     "gpu": "everything that needs no server, in calls of minutes that continue each other",

@@ -105,7 +105,9 @@ def _check(arguments: argparse.Namespace) -> int:
     rate = saturated.throughput
     print(f"{saturated.costs.plain}; capacity {rate:.4g} requests per s, measured\n{CHECK_HEAD}\n{'|---' * 7}|")
     for load in arguments.loads:
-        requests = shortened(mixed_requests(arguments.requests, load * rate, "poisson", 1), SHORTER, SHORTER)
+        requests = shortened(
+            mixed_requests(arguments.requests, load * rate, "poisson", arguments.seed), SHORTER, SHORTER
+        )
         for policy in (ARRIVAL, LAXITY):
             scheduled = replace(limits, scheduling=policy)
             measured = real.run(requests, scheduled)
@@ -156,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("checkpoint", type=Path)
     checking.add_argument("--requests", type=int, default=100)
     checking.add_argument("--loads", type=float, nargs="+", default=LOADS, help="multiples of the measured capacity")
+    checking.add_argument("--seed", type=int, default=1)
     bounding = commands.add_parser("bound", help="the longest wait on the real engine, beside its bound")
     bounding.add_argument("checkpoint", type=Path)
     bounding.add_argument("--requests", type=int, default=2000)

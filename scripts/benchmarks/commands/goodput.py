@@ -139,7 +139,7 @@ def running(names: Sequence[str], run: Run, requests: int) -> Iterator[list[Way]
 
 def send(way: Way, requests: Sequence[Request]) -> list[float]:
     """Sends each request when it arrives, whatever the others do. Returns their latencies in seconds; inf: failed."""
-    made = [_inputs(request, index, way.takes_priority) for index, request in enumerate(requests)]
+    made = [make_inputs(request, index, way.takes_priority) for index, request in enumerate(requests)]
 
     async def one(client: aio.InferenceServerClient, start: float, index: int) -> float:
         due = start + requests[index].arrived
@@ -204,7 +204,7 @@ def mean(found: Sequence[Found], way: str, load: float) -> Found:
     return Found(way, load, **{name: statistics.fmean(getattr(one, name) for one in runs) for name in names})
 
 
-def _inputs(request: Request, seed: int, takes_priority: bool) -> list[Any]:
+def make_inputs(request: Request, seed: int, takes_priority: bool) -> list[Any]:
     values: dict[str, Any] = {
         "prompt": np.array([PROMPTS[seed % len(PROMPTS)].encode()], dtype=np.object_),
         "negative_prompt": np.array([NEGATIVE_PROMPTS[seed % len(NEGATIVE_PROMPTS)].encode()], dtype=np.object_),
