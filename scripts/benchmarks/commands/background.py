@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs", type=int, default=3, help="of different requests, taken together (default: %(default)s)"
     )
+    parser.add_argument("--seed", type=int, default=0, help="of the first run's requests (default: %(default)s)")
     parser.add_argument("--length-divisor", type=int, default=1, help="of the audio's length (default: %(default)s)")
     parser.add_argument("--step-divisor", type=int, default=1, help="of the steps (default: %(default)s)")
 
@@ -53,7 +54,7 @@ def measure(arguments: argparse.Namespace) -> None:
         # The first run warms up.
         rate = max(len(job) / max(send(way, job)) for _ in range(2) for way in ways)
         for seed in range(arguments.runs):
-            interactive = _interactive(len(job), arguments.share * rate, rate, seed, divisors)
+            interactive = _interactive(len(job), arguments.share * rate, rate, arguments.seed + seed, divisors)
             if not interactive:
                 sys.exit("scripts/benchmark background: got a share without any request but expected a larger one")
             for way in ways if seed % 2 == 0 else reversed(ways):
