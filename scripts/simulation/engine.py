@@ -17,7 +17,7 @@ from stepping.forward_plan import ForwardCosts
 class Waveform:
     left: int  # evaluations
     started: bool = False
-    last_step: float = 0.0
+    last_step: float = 0.0  # or its entry
 
 
 @dataclass(eq=False)
@@ -155,6 +155,8 @@ class SimulatedEngine:
         counts = self._by_laxity() if self.limits.scheduling == LAXITY else self._in_order()
         for job, count in zip(self.jobs, counts, strict=True):
             self.pauses += max(0, job.stepping - count)
+            for part in job.waveforms[job.stepping : count]:
+                part.last_step = self.now
             job.stepping = count
             for part in job.waveforms[:count]:
                 part.started = True

@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 
-from audioldm2_triton.contract import SCHEDULERS
+from audioldm2_triton.contract import DEFAULT_SCHEDULER, SCHEDULERS
 from audioldm2_triton.errors import (
     UnavailableError,
 )
@@ -75,6 +75,21 @@ def test_lengths_that_cannot_share_a_forward_take_turns(unet: WatchedUNet) -> No
     outcomes.collect(3)
     engine.close()
     assert max(turns) - min(turns) <= 2, turns
+
+
+def test_newcomers_of_another_length_leave_the_turns_as_they_are(unet: WatchedUNet) -> None:
+    engine, outcomes = make_engine(unet, TABLES, costs=NEVER_MIX, max_active_rows=100), Outcomes()
+    unet.gate = threading.Semaphore(0)
+    engine.submit(make_request(1, steps=10, frames=9), outcomes.callback(1))
+    for tag in range(2, 22):
+        engine.submit(make_request(tag, steps=4), outcomes.callback(tag))
+        unet.gate.release(1)  # a newcomer before each forward
+        wait_until(lambda tag=tag: len(unet.forwards) == tag - 1, "a forward")
+    own = sum(1 in tags for tags in unet.forwards)
+    unet.gate.release(1000)
+    outcomes.collect(21)
+    engine.close()
+    assert own >= 9, own
 
 
 def test_forwards_fill_up_and_nobody_waits_where_there_is_room(engine: Engine, unet: WatchedUNet) -> None:
@@ -169,6 +184,7 @@ def test_requests_go_to_the_engine_with_most_room() -> None:
     for unet in unets:
         unet.gate = threading.Semaphore(0)
     pool, outcomes = EnginePool([make_engine(unet, TABLES) for unet in unets], TABLES), Outcomes()
+    TABLES.get(DEFAULT_SCHEDULER, 4)  # requests whose schedule must be built first would be taken by another thread
     for tag, waveforms in enumerate([4, 1, 1, 1, 1], 1):
         pool.submit(make_request(tag, waveforms=waveforms), outcomes.callback(tag))
     for unet in unets:
@@ -178,6 +194,27 @@ def test_requests_go_to_the_engine_with_most_room() -> None:
     assert [{tag for tags in unet.forwards for tag in tags} for unet in unets] == [{1}, {2, 3, 4, 5}]
     for tag, waveforms in enumerate([4, 1, 1, 1, 1], 1):
         assert_is_reference(collected[tag], make_request(tag, waveforms=waveforms))
+
+
+def test_what_one_engine_refuses_another_one_takes() -> None:
+    unets = [WatchedUNet(), WatchedUNet()]
+    for unet in unets:
+        unet.gate = threading.Semaphore(0)
+    engines = [make_engine(unet, TABLES, max_waiting=1) for unet in unets]
+    pool, outcomes = EnginePool(engines, TABLES), Outcomes()
+    TABLES.get(DEFAULT_SCHEDULER, 4)
+    # The first has more room, but no place for one more that waits; the second has, behind one that takes two rounds.
+    for tag, waveforms in ((1, 7), (2, 16), (3, 2), (4, 1)):
+        pool.submit(make_request(tag, waveforms=waveforms), outcomes.callback(tag))
+    assert [engine.load.waiting_requests for engine in engines] == [1, 1]
+    pool.submit(make_request(5, waveforms=2), outcomes.callback(5))
+    tag, refused = outcomes.next()
+    assert tag == 5
+    assert "denoiser is full" in str(refused)
+    for unet in unets:
+        unet.gate.release(1000)
+    outcomes.collect(4)
+    pool.close()
 
 
 def test_torch_is_not_left_in_inference_mode_by_the_engine(engine: Engine) -> None:

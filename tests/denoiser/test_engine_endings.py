@@ -4,6 +4,8 @@ import random
 import re
 import threading
 import time
+from dataclasses import replace
+from math import inf
 
 import pytest
 
@@ -15,9 +17,14 @@ from audioldm2_triton.errors import (
     RequestCancelledError,
     UnavailableError,
 )
+from engine import pace
 from engine.engine import Engine
+from engine.job import Job, start_waveforms
+from engine.limits import EngineLimits
+from engine.pace import evaluation_costs
 from engine.pool import EnginePool
 from engine_workload import (
+    CPU,
     TABLES,
     Outcomes,
     WatchedUNet,
@@ -27,6 +34,7 @@ from engine_workload import (
     random_request,
     wait_until,
 )
+from stepping.forward_plan import ForwardCosts, LinearCost
 
 
 def test_at_most_one_step_after_a_cancel(engine: Engine, unet: WatchedUNet) -> None:
@@ -98,6 +106,37 @@ def test_what_cannot_be_done_in_time_ends_at_once(engine: Engine, unet: WatchedU
     assert isinstance(collected[2], DeadlineExceededError)
     assert_is_reference(collected[3], make_request(3))
     assert not any(2 in tags for tags in unet.forwards)
+
+
+def test_each_row_is_foretold_by_its_own_steps_and_items() -> None:
+    short, long = make_request(1, steps=5), make_request(2, steps=100, guidance_scale=1.0)
+    request = replace(short, rows=(*short.rows, *long.rows), deadline_ns=10**9)
+    limits = EngineLimits(16, 16)
+    costs = ForwardCosts(LinearCost(0.0, 1e-3), LinearCost(inf, 1.0))  # a millisecond for an item of one frame
+    waveforms = start_waveforms(request, TABLES, limits, CPU, (0.0, 1.0))
+    job = Job(request, waveforms, lambda _: None, None, evaluation_costs(waveforms, costs))
+    assert job.least_seconds == pytest.approx(100 * 5 * 1e-3)  # 5 frames
+    assert job.reason_to_end(10**9 // 2 - 1, 1.0) is None
+    assert isinstance(job.reason_to_end(10**9 // 2 + 1_000_000, 1.0), DeadlineExceededError)
+
+
+def test_a_gpus_forward_is_timed_when_the_next_one_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards of 1 and 10 s take turns; on a GPU the host is told of each when the one before it has run."""
+    waveforms = start_waveforms(make_request(1), TABLES, EngineLimits(16, 16), CPU, (0.0, 1.0))
+    costs = ForwardCosts(LinearCost(0.0, 0.1), LinearCost(inf, 1.0))  # of 5 frames: half a second for an item
+    now = 0.0
+    monkeypatch.setattr(pace, "perf_counter", lambda: now)
+    on_cpu, on_gpu = pace.Pace(), pace.Pace(is_behind=True)
+    ends = [(2, 1.0), (20, 10.0)] * 5
+    for items, seconds in ends:
+        on_gpu.stepped(waveforms, items, costs)
+        now += seconds
+    now = 0.0
+    for items, seconds in ends:
+        now += seconds
+        on_cpu.stepped(waveforms, items, costs)
+    for each in (on_cpu, on_gpu):
+        assert (each.least, each.usual) == (pytest.approx(1.0), pytest.approx(1.0))
 
 
 def test_what_others_make_late_is_refused_with_a_time_to_try_again(engine: Engine, unet: WatchedUNet) -> None:

@@ -142,6 +142,29 @@ def test_an_observer_that_always_fails_changes_nothing(unet: WatchedUNet, caplog
     assert "no metric for stepped" in caplog.text
 
 
+def test_an_observer_is_told_whenever_rows_enter_or_leave(unet: WatchedUNet) -> None:
+    observed, outcomes = Observed(), Outcomes()
+    engine = watched_engine(unet, observed)
+    engine.submit(make_request(1, waveforms=6, steps=3), outcomes.callback(1))  # room for two of them at a time
+    assert_is_reference(outcomes.collect(1)[1], make_request(1, waveforms=6, steps=3))
+    engine.close()
+    loads = [arguments[0] for what, arguments in observed.told if what == "changed"]
+    rows = [(load.active_rows, load.pending_rows) for load in sorted(loads, key=lambda load: load.number)]
+    assert list(dict.fromkeys(rows)) == [(0, 12), (4, 8), (0, 8), (4, 4), (0, 4), (4, 0), (0, 0)]
+
+
+def test_an_engine_launches_on_its_own_device(unet: WatchedUNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread begins on the first GPU. Here there is none, so this sees only who asks for which device."""
+    asked: list[tuple[str, torch.device]] = []
+    monkeypatch.setattr(
+        engine_module, "launch_on", lambda device: asked.append((threading.current_thread().name, device))
+    )
+    engine = make_engine(unet, TABLES)
+    engine.wait_until_warm()
+    engine.close()
+    assert asked == [("engine-cpu", CPU)]
+
+
 def test_whose_client_cannot_be_asked_fails_alone(unet: WatchedUNet) -> None:
     engine, outcomes = watched_engine(unet, None), Outcomes()
 

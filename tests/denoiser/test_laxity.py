@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from audioldm2_triton.contract import BATCH, PRIORITIES, SCHEDULERS
 from audioldm2_triton.errors import DeadlineExceededError, RequestCancelledError, UnavailableError
+from audioldm2_triton.server.residency import Residency
 from audioldm2_triton.server.settings import LAXITY
 from engine import laxity
 from engine.engine import Engine
@@ -245,6 +246,34 @@ def test_an_urgent_request_pauses_a_batch_and_both_are_right(
     assert_is_reference(outcomes.next()[1], batch)
     assert {tag for tags in unet.forwards[begin + 4 :] for tag in tags} == {1}
     engine.close()
+
+
+def test_weights_that_do_not_fit_fail_who_was_just_paused_too(
+    unet: WatchedUNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its history is in the batch of its group, which goes with those that step."""
+
+    class Full(Residency):
+        lacks = False
+
+        def enter(self) -> None:
+            if self.lacks:
+                self.lacks = False
+                raise MemoryError
+
+    monkeypatch.setattr(laxity, "AGED_SHARE", 1e-9)
+    unet.gate = threading.Semaphore(3)
+    residency, outcomes = Full(), Outcomes()
+    limits = EngineLimits(2, 1000, 5, LAXITY)
+    engine = Engine(unet, TABLES, limits, lambda: LINEAR, CPU, torch.float32, residency=residency)
+    engine.submit(make_request(1, steps=12, priority=BATCH), outcomes.callback(1))
+    wait_until(lambda: len(unet.forwards) == 3, "the batch to be in flight")
+    engine.submit(make_request(2, steps=4), outcomes.callback(2))
+    residency.lacks = True
+    unet.gate.release(1000)
+    collected = outcomes.collect(2)
+    engine.close()
+    assert all(isinstance(outcome, MemoryError) for outcome in collected.values()), collected
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(500, marks=pytest.mark.slow)])

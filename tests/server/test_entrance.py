@@ -33,6 +33,21 @@ def test_it_is_closed_while_all_engines_are_full(tmp_path: Path) -> None:
         assert is_open(of_others)
 
 
+def test_an_engine_that_broke_does_not_hold_it_open(tmp_path: Path) -> None:
+    entrance = Entrance(tmp_path)
+    sign = FullSign(entrance)
+    first, second = sign.add_engine(), sign.add_engine()
+    second(True)
+    assert is_open(entrance)
+    first(None)
+    first(False)  # what it still held has been answered
+    assert not is_open(entrance)
+    second(False)
+    assert is_open(entrance)
+    second(None)
+    assert is_open(entrance)  # the denoiser says that none works
+
+
 def test_a_sign_of_a_predecessor_is_removed(tmp_path: Path) -> None:
     entrance = Entrance(tmp_path)
     FullSign(entrance).add_engine()(True)

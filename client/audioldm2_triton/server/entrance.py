@@ -67,28 +67,35 @@ def entrance_of(model: str, own_name: str) -> Entrance:
 
 
 class FullSign:
-    """Closes an entrance while all engines of its denoiser are full."""
+    """Closes an entrance while all engines of its denoiser that work are full."""
 
     def __init__(self, entrance: Entrance) -> None:
         self._file = entrance.full(DENOISER)
-        self._full: list[bool] = []
+        self._full: dict[int, bool] = {}
         self._lock = threading.Lock()
         self._show(False)  # whatever a predecessor that died has left
 
-    def add_engine(self) -> Callable[[bool], None]:
-        """Returns what an engine calls with whether it is full, from any thread."""
+    def add_engine(self) -> Callable[[bool | None], None]:
+        """Returns what an engine calls with whether it is full, or once with None when it broke, from any thread."""
         with self._lock:
             index = len(self._full)
-            self._full.append(False)
+            self._full[index] = False
 
-        def show(is_full: bool) -> None:
+        def show(is_full: bool | None) -> None:
             with self._lock:
-                before = all(self._full)
-                self._full[index] = is_full
-                if all(self._full) != before:
+                before = self._all_full
+                if is_full is None:
+                    self._full.pop(index, None)
+                elif index in self._full:
+                    self._full[index] = is_full
+                if self._all_full != before:
                     self._show(not before)
 
         return show
+
+    @property
+    def _all_full(self) -> bool:
+        return bool(self._full) and all(self._full.values())
 
     def _show(self, is_full: bool) -> None:
         if self._file and is_full:

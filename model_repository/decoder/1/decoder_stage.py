@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from audioldm2_triton.server.geometry import AudioGeometry
+from audioldm2_triton.server.own_kernels import launch_on
 from audioldm2_triton.server.residency import stage_residency
 from audioldm2_triton.server.settings import Settings, resolve_compile, resolve_dtype
 from audioldm2_triton.server.threads import set_measured_threads
@@ -21,6 +22,7 @@ def load_decoder_stage(
 ) -> tuple[WaveformDecoder, ClapScorer]:
     """Loads the decoding parts of the settings' checkpoint, ready for requests."""
     checkpoint, dtype = Path(settings.checkpoint), resolve_dtype(settings, device)
+    launch_on(device)
     residency = stage_residency(settings, device)
     with residency:
         decoder = load_waveform_decoder(checkpoint, device, dtype)

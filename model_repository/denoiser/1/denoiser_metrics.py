@@ -113,6 +113,7 @@ class EngineMetrics:
         self._show_full = families.full_sign.add_engine()
         self._busy = False
         self._newest = 0
+        self._shown: dict[Any, int] = {}  # a round trip to the server for each gauge that has changed
         self._changing = threading.Lock()
         self._reports = Reports(str(device))
 
@@ -149,7 +150,9 @@ class EngineMetrics:
                 (self._requests_in_flight, load.active_requests),
                 (self._requests_waiting, load.waiting_requests),
             ):
-                self._reports.put(partial(gauge.set, value))
+                if self._shown.get(gauge) != value:
+                    self._shown[gauge] = value
+                    self._reports.put(partial(gauge.set, value))
             was_busy, self._busy = self._busy, load.active_requests + load.waiting_requests > 0
             self._show_full(load.is_full)
         if self._busy and not was_busy:
@@ -159,6 +162,7 @@ class EngineMetrics:
             shown.wait(SHOWN_WITHIN_IN_S)
 
     def broke(self, _: Exception) -> None:
+        self._show_full(None)
         self._reports.put(partial(self._engine_broken.set, 1))
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from typing import Final
 import torch
 
 from audioldm2_triton.server.geometry import AudioGeometry
+from audioldm2_triton.server.own_kernels import launch_on
 from audioldm2_triton.server.residency import stage_residency
 from audioldm2_triton.server.settings import Settings, resolve_compile, resolve_device, resolve_dtype, uses_compiler
 from audioldm2_triton.server.text_lengths import resolve_max_new_tokens
@@ -73,6 +74,7 @@ def load_engines(
     engines: list[Engine] = []
     try:
         for device in devices:
+            launch_on(device)
             residency = stage_residency(settings, device)
             with residency:
                 weights = load_lean_unet(checkpoint, device, dtype)

@@ -9,7 +9,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Final
 
 import torch
@@ -18,11 +17,12 @@ from torch import Tensor
 from audioldm2_triton.errors import UnavailableError, as_exception
 from audioldm2_triton.server import faults
 from audioldm2_triton.server.memory import clear_frames, is_out_of_memory
+from audioldm2_triton.server.own_kernels import launch_on
 from audioldm2_triton.server.residency import Residency
 from engine.device import RunAhead, device_works
 from engine.job import Job, JobStatus, OnProgress, call_all, start_waveforms
 from engine.limits import EngineLimits, EngineLoad, GuardedObserver, Observer
-from engine.pace import Pace, least_evaluation_cost
+from engine.pace import Pace, evaluation_costs
 from engine.roster import Roster
 from engine.step_group import StepGroup
 from engine.step_groups import StepGroups
@@ -75,7 +75,7 @@ class Engine:
         self._changed = threading.Condition()
         self._roster = Roster(limits)
         self._groups = StepGroups(unet, device, dtype)
-        self._pace = Pace()
+        self._pace = Pace(is_behind=device.type == "cuda")
         self._failed_steps = 0
         self._run_ahead = RunAhead(device)
         self._closed = False
@@ -87,15 +87,12 @@ class Engine:
     def submit(self, request: DenoisingRequest, on_done: OnDone, is_cancelled: Callable[[], bool] | None = None) -> Job:
         """Takes a request in, without blocking; `on_done` is called once, later, from the engine's thread.
 
-        Args:
-            is_cancelled: asked between steps.
-
-        Raises `InvalidArgumentError` for a schedule that cannot be run, and `UnavailableError` where there is no room
-        and the waiting list is full, or others before it make it late.
+        `is_cancelled` is asked between steps. Raises `InvalidArgumentError` for a schedule that cannot be run, and
+        `UnavailableError` where there is no room and the waiting list is full, or others before it make it late.
         """
         faults.at("denoiser.submit")
         waveforms = start_waveforms(request, self._tables, self.limits, self.device, self._guidance_interval)
-        job = Job(request, waveforms, on_done, is_cancelled, least_evaluation_cost(waveforms, self.costs))
+        job = Job(request, waveforms, on_done, is_cancelled, evaluation_costs(waveforms, self.costs))
         with self._changed:
             if self._closed or self.broken:
                 raise UnavailableError(f"denoiser: the engine is {'broken' if self.broken else 'shutting down'}")
@@ -148,6 +145,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            launch_on(self.device)
             self._warm_up()
             with torch.inference_mode():
                 while self._wait_for_work():
@@ -216,26 +214,25 @@ class Engine:
             for job in admission.started:
                 call_all([job.request.on_admitted])
                 self._observer.admitted((time.monotonic_ns() - job.submitted_ns) / 1e9)
-            if admission.started:
+            if admission.has_changed:
                 self._observer.changed(self.load)
             if not admission.failed:
                 return  # later requests must not take the room meant for these
 
     def _step(self) -> None:
         """Runs one forward of the group whose turn it is."""
-        waveforms: Sequence[WaveformState] = tuple(self._roster.in_flight)
+        waveforms = self._roster.at_stake(self._groups.waveforms)
         try:
             self._residency.give_way()
             self._residency.enter()
             if self._groups.stale:
                 with self._changed:
                     request_of = self._roster.request_of()
-                waveforms = (*request_of, *(self._groups.waveforms & self._roster.paused.keys()))
                 self._groups.regroup(request_of)
             group = self._groups.next()
             if group is None:
                 return
-            waveforms = group.waveforms
+            waveforms = tuple(group.waveforms)
             faults.at("denoiser.step")
             items = group.advance(self._unet)
             self._run_ahead.limit()
@@ -258,16 +255,17 @@ class Engine:
                 waveform.evaluation += 1
                 self._groups.stale |= waveform.guidance is not guidance  # it needs more or fewer items from now on
             jobs = self._roster.owners_of(group.waveforms)
-            told = [job.request.on_stepped for job in jobs if job.request.on_stepped is not None]
-            calls: list[Callable[[], None]] = [partial(on_stepped, seconds, items) for on_stepped in told]
-            calls += [call for job in jobs for call in job.progressed()]
+            calls = [call for job in jobs for call in job.stepped(seconds, items)]
         call_all(calls)
         finished = [waveform for waveform in group.waveforms if waveform.finished]
         if finished:
             group.unstack()
+            owners = self._roster.owners_of(finished)
             self._leave(finished)
-            for job in jobs:
-                if all(waveform.finished for waveform in job.waveforms):
+            for job in owners:
+                if job.unfinished:
+                    self._observer.changed(self.load)
+                else:
                     self._finish(job, job.collect())
 
     def _fail_step(self, waveforms: Sequence[WaveformState], error: Exception) -> None:

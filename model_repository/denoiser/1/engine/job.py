@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
+from functools import partial
 from typing import Final
 
 import torch
@@ -51,7 +52,7 @@ class Job:
         waveforms: tuple[WaveformState, ...],
         on_done: OnDone,
         is_cancelled: Callable[[], bool] | None,
-        evaluation_cost: float = 0.0,
+        evaluation_costs: tuple[float, ...] = (),
     ) -> None:
         self.request = request
         self.waveforms = waveforms
@@ -63,7 +64,7 @@ class Job:
         self.alone: float | None = None  # seconds that it takes by itself; None: not asked yet
         self.most: float | None = None  # seconds that it takes from others at most; None: not asked yet
         self.has_turn = False  # by age: it is not paused any more
-        self.evaluation_cost = evaluation_cost  # seconds, at least; 0: unknown
+        self.evaluation_costs = evaluation_costs  # of each waveform in seconds, at least; none: unknown
         self.submitted_ns = time.monotonic_ns()
         self.polled_ns = 0
         self.listeners: list[tuple[int, OnProgress]] = []
@@ -72,6 +73,12 @@ class Job:
     def evaluations_done(self) -> int:
         """The number of evaluations done by the waveform with the most left to do."""
         return self.num_evaluations - max(w.table.num_evaluations - w.evaluation for w in self.waveforms)
+
+    @property
+    def least_seconds(self) -> float:
+        """The cost of what is left to do, at least: that of the waveform with the most, by itself; 0: unknown."""
+        costs = zip(self.waveforms, self.evaluation_costs, strict=False)
+        return max(((w.table.num_evaluations - w.evaluation) * cost for w, cost in costs), default=0.0)
 
     @property
     def unfinished(self) -> list[WaveformState]:
@@ -100,7 +107,7 @@ class Job:
         if self.request.deadline_ns <= 0:
             return None
         left_s = (self.request.deadline_ns - now) / 1e9
-        needed_s = (total - done) * self.evaluation_cost * pace
+        needed_s = self.least_seconds * pace
         if left_s <= 0:
             return DeadlineExceededError(f"{DEADLINE_EXCEEDED} {steps}")
         if left_s < needed_s:
@@ -122,6 +129,12 @@ class Job:
             return [lambda: on_progress(0, 0)]
         self.listeners.append((after, on_progress))
         return self.progressed()
+
+    def stepped(self, seconds: float, items: int) -> list[Callable[[], None]]:
+        """Returns the calls that are due after one of its evaluations."""
+        on_stepped = self.request.on_stepped
+        told = [] if on_stepped is None else [partial(on_stepped, seconds, items)]
+        return [*told, *self.progressed()]
 
     def progressed(self) -> list[Callable[[], None]]:
         """Returns the calls that are due to progress listeners."""

@@ -17,14 +17,19 @@ class Pace:
     """The time of the last forwards as a multiple of their costs. Written by the engine's thread.
 
     The smallest multiple counts, so that what it foretells is the least time that something takes.
+
+    Args:
+        is_behind: a forward has only been launched when it is told of, and the one before it has run, as on a GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_behind: bool = False) -> None:
         self.least = 0.0  # until two forwards have run
         self.usual = 1.0  # their median
         self._multiples: deque[float] = deque(maxlen=RECENT_FORWARDS)
+        self._is_behind = is_behind
         self._last = perf_counter()
         self._is_first = True
+        self._cost = inf  # of the last forward that it was told of
 
     def begin(self) -> None:
         """Work has come after a rest."""
@@ -37,25 +42,26 @@ class Pace:
         now = perf_counter()
         seconds, is_first = now - self._last, self._is_first
         self._last, self._is_first = now, False
-        # The first after a rest is only launched on a GPU; the next one waits for it.
-        if costs is not None and not is_first:
-            self._note(waveforms, items, seconds, costs)
-        return now, seconds
-
-    def _note(self, waveforms: Sequence[WaveformState], items: int, seconds: float, costs: ForwardCosts) -> None:
-        lengths = {waveform.row_frames for waveform in waveforms}
-        cost = costs.cheapest(items, max(lengths), len(lengths) > 1)[0]
-        if 0 < cost < inf:
-            self._multiples.append(seconds / cost)
+        before, self._cost = self._cost, _cost(waveforms, items, costs)
+        timed = before if self._is_behind else self._cost
+        if not is_first and 0 < timed < inf:
+            self._multiples.append(seconds / timed)
             self.least = min(self._multiples)
             self.usual = median(self._multiples)
+        return now, seconds
 
 
-def least_evaluation_cost(waveforms: Sequence[WaveformState], costs: ForwardCosts | None) -> float:
-    """Returns the seconds of the cheapest evaluation of the longest of these waveforms, by itself; 0: unknown."""
+def _cost(waveforms: Sequence[WaveformState], items: int, costs: ForwardCosts | None) -> float:
+    """Returns the seconds of a forward; inf: unknown."""
+    lengths = {waveform.row_frames for waveform in waveforms}
+    return inf if costs is None else costs.cheapest(items, max(lengths), len(lengths) > 1)[0]
+
+
+def evaluation_costs(waveforms: Sequence[WaveformState], costs: ForwardCosts | None) -> tuple[float, ...]:
+    """Returns the seconds of the cheapest evaluation of each waveform, by itself; none: unknown."""
     if costs is None:
-        return 0.0
-    return max(
+        return ()
+    return tuple(
         costs.cheapest(
             # Without guidance it takes half the items.
             waveform.unet_items if len(waveform.guided) == waveform.table.num_evaluations else waveform.held_windows,

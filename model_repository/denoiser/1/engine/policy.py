@@ -104,6 +104,6 @@ def next_group(last_steps: Sequence[float]) -> int:
     """Returns the group that has waited longest for a step.
 
     Args:
-        last_steps: when the waveform of each group that has waited longest took its last step.
+        last_steps: when the waveform of each group that has waited longest took its last step, or entered.
     """
     return min(range(len(last_steps)), key=last_steps.__getitem__)

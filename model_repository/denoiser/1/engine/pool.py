@@ -94,18 +94,26 @@ class EnginePool:
     def _start(
         self, request: DenoisingRequest, on_done: OnDone, is_cancelled: Callable[[], bool] | None, name: str
     ) -> None:
-        engine = self._roomiest()
-        job = engine.submit(request, on_done, is_cancelled)
-        if name:
-            self._engine_of[job] = engine
-            self._jobs[name] = job
+        """Gives it to the engine with the most room of those that take it. Raises the first one's refusal."""
+        refusals: list[UnavailableError] = []
+        for engine in self._roomiest_first():
+            try:
+                job = engine.submit(request, on_done, is_cancelled)
+            except UnavailableError as error:
+                refusals.append(error)
+                continue
+            if name:
+                self._engine_of[job] = engine
+                self._jobs[name] = job
+            return
+        raise refusals[0]
 
-    def _roomiest(self) -> Engine:
+    def _roomiest_first(self) -> list[Engine]:
         """Raises `UnavailableError` if no engine works any more."""
         working = [engine for engine in self.engines if engine.broken is None]
         if not working:
             raise UnavailableError("denoiser: every engine is broken; restart the server")
-        return max(working, key=lambda engine: engine.load.free_frames)
+        return sorted(working, key=lambda engine: engine.load.free_frames, reverse=True)
 
 
 def _answer_unstarted(on_done: OnDone, building: "Future[None]") -> None:

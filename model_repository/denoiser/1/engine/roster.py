@@ -1,7 +1,7 @@
 """The roster: the requests in an engine, and which of their waveforms are in flight."""
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Set
 from dataclasses import dataclass, field
 from math import inf
 
@@ -89,7 +89,7 @@ class Roster:
         """Raises `UnavailableError` for a request that others before it make late; alone it would be done in time."""
         now = time.monotonic()
         left_s = job.request.deadline_ns / 1e9 - now
-        needed_s = job.pending[-1].table.num_evaluations * job.evaluation_cost * pace.least
+        needed_s = job.least_seconds * pace.least
         if self._limits.scheduling == LAXITY:
             most_s = sum(self._most(each, costs) for each in self.jobs) * pace.least
             if lateness(left_s, needed_s, most_s) <= 0:
@@ -212,18 +212,22 @@ class Roster:
                 admission.has_changed = True
         for waveform in unfinished[:count]:
             if waveform in self.paused:
-                self.in_flight[waveform] = self.paused.pop(waveform)
-                admission.has_changed = True
+                del self.paused[waveform]
+                self._put_in_flight(waveform, job, admission)
             elif waveform not in self.in_flight:
                 self._let_in(job, admission)
 
     def _let_in(self, job: Job, admission: Admission) -> None:
         faults.at("denoiser.admit")
-        self.in_flight[job.pending.popleft()] = job
-        admission.has_changed = True
+        self._put_in_flight(job.pending.popleft(), job, admission)
         if job.status is not JobStatus.IN_FLIGHT:
             job.status = JobStatus.IN_FLIGHT
             admission.started.append(job)
+
+    def _put_in_flight(self, waveform: WaveformState, job: Job, admission: Admission) -> None:
+        self.in_flight[waveform] = job
+        waveform.last_step = time.perf_counter()  # it has not waited: the turn is another length's
+        admission.has_changed = True
 
     def leave(self, waveforms: Iterable[WaveformState]) -> bool:
         """Removes waveforms from flight. Returns whether any of them was in flight."""
@@ -244,6 +248,10 @@ class Roster:
         """Returns the requests of the given waveforms that are in flight or paused, each once."""
         owners = (self.in_flight.get(waveform) or self.paused.get(waveform) for waveform in waveforms)
         return list(dict.fromkeys(job for job in owners if job is not None))
+
+    def at_stake(self, grouped: Set[WaveformState]) -> tuple[WaveformState, ...]:
+        """Returns the waveforms in flight, and the paused ones whose histories are still in their groups' batches."""
+        return (*self.in_flight, *(grouped & self.paused.keys()))
 
     def request_of(self) -> dict[WaveformState, int]:
         """Returns each waveform in flight with its request's number, which does not keep the request alive."""

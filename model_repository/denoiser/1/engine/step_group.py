@@ -39,7 +39,7 @@ class StepGroup:
 
     @property
     def last_step(self) -> float:
-        """The time at which the waveform that has waited longest took its last step."""
+        """The time at which the waveform that has waited longest took its last step, or entered."""
         return min(waveform.last_step for waveform in self.waveforms)
 
     @property

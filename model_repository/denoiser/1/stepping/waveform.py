@@ -22,7 +22,7 @@ class WaveformState:
     frames: int  # H, the latent frames that are its own; what a longer neighbour adds behind them is padding
     guided: range  # the evaluations that have guidance, where there is a negative prompt
     evaluation: int = 0  # how many are done
-    last_step: float = 0.0  # when, by time.perf_counter(); lengths that cannot share a forward take turns by it
+    last_step: float = 0.0  # or its entry, by time.perf_counter(); lengths that cannot share a forward take turns by it
     windows: Windows | None = None  # where its windows are the rows of the forwards, and not the whole
     held_windows: int = 1  # how many of them share a forward at most
 
