@@ -1,15 +1,20 @@
 """A private server on free ports, for the duration of a `with` block."""
 
+import os
 import signal
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Final
 
 from serving.server_error import DRAIN_TIMEOUT_IN_S, ServerError
+
+_PORTS: Final = range(20_000 + os.getpid() % 97, 32_000, 97)
+_ports = cycle(_PORTS)
 
 SERVE: Final = Path(__file__).resolve().parent.parent / "serve"
 
@@ -35,15 +40,19 @@ class LocalServer:
 
 
 def free_ports(count: int) -> list[int]:
-    """Returns ports of this machine on which nothing listens at the moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for probe in sockets:
-            probe.bind(("0.0.0.0", 0))
-        return [probe.getsockname()[1] for probe in sockets]
-    finally:
-        for probe in sockets:
-            probe.close()
+    """Returns ports of this machine on which nothing listens at the moment.
+
+    The server takes them seconds later. So they are none that the system gives to connections, whose range begins at
+    32768 by default, nor those of another process that asks here.
+    """
+    free: list[int] = []
+    for port in islice(_ports, len(_PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("0.0.0.0", port))
+            free.append(port)
+        if len(free) == count:
+            return free
+    raise OSError(f"got {len(free)} free ports but expected {count}")
 
 
 def server_on(process: subprocess.Popen[str], ports: Sequence[int], log: Path) -> LocalServer:

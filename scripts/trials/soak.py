@@ -100,12 +100,12 @@ class Soaker:
 def soak(server: LocalServer, count: int, clients: int, seed: int) -> tuple[Outcomes, list[Sample]]:
     """Sends `count` requests, `clients` at a time, and watches the server."""
     known = known_requests(server)
-    outcomes, numbers = Outcomes(), itertools.count()
+    outcomes = Outcomes()
 
     def work(index: int) -> None:
         soaker = Soaker(server, known, outcomes, Random(seed * 1000 + index))
         try:
-            while next(numbers) < count:
+            for _ in range(index, count, clients):
                 soaker.send()
         finally:
             soaker.close()

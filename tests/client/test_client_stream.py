@@ -60,6 +60,14 @@ def client(kind: str, url: str) -> Iterator[Client]:
         yield opened
 
 
+def wait_until_begun(file: Path) -> None:
+    """Waits until the server is busy with `!watch`: over gRPC nothing else tells that the request has left."""
+    deadline = time.monotonic() + 30
+    while not file.with_name(f"{file.name}.begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def outcome(file: Path) -> str:
     """What `!watch` has written, which is soon after a cancellation."""
     deadline = time.monotonic() + 10
@@ -221,7 +229,10 @@ def test_an_asyncio_iteration_that_ends_early_cancels_on_the_server(url: str, wa
                 task = asyncio.create_task(calls.pop(way))
                 for call in calls.values():
                     call.close()
-                await (asyncio.sleep(0.5) if way == "generate" else started.wait())
+                if way == "generate":
+                    await asyncio.to_thread(wait_until_begun, tmp_path / "seen")
+                else:
+                    await started.wait()
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task
@@ -238,7 +249,7 @@ def test_an_interrupt_cancels_on_the_server(url: str, tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
-        time.sleep(0.3)  # over gRPC nothing tells that the request has left
+        wait_until_begun(tmp_path / "seen")
         process.send_signal(signal.SIGINT)
         assert "KeyboardInterrupt" in process.communicate(timeout=10)[1]
     assert outcome(tmp_path / "seen") == "cancelled"

@@ -224,16 +224,18 @@ def test_an_answer_that_takes_too_long_to_make_is_late(
 
 def test_what_is_being_sent_is_not_late(settlements: Settlements, caplog: pytest.LogCaptureFixture) -> None:
     """Nor does the thread that looks after it turn in circles meanwhile."""
-    client, sent = Client(), threading.Event()
+    client, sending, sent = Client(), threading.Event(), threading.Event()
 
     def send(outcome: object) -> None:
+        sending.set()
         assert sent.wait(WAIT_IN_S)
         client.answers.put(outcome)
 
     settlement: Settlement[object] = settlements.take(same, send)
-    settlement.expect_by(now_and(0.01))
     with ThreadPoolExecutor(1) as pool:
         settled = pool.submit(settlement.settle, "sound")
+        assert sending.wait(WAIT_IN_S)
+        settlement.expect_by(now_and(0.01))
         time.sleep(0.01 + 3 * GRACE_IN_S)
         sent.set()
         assert settled.result()

@@ -207,7 +207,7 @@ def check_struck_alone(asking: Asking, directory: Path, point: str, kind: str, r
 
 def check_stalled(asking: Asking, directory: Path, point: str, request: Request) -> None:
     """One request is held up until after its deadline; others come meanwhile, and have none."""
-    timeout_in_s = 0.4
+    timeout_in_s = None if (point, STALL) in HARMLESS else 0.4
     with ThreadPoolExecutor(len(WAYS)) as pool:
         while True:
             file = faults.arm(directory, point, STALL)
@@ -216,6 +216,7 @@ def check_stalled(asking: Asking, directory: Path, point: str, request: Request)
                 time.sleep(0.002)
             if faults.has_struck(file):
                 break
+            assert timeout_in_s is not None, "nobody came by"
             # The machine is so slow that the deadline came before the request did.
             check_expired(concerned.result(), request)
             timeout_in_s *= 3
@@ -243,8 +244,9 @@ def test_every_fault_is_answered(asking: Asking, fault_directory: Path) -> None:
     cases = [(point, kind) for point, kinds in POINTS.items() for kind in kinds if point != FATAL and kind != LEAK]
     new_steps = iter(range(STEPS + 1, 1000))
     for number, (point, kind) in enumerate(cases):
-        # Only schedules that are new are built.
-        steps = [next(new_steps) if point == "denoiser.schedule" else STEPS for _ in range(2)]
+        # Only schedules that are new are built; and who asks for progress only now and then needs some steps.
+        usual = 20 if point == "denoiser.listener" else STEPS
+        steps = [next(new_steps) if point == "denoiser.schedule" else usual for _ in range(2)]
         way = "stream" if point in ONLY_STREAMS else WAYS[number % len(WAYS)]
         try:
             if kind == STALL:

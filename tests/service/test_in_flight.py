@@ -169,7 +169,7 @@ def test_a_deadline_ends_the_request_in_the_denoiser(protocol: str, small_server
     with AudioLDM2Client(url) as client:
         client.server_info()
         with pytest.raises(DeadlineExceededError, match="deadline exceeded after"):
-            client.generate("rain", num_inference_steps=900, audio_length_in_s=2.0, timeout=1.0)
+            client.generate("rain", num_inference_steps=900, audio_length_in_s=2.0, timeout=3.0)
     after = wait_for_metrics(small_server, is_idle, "an idle server")
     name = 'audioldm2_requests_total{engine="cpu",model="denoiser",outcome="deadline_exceeded"}'
     assert after[name] == before[name] + 1

@@ -49,7 +49,7 @@ def test_a_direct_request_to_the_denoiser_has_it_too(impatient_server: LocalServ
         **{name: [value.encode() if isinstance(value, str) else value] for name, value in LONG.items()},
     }
     with grpc.InferenceServerClient(f"localhost:{impatient_server.grpc_port}") as client:
-        answer = client.infer("text_conditioning", infer_inputs(grpc, rows))
+        answer = client.infer("text_conditioning", infer_inputs(grpc, rows), timeout=60_000_000)
         inputs = []
         for output in answer.get_response().outputs:
             if output.name not in DENOISED or output.name == "deadline_ns":

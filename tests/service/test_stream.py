@@ -17,6 +17,7 @@ from tritonclient import grpc
 from audioldm2_triton import contract
 from plain_requests import WAIT_IN_S, Response, Stream, check_responses, streamed, whole
 from serving.local_server import LocalServer
+from supervised_server import wait_until
 
 LONG = {"prompt": [b"a dog"], "num_inference_steps": [200], "audio_length_in_s": [2.0], "seed": [1]}  # some seconds
 
@@ -84,15 +85,15 @@ def test_progress_counts_every_evaluation_once(
 
 def test_progress_comes_while_the_denoiser_works(server: LocalServer) -> None:
     with closing(Stream(server)) as stream:
-        stream.send({**LONG, "num_inference_steps": [30]})
+        stream.send({**LONG, "num_inference_steps": [100]})
         times = [time.perf_counter() for tensors in stream.responses() if "step" in tensors]
-    assert len(times) == 30
+    assert len(times) == 100
     gaps = np.diff(times)
-    assert np.median(gaps) > 0.25 * (times[-1] - times[0]) / 29, "the steps came in heaps"
+    assert sum(gaps > 0.25 * (times[-1] - times[0]) / 99) >= 10, "the steps came in heaps"
 
 
 def test_two_requests_of_one_stream_run_together(server: LocalServer) -> None:
-    rows = {**LONG, "num_inference_steps": [30]}
+    rows = {**LONG, "num_inference_steps": [100]}
     with closing(Stream(server)) as stream:
         for seed in (1, 2):
             stream.send({**rows, "seed": [seed]}, request_id=str(seed))
@@ -108,7 +109,7 @@ def test_two_requests_of_one_stream_run_together(server: LocalServer) -> None:
     turns = sum(a != b for a, b in pairwise(sequence))
     assert turns > 20, f"{sequence} are not interleaved"
     for name, responses in arrived.items():
-        result = check_responses(responses, 30, 1)
+        result = check_responses(responses, 100, 1)
         expected = whole(server, {**rows, "seed": [int(name)]})["audio"]
         np.testing.assert_allclose(result["audio"], expected, atol=1e-4)
 
@@ -219,12 +220,17 @@ def http_failure(server: LocalServer, timeout_us: int) -> str:
 
 @pytest.mark.parametrize("failure", [grpc_failure, http_failure])
 def test_a_timeout_ends_the_stream(failure: Callable[[LocalServer, int], str], server: LocalServer) -> None:
-    before = counter(server, "deadline_exceeded")
-    start = time.monotonic()
-    message = failure(server, 400_000)
-    # Ended at the deadline, or as soon as it was clear that it would be missed.
-    done = re.fullmatch(r"CANCELLED: deadline exceeded after (\d+) of 200 steps(: .* at least .*)?", message)
+    for timeout_in_s in (0.4, 1.2, 3.6):  # on a slow machine the first may be over before the request steps
+        before = counter(server, "deadline_exceeded")
+        start = time.monotonic()
+        message = failure(server, int(1e6 * timeout_in_s))
+        took_s = time.monotonic() - start
+        # Ended at the deadline, or as soon as it was clear that it would be missed.
+        done = re.fullmatch(r"CANCELLED: deadline exceeded after (\d+) of 200 steps(: .* at least .*)?", message)
+        if done is not None:
+            break
+        assert "deadline exceeded" in message
     assert done is not None, message
     assert int(done[1]) < 200
-    assert done[2] or time.monotonic() - start > 0.4
-    assert counter(server, "deadline_exceeded") == before + 1
+    assert done[2] or took_s > timeout_in_s
+    wait_until(lambda: counter(server, "deadline_exceeded") == before + 1, "it to be counted")

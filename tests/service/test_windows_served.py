@@ -11,7 +11,7 @@ from audioldm2_pipeline import Reference, difference, tolerance
 from audioldm2_triton import AudioLDM2Client
 from audioldm2_triton.contract import DEFAULT_SCHEDULER
 from denoising_inputs import draw_noise
-from metrics_page import read_metrics
+from metrics_page import is_idle, wait_for_metrics
 from multi_diffusion import multi_diffusion
 from serving.local_server import LocalServer
 from stepping.request import DenoisingRow, TextStates
@@ -50,7 +50,7 @@ def test_a_clip_in_three_windows(front: str, server: LocalServer, expected_and_b
         "num_waveforms_per_prompt": 2,
         "seed": 11,
     }
-    before = read_metrics(server)
+    before = wait_for_metrics(server, is_idle, "an idle server")
     with AudioLDM2Client(server.grpc_url) as client:
         if front == "ensemble":
             windowed, whole = client.generate([PROMPT] * 2, window_length_in_s=[1.28, 0.0], **options)
@@ -66,9 +66,9 @@ def test_a_clip_in_three_windows(front: str, server: LocalServer, expected_and_b
     assert difference(windowed.audio[order], expected) <= bound
     assert min(difference(one, expected[0]) for one in whole.audio) > 1e-2
     assert told == ([] if front == "ensemble" else [1, 2, 3, 4, 5])
+    after = wait_for_metrics(server, is_idle, "an idle server")
     forwards, rows = (
-        read_metrics(server)[name] - before[name]
-        for name in ("audioldm2_rows_per_forward_count", "audioldm2_rows_per_forward_sum")
+        after[name] - before[name] for name in ("audioldm2_rows_per_forward_count", "audioldm2_rows_per_forward_sum")
     )
     # Three windows of two waveforms with guidance, and two whole waveforms: all together, or in two forwards a step.
     assert rows == STEPS * (12 + 4)

@@ -19,8 +19,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from stand_in_audio import NATIVE_AUDIO_LENGTH_IN_S, SAMPLING_RATE, stand_in_audio, stand_in_scores
 
-MEETING_TIMEOUT_IN_S = 10.0
-WATCHED_IN_S = 6.0
+MEETING_TIMEOUT_IN_S = 60.0
+WATCHED_IN_S = 20.0
 TICK_IN_S = 0.02
 
 MEETINGS: dict[int, threading.Barrier] = {}
@@ -58,6 +58,7 @@ def obey(inputs: dict[str, np.ndarray], timeout_us: int, is_cancelled: Callable[
     if verb == "!sleep":
         _sleep(float(rest), timeout_us, is_cancelled)
     if verb == "!watch":
+        Path(f"{rest}.begun").touch()
         try:
             _sleep(WATCHED_IN_S, timeout_us, is_cancelled)
             Path(rest).write_text("not cancelled")

@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from audioldm2_triton import contract
 from contract_stand_in.stand_in_audio import NATIVE_AUDIO_LENGTH_IN_S, SAMPLING_RATE
 from serving.installation import find_triton
+from serving.local_server import free_ports
 from serving.loopback import read_page
 
 SOURCES = Path(__file__).parent
@@ -72,7 +72,7 @@ def stand_in_server(
             f"max_batch_size: 1 model_transaction_policy {{ decoupled: true }} {_tensors(outputs)}",
         )
     triton = find_triton(directory)
-    http, grpc, metrics = _free_ports(3)
+    http, grpc, metrics = free_ports(3)
     command = [
         str(triton.binary),
         *triton.arguments,
@@ -131,14 +131,6 @@ def _tensors(outputs: Mapping[str, str]) -> str:
         for kind, tensors in (("input", contract.INPUTS), ("output", outputs))
         for name, dtype in tensors.items()
     )
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for item in sockets:
-            item.bind(("", 0))
-        return [item.getsockname()[1] for item in sockets]
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
