@@ -61,6 +61,18 @@ def test_a_cancelled_client_is_noticed_by_asking(engine: Engine, unet: WatchedUN
     assert isinstance(outcomes.collect(1)[1], RequestCancelledError)
 
 
+@pytest.mark.parametrize(("held", "expected"), [(1, 50), (16, 42), (200, 4)])
+def test_the_more_are_held_the_less_often_each_client_is_asked(held: int, expected: int) -> None:
+    """Asking 200 clients before each step would take longer than the step."""
+    asked: list[int] = []
+    request = make_request(1)
+    waveforms = start_waveforms(request, TABLES, EngineLimits(16, 16), CPU, (0.0, 1.0))
+    job = Job(request, waveforms, lambda _: None, lambda: bool(asked.append(1)))
+    for millisecond in range(1, 1001):
+        assert job.reason_to_end(10**12 + millisecond * 1_000_000, 1.0, held) is None
+    assert expected - 1 <= len(asked) <= expected + 1
+
+
 def test_a_cancelled_request_does_not_wait_for_room(engine: Engine, unet: WatchedUNet) -> None:
     unet.gate = threading.Semaphore(1)
     outcomes = Outcomes()
@@ -116,8 +128,8 @@ def test_each_row_is_foretold_by_its_own_steps_and_items() -> None:
     waveforms = start_waveforms(request, TABLES, limits, CPU, (0.0, 1.0))
     job = Job(request, waveforms, lambda _: None, None, evaluation_costs(waveforms, costs))
     assert job.least_seconds == pytest.approx(100 * 5 * 1e-3)  # 5 frames
-    assert job.reason_to_end(10**9 // 2 - 1, 1.0) is None
-    assert isinstance(job.reason_to_end(10**9 // 2 + 1_000_000, 1.0), DeadlineExceededError)
+    assert job.reason_to_end(10**9 // 2 - 1, 1.0, 1) is None
+    assert isinstance(job.reason_to_end(10**9 // 2 + 1_000_000, 1.0, 1), DeadlineExceededError)
 
 
 def test_a_gpus_forward_is_timed_when_the_next_one_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:

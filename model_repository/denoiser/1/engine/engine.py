@@ -199,9 +199,9 @@ class Engine:
             return not self._closed and not self.broken
 
     def _drop_cancelled(self) -> None:
-        now = time.monotonic_ns()
-        for job in list(self._roster.jobs):
-            if (reason := job.reason_to_end(now, self._pace.least)) is not None:
+        now, jobs = time.monotonic_ns(), list(self._roster.jobs)
+        for job in jobs:
+            if (reason := job.reason_to_end(now, self._pace.least, len(jobs))) is not None:
                 self._finish(job, reason)
 
     def _admit(self) -> None:

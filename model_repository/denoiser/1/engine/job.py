@@ -28,7 +28,9 @@ from stepping.windows import plan_windows
 
 logger = logging.getLogger(__name__)
 
-CANCELLATION_POLL_NS: Final = 20_000_000  # asking Triton costs more than a flag, so not before every step of 5 ms
+LEAST_CANCELLATION_POLL_NS: Final = 20_000_000
+CANCELLATION_POLL_NS: Final = 1_500_000
+"""For each request held: asking Triton takes long, for 200 of them longer than a small step."""
 
 OnProgress = Callable[[int, int], None]
 """Receives the number of UNet evaluations done and in total; zeros if the request is no longer in flight."""
@@ -88,24 +90,24 @@ class Job:
     def num_evaluations(self) -> int:
         return max(waveform.table.num_evaluations for waveform in self.waveforms)
 
-    def reason_to_end(self, now: int, pace: float) -> Exception | None:
+    def reason_to_end(self, now: int, pace: float, held: int) -> Exception | None:
         """Returns why it must not take another step: cancelled, late, or its client cannot be asked. None if it may.
 
         It is late as soon as it cannot be done in time any more.
 
         Args:
             pace: what an evaluation takes at least, as a multiple of its cost; 0: unknown.
+            held: how many requests the engine has; the more, the less often each client is asked.
         """
-        done, total = self.evaluations_done, self.num_evaluations
-        steps = f"after {done} of {total} steps"
         try:
-            cancelled = self.cancelled or self._poll_cancelled(now)
+            cancelled = self.cancelled or self._poll_cancelled(now, held)
         except BaseException as error:
             return as_exception(error)
+        if not cancelled and self.request.deadline_ns <= 0:
+            return None  # as nearly always
+        steps = f"after {self.evaluations_done} of {self.num_evaluations} steps"
         if cancelled:
             return RequestCancelledError(f"cancelled {steps}")
-        if self.request.deadline_ns <= 0:
-            return None
         left_s = (self.request.deadline_ns - now) / 1e9
         needed_s = self.least_seconds * pace
         if left_s <= 0:
@@ -116,8 +118,9 @@ class Job:
             )
         return None
 
-    def _poll_cancelled(self, now: int) -> bool:
-        if self.is_cancelled is None or now - self.polled_ns < CANCELLATION_POLL_NS:
+    def _poll_cancelled(self, now: int, held: int) -> bool:
+        pause_ns = max(LEAST_CANCELLATION_POLL_NS, held * CANCELLATION_POLL_NS)
+        if self.is_cancelled is None or now - self.polled_ns < pause_ns:
             return False
         self.polled_ns = now
         faults.at("denoiser.is_cancelled")
