@@ -43,7 +43,7 @@ def free_ports(count: int) -> list[int]:
     """Returns ports of this machine on which nothing listens at the moment.
 
     The server takes them seconds later. So they are none that the system gives to connections, whose range begins at
-    32768 by default, nor those of another process that asks here.
+    32768 by default, and hardly ever those of another process that asks here.
     """
     free: list[int] = []
     for port in islice(_ports, len(_PORTS)):

@@ -114,9 +114,9 @@ def test_a_stage_that_dies_or_stops_is_replaced(
             resent = pool.submit(client.generate, **RESENT)
             wait_for_requests(supervised, 4)
             stage(supervised, model).send_signal(signal_number)
-        wait_until(lambda: health(supervised)[0] == 503, "the failure to be noticed")
-        # Without a time limit of their own: all calls have ended because the server that had them is gone.
-        assert all(isinstance(call.result(timeout=WAIT_IN_S), Exception) for call in calls)
+            wait_until(lambda: health(supervised)[0] == 503, "the failure to be noticed")
+            # Without a time limit of their own: all calls have ended because the server that had them is gone.
+            assert all(isinstance(call.result(timeout=WAIT_IN_S), Exception) for call in calls)
         # And one that is sent again has its answer from the next server, with the threads of another start.
         assert difference(resent.result(timeout=WAIT_IN_S).audio, right_audio) < 1e-5
     wait_until(lambda: health(supervised)[0] == 200, "readiness")

@@ -204,7 +204,7 @@ def test_what_one_engine_refuses_another_one_takes() -> None:
     pool, outcomes = EnginePool(engines, TABLES), Outcomes()
     TABLES.get(DEFAULT_SCHEDULER, 4)
     # The first has more room, but no place for one more that waits; the second has, behind one that takes two rounds.
-    for tag, waveforms in ((1, 7), (2, 16), (3, 2), (4, 1)):
+    for tag, waveforms in ((1, 8), (2, 16), (3, 2), (4, 1)):
         pool.submit(make_request(tag, waveforms=waveforms), outcomes.callback(tag))
     assert [engine.load.waiting_requests for engine in engines] == [1, 1]
     pool.submit(make_request(5, waveforms=2), outcomes.callback(5))

@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from math import inf
 
 import pytest
@@ -18,7 +19,7 @@ from audioldm2_triton.errors import (
     UnavailableError,
 )
 from engine import pace
-from engine.engine import Engine
+from engine.engine import MOST_ASKED, Engine
 from engine.job import Job, start_waveforms
 from engine.limits import EngineLimits
 from engine.pace import evaluation_costs
@@ -61,16 +62,40 @@ def test_a_cancelled_client_is_noticed_by_asking(engine: Engine, unet: WatchedUN
     assert isinstance(outcomes.collect(1)[1], RequestCancelledError)
 
 
+@pytest.mark.parametrize("deadline_ns", [0, 10**15])
 @pytest.mark.parametrize(("held", "expected"), [(1, 50), (16, 42), (200, 4)])
-def test_the_more_are_held_the_less_often_each_client_is_asked(held: int, expected: int) -> None:
+def test_the_more_are_held_the_less_often_each_client_is_asked(held: int, expected: int, deadline_ns: int) -> None:
     """Asking 200 clients before each step would take longer than the step."""
     asked: list[int] = []
-    request = make_request(1)
+    request = make_request(1, deadline_ns=deadline_ns)
     waveforms = start_waveforms(request, TABLES, EngineLimits(16, 16), CPU, (0.0, 1.0))
     job = Job(request, waveforms, lambda _: None, lambda: bool(asked.append(1)))
     for millisecond in range(1, 1001):
         assert job.reason_to_end(10**12 + millisecond * 1_000_000, 1.0, held) is None
+        assert job.reason_to_end(10**15 - 1, 1.0, held, may_ask=False) is None
     assert expected - 1 <= len(asked) <= expected + 1
+
+
+def test_a_few_clients_are_asked_before_each_step_and_all_in_turn(engine: Engine, unet: WatchedUNet) -> None:
+    unet.gate = threading.Semaphore(0)
+    outcomes, asked = Outcomes(), [0] * 41
+
+    def is_cancelled(tag: int) -> bool:
+        asked[tag] += 1
+        return False
+
+    for tag in range(1, 41):
+        engine.submit(make_request(tag), outcomes.callback(tag), partial(is_cancelled, tag))
+    unet.gate.release(1)
+    wait_until(lambda: engine.load.active_rows == 16, "a full engine")
+    before = sum(asked)
+    for step in range(1, 4):
+        unet.gate.release(1)
+        wait_until(lambda step=step: len(unet.forwards) > step, "the next forward")
+    assert sum(asked) - before <= 3 * MOST_ASKED
+    assert all(asked[1:])
+    unet.gate.release(1000)
+    outcomes.collect(40)
 
 
 def test_a_cancelled_request_does_not_wait_for_room(engine: Engine, unet: WatchedUNet) -> None:

@@ -268,8 +268,9 @@ def test_weights_that_do_not_fit_fail_who_was_just_paused_too(
     engine = Engine(unet, TABLES, limits, lambda: LINEAR, CPU, torch.float32, residency=residency)
     engine.submit(make_request(1, steps=12, priority=BATCH), outcomes.callback(1))
     wait_until(lambda: len(unet.forwards) == 3, "the batch to be in flight")
-    engine.submit(make_request(2, steps=4), outcomes.callback(2))
-    residency.lacks = True
+    # In the engine's thread, when it has paused the batch.
+    urgent = replace(make_request(2, steps=4), on_admitted=lambda: setattr(residency, "lacks", True))
+    engine.submit(urgent, outcomes.callback(2))
     unet.gate.release(1000)
     collected = outcomes.collect(2)
     engine.close()

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from heapq import nsmallest
 from typing import Final
 
 import torch
@@ -34,6 +35,7 @@ from stepping.waveform import WaveformState
 
 logger = logging.getLogger(__name__)
 
+MOST_ASKED: Final = 16  # clients before one step
 MAX_FAILED_STEPS: Final = 3  # in a row; after these the engine counts as broken
 CLOSE_TIMEOUT_IN_S: Final = 20.0  # for the step under way; less than the server's own exit timeout
 
@@ -200,8 +202,9 @@ class Engine:
 
     def _drop_cancelled(self) -> None:
         now, jobs = time.monotonic_ns(), list(self._roster.jobs)
+        asked = set(nsmallest(MOST_ASKED, jobs, key=lambda job: job.polled_ns))
         for job in jobs:
-            if (reason := job.reason_to_end(now, self._pace.least, len(jobs))) is not None:
+            if (reason := job.reason_to_end(now, self._pace.least, len(jobs), job in asked)) is not None:
                 self._finish(job, reason)
 
     def _admit(self) -> None:
@@ -263,10 +266,9 @@ class Engine:
             owners = self._roster.owners_of(finished)
             self._leave(finished)
             for job in owners:
-                if job.unfinished:
-                    self._observer.changed(self.load)
-                else:
+                if not job.unfinished:
                     self._finish(job, job.collect())
+            self._observer.changed(self.load)
 
     def _fail_step(self, waveforms: Sequence[WaveformState], error: Exception) -> None:
         """Fails the requests of a failed step; the others resume from their last good state."""

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from functools import partial
+from math import inf
 from typing import Final
 
 import torch
@@ -28,9 +29,9 @@ from stepping.windows import plan_windows
 
 logger = logging.getLogger(__name__)
 
-LEAST_CANCELLATION_POLL_NS: Final = 20_000_000
-CANCELLATION_POLL_NS: Final = 1_500_000
-"""For each request held: asking Triton takes long, for 200 of them longer than a small step."""
+CANCELLATION_POLL_NS: Final = 20_000_000
+CANCELLATION_POLL_PER_REQUEST_NS: Final = 1_500_000
+"""With many requests held: asking Triton whether a client has gone takes long, for 200 longer than a small step."""
 
 OnProgress = Callable[[int, int], None]
 """Receives the number of UNet evaluations done and in total; zeros if the request is no longer in flight."""
@@ -69,6 +70,7 @@ class Job:
         self.evaluation_costs = evaluation_costs  # of each waveform in seconds, at least; none: unknown
         self.submitted_ns = time.monotonic_ns()
         self.polled_ns = 0
+        self.whole_seconds = self.least_seconds  # before its first step
         self.listeners: list[tuple[int, OnProgress]] = []
 
     @property
@@ -90,7 +92,7 @@ class Job:
     def num_evaluations(self) -> int:
         return max(waveform.table.num_evaluations for waveform in self.waveforms)
 
-    def reason_to_end(self, now: int, pace: float, held: int) -> Exception | None:
+    def reason_to_end(self, now: int, pace: float, held: int, may_ask: bool = True) -> Exception | None:
         """Returns why it must not take another step: cancelled, late, or its client cannot be asked. None if it may.
 
         It is late as soon as it cannot be done in time any more.
@@ -98,17 +100,18 @@ class Job:
         Args:
             pace: what an evaluation takes at least, as a multiple of its cost; 0: unknown.
             held: how many requests the engine has; the more, the less often each client is asked.
+            may_ask: whether its client may be asked now.
         """
         try:
-            cancelled = self.cancelled or self._poll_cancelled(now, held)
+            cancelled = self.cancelled or (may_ask and self._poll_cancelled(now, held))
         except BaseException as error:
             return as_exception(error)
-        if not cancelled and self.request.deadline_ns <= 0:
-            return None  # as nearly always
+        left_s = (self.request.deadline_ns - now) / 1e9 if self.request.deadline_ns > 0 else inf
+        if not cancelled and left_s > max(0.0, self.whole_seconds * pace):
+            return None  # as nearly always, for each request held before each step
         steps = f"after {self.evaluations_done} of {self.num_evaluations} steps"
         if cancelled:
             return RequestCancelledError(f"cancelled {steps}")
-        left_s = (self.request.deadline_ns - now) / 1e9
         needed_s = self.least_seconds * pace
         if left_s <= 0:
             return DeadlineExceededError(f"{DEADLINE_EXCEEDED} {steps}")
@@ -119,7 +122,7 @@ class Job:
         return None
 
     def _poll_cancelled(self, now: int, held: int) -> bool:
-        pause_ns = max(LEAST_CANCELLATION_POLL_NS, held * CANCELLATION_POLL_NS)
+        pause_ns = max(CANCELLATION_POLL_NS, held * CANCELLATION_POLL_PER_REQUEST_NS)
         if self.is_cancelled is None or now - self.polled_ns < pause_ns:
             return False
         self.polled_ns = now

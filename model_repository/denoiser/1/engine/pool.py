@@ -94,19 +94,18 @@ class EnginePool:
     def _start(
         self, request: DenoisingRequest, on_done: OnDone, is_cancelled: Callable[[], bool] | None, name: str
     ) -> None:
-        """Gives it to the engine with the most room of those that take it. Raises the first one's refusal."""
-        refusals: list[UnavailableError] = []
-        for engine in self._roomiest_first():
-            try:
-                job = engine.submit(request, on_done, is_cancelled)
-            except UnavailableError as error:
-                refusals.append(error)
-                continue
-            if name:
-                self._engine_of[job] = engine
-                self._jobs[name] = job
-            return
-        raise refusals[0]
+        """Gives it to the engine with the most room of those that take it. Raises the last one's refusal."""
+        *others, last = self._roomiest_first()
+        for engine in others:
+            with contextlib.suppress(UnavailableError):
+                self._note(name, engine, engine.submit(request, on_done, is_cancelled))
+                return
+        self._note(name, last, last.submit(request, on_done, is_cancelled))
+
+    def _note(self, name: str, engine: Engine, job: Job) -> None:
+        if name:
+            self._engine_of[job] = engine
+            self._jobs[name] = job
 
     def _roomiest_first(self) -> list[Engine]:
         """Raises `UnavailableError` if no engine works any more."""
