@@ -85,15 +85,15 @@ def test_progress_counts_every_evaluation_once(
 
 def test_progress_comes_while_the_denoiser_works(server: LocalServer) -> None:
     with closing(Stream(server)) as stream:
-        stream.send({**LONG, "num_inference_steps": [100]})
+        stream.send({**LONG, "num_inference_steps": [30]})
         times = [time.perf_counter() for tensors in stream.responses() if "step" in tensors]
-    assert len(times) == 100
+    assert len(times) == 30
     gaps = np.diff(times)
-    assert sum(gaps > 0.25 * (times[-1] - times[0]) / 99) >= 10, "the steps came in heaps"
+    assert np.median(gaps) > 0.25 * (times[-1] - times[0]) / 29, "the steps came in heaps"
 
 
 def test_two_requests_of_one_stream_run_together(server: LocalServer) -> None:
-    rows = {**LONG, "num_inference_steps": [100]}
+    rows = {**LONG, "num_inference_steps": [30]}
     with closing(Stream(server)) as stream:
         for seed in (1, 2):
             stream.send({**rows, "seed": [seed]}, request_id=str(seed))
@@ -109,7 +109,7 @@ def test_two_requests_of_one_stream_run_together(server: LocalServer) -> None:
     turns = sum(a != b for a, b in pairwise(sequence))
     assert turns > 20, f"{sequence} are not interleaved"
     for name, responses in arrived.items():
-        result = check_responses(responses, 100, 1)
+        result = check_responses(responses, 30, 1)
         expected = whole(server, {**rows, "seed": [int(name)]})["audio"]
         np.testing.assert_allclose(result["audio"], expected, atol=1e-4)
 
