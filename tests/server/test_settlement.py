@@ -165,6 +165,26 @@ def test_what_is_late_is_answered_although_every_callback_is_lost(settlements: S
     assert clients[0].answer() == "sound"
 
 
+def test_a_burst_of_requests_is_not_looked_at_once_for_each(
+    settlements: Settlements, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: SimpleQueue[None] = SimpleQueue()
+    look = settlements._answer_late
+    monkeypatch.setattr(settlements, "_answer_late", lambda: (looks.put(None), look()))
+    client = Client()
+    first: Settlement[object] = settlements.take(same, client.answers.put)
+    first.expect_by(now_and(3000))
+    looks.get(timeout=WAIT_IN_S)
+    later: list[Settlement[object]] = [settlements.take(same, client.answers.put) for _ in range(100)]
+    for settlement in later:
+        settlement.expect_by(now_and(3600))
+    later[-1].expect_by(now_and(-10))
+    assert isinstance(client.answer(), DeadlineExceededError)
+    assert looks.qsize() < 10
+    for settlement in (first, *later):
+        settlement.settle("sound")
+
+
 def test_an_answer_that_cannot_be_sent_becomes_an_error(
     settlements: Settlements, gauge: Gauge, caplog: pytest.LogCaptureFixture
 ) -> None:

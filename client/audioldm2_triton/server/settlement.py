@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from math import inf
 from queue import Empty, SimpleQueue
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
@@ -62,8 +63,7 @@ class Settlement(Generic[T]):
 
     def expect_by(self, deadline_ns: int) -> None:
         """Sets the deadline, on the monotonic clock in ns; 0: none."""
-        self._open.deadline_ns = deadline_ns
-        self._dropped.put(None)
+        self._open.expect_by(deadline_ns)
 
 
 class Settlements:
@@ -81,7 +81,8 @@ class Settlements:
         self._lock = threading.Lock()
         self._open: set[_OpenRequest[Any]] = set()
         self._closed = False
-        # None: a deadline has changed, or the model stops.
+        self._wakes_at = inf  # in ns; the thread looks at the open requests no later
+        # None: a deadline is sooner than that, or the model stops.
         self._dropped: SimpleQueue[_OpenRequest[Any] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._watch, name=f"settlements-{stage}", daemon=True)
         self._thread.start()
@@ -114,6 +115,13 @@ class Settlements:
         self._dropped.put(None)
         self._thread.join(_LAST_ANSWERS_IN_S)
 
+    def expect(self, open_request: "_OpenRequest[Any]", deadline_ns: int) -> None:
+        with self._lock:
+            open_request.deadline_ns = deadline_ns
+            is_sooner = 0 < deadline_ns + self._grace_ns < self._wakes_at
+        if is_sooner:  # the thread looks at all that are open: not for each request that arrives
+            self._dropped.put(None)
+
     def forget(self, open_request: "_OpenRequest[Any]") -> None:
         with self._lock:
             self._open.discard(open_request)
@@ -140,9 +148,8 @@ class Settlements:
     def _seconds_to_wait(self) -> float:
         with self._lock:
             deadlines = [each.deadline_ns for each in self._open if each.deadline_ns > 0 and not each.settled]
-        if not deadlines:
-            return _LONGEST_WAIT_IN_S
-        left = (min(deadlines) + self._grace_ns - time.monotonic_ns()) / 1e9
+            self._wakes_at = min(deadlines) + self._grace_ns if deadlines else inf
+        left = (self._wakes_at - time.monotonic_ns()) / 1e9
         return min(max(left, 0.0), _LONGEST_WAIT_IN_S)
 
     def _answer_dropped(self, timeout_in_s: float) -> None:
@@ -196,6 +203,9 @@ class _OpenRequest(Generic[T]):
             self._ways = self._told = None  # with all that they refer to
             self._settlements.forget(self)
         return True
+
+    def expect_by(self, deadline_ns: int) -> None:
+        self._settlements.expect(self, deadline_ns)
 
     def while_open(self, call: Callable[[], R]) -> R:
         with self._sending:
