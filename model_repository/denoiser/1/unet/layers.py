@@ -104,26 +104,36 @@ class GroupNorm(nn.Module):
         if kernels is not None:
             valid = None if masks is None else masks.positions.flatten()
             return kernels.group_norm(hidden, norm.num_groups, norm.weight, norm.bias, norm.eps, activate, valid)
-        if masks is None:
-            if hidden.device.type == "cpu" and not hidden.is_contiguous() and not torch.compiler.is_compiling():
-                hidden = _centred(hidden, norm.num_groups)
-            normed: Tensor = norm(hidden)
-        else:
+        normed: Tensor
+        if masks is not None:
             normed = masked_group_norm(hidden, norm.num_groups, norm.weight, norm.bias, norm.eps, masks)
+        elif hidden.device.type == "cpu" and not hidden.is_contiguous() and not torch.compiler.is_compiling():
+            normed = _channels_last_norm(hidden, norm)
+        else:
+            normed = norm(hidden)
         return functional.silu(normed, inplace=True) if activate else normed
 
 
-def _centred(hidden: Tensor, groups: int) -> Tensor:
-    """Subtracts the mean of each group, which changes nothing but the rounding of a group normalisation.
+def _channels_last_norm(hidden: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """Group normalisation on a CPU in two passes: the mean first, then the squares of the distances to it.
 
-    A CPU's kernel for channels-last takes the variance from one pass, as the mean of the squares minus the square of
-    the mean, and loses the digits that the two have in common; of half precision none, which it computes in float32.
-    CUDA's kernel, that for contiguous tensors, and compiled code have no such pass.
+    PyTorch's kernel for channels-last takes the variance from one pass, as the mean of the squares minus the square of
+    the mean, and loses the digits that the two have in common, and more where it adds up many values one by one; of
+    half precision none, which it computes in float32. CUDA's kernel, that for contiguous tensors, and compiled code
+    have no such pass.
     """
     if torch.finfo(hidden.dtype).bits < 32:
-        return hidden
-    means = hidden.mean((2, 3)).unflatten(1, (groups, -1)).mean(2)
-    return hidden - means.repeat_interleave(hidden.shape[1] // groups, 1)[:, :, None, None]
+        half: Tensor = norm(hidden)
+        return half
+    each = hidden.shape[1] // norm.num_groups
+
+    def group_means(values: Tensor) -> Tensor:
+        means = values.mean((2, 3)).unflatten(1, (-1, each)).mean(2)
+        return means.repeat_interleave(each, 1)[:, :, None, None]
+
+    centred = hidden - group_means(hidden)
+    scale = torch.rsqrt(group_means(centred.square()) + norm.eps) * norm.weight.view(1, -1, 1, 1)
+    return torch.addcmul(norm.bias.view(1, -1, 1, 1), centred, scale, out=centred)
 
 
 class Resnet(nn.Module):
