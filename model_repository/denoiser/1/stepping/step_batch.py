@@ -216,9 +216,18 @@ def denoise(forward: Forward, inputs: StepInputs) -> Tensor:
     negative = output[inputs.negative_item]
     guided = negative + _per_row(inputs.guidance_scale) * (output[:rows] - negative)
     window = torch.cat([torch.stack([sample, guided], dim=1)[:, None], history[:, 1:]], dim=1)
-    coefficients = inputs.coefficients
-    following = torch.einsum("rwk,rwkchv->rchv", coefficients, window.to(coefficients.dtype)).float()
+    pairs = window.flatten(3).flatten(1, 2)
+    following = _weighted_sums(inputs.coefficients.flatten(1)[:, None], pairs).float().view_as(sample)
     return torch.cat([torch.stack([following, torch.zeros_like(following)], dim=1)[:, None], window[:, :-1]], dim=1)
+
+
+def _weighted_sums(weights: Tensor, values: Tensor) -> Tensor:
+    """Returns `weights [R, 1, K] @ values [R, K, N]` in the dtype of the weights."""
+    if weights.dtype == values.dtype or torch.compiler.is_compiling():
+        return torch.bmm(weights, values.to(weights.dtype))
+    # A row at a time: the wider values of all rows would not stay in a CPU's caches, and take longer than the sums.
+    rows = zip(weights.split(1), values.split(1), strict=True)
+    return torch.cat([torch.bmm(weight, value.to(weight.dtype)) for weight, value in rows])
 
 
 def _per_row(values: Tensor) -> Tensor:
