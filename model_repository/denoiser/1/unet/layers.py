@@ -1,6 +1,7 @@
 """The layers of the lean UNet: those of diffusers, with the inputs that no step changes taken from outside.
 
 A layer keeps the parameters of the diffusers module that it is made from; `FusedInputs` collects those that are fused.
+What a layer has just made it also adds to in place: the pages of another large tensor would cost more than the sum.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from torch.nn import functional
 from audioldm2_triton.server.linear import linear
 from audioldm2_triton.server.own_kernels import kernels_for
 from unet.length_masks import LengthMasks, LevelMasks, masked_group_norm
-
 
 SMALL: Final = 2**17
 """Values up to which copying them takes less than the additional calls of a norm in two passes."""
@@ -157,11 +157,11 @@ class Resnet(nn.Module):
         masks = step.level(level)
         # The norms zero the padding, and the activation keeps it so, before each convolution.
         inner = self.conv1(self.norm1(hidden, masks, activate=True))
-        inner = inner + step.time_biases[:, self.time, None, None]
+        inner += step.time_biases[:, self.time, None, None]
         inner = self.conv2(self.norm2(inner, masks, activate=True))
         if self.shortcut is not None:
             hidden = self.shortcut(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        output: Tensor = hidden + inner
+        output: Tensor = inner.add_(hidden)
         return output
 
 
@@ -220,9 +220,9 @@ class TransformerBlock(nn.Module):
         self.ff_out = Pointwise(block.ff.net[2])
 
     def forward(self, hidden: Tensor, step: Step, level: int) -> Tensor:
-        hidden = hidden + self.attn1(self.norm1(hidden), step, level)
-        hidden = hidden + self.attn2(self.norm2(hidden), step, level)
-        output: Tensor = hidden + self.ff_out(_gated_gelu(self.ff_in(self.norm3(hidden))))
+        hidden = self.attn1(self.norm1(hidden), step, level).add_(hidden)
+        hidden = self.attn2(self.norm2(hidden), step, level).add_(hidden)
+        output: Tensor = self.ff_out(_gated_gelu(self.ff_in(self.norm3(hidden)))).add_(hidden)
         return output
 
 
@@ -231,7 +231,7 @@ def _gated_gelu(hidden: Tensor) -> Tensor:
     if kernels is not None:
         return kernels.gated_gelu(hidden)
     value, gate = hidden.chunk(2, dim=-1)
-    return value * functional.gelu(gate)
+    return functional.gelu(gate).mul_(value)
 
 
 class Transformer(nn.Module):
@@ -250,7 +250,7 @@ class Transformer(nn.Module):
         for block in self.blocks:
             inner = block(inner, step, level)
         inner = self.proj_out(inner).view(rows, frames, width, -1).permute(0, 3, 1, 2)
-        output: Tensor = inner + hidden
+        output: Tensor = inner.add_(hidden)
         return output
 
 
