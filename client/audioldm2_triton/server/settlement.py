@@ -118,7 +118,9 @@ class Settlements:
     def expect(self, open_request: "_OpenRequest[Any]", deadline_ns: int) -> None:
         with self._lock:
             open_request.deadline_ns = deadline_ns
-            is_sooner = 0 < deadline_ns + self._grace_ns < self._wakes_at
+            is_sooner = deadline_ns > 0 and deadline_ns + self._grace_ns < self._wakes_at
+            if is_sooner:
+                self._wakes_at = deadline_ns + self._grace_ns
         if is_sooner:  # the thread looks at all that are open: not for each request that arrives
             self._dropped.put(None)
 
@@ -148,8 +150,8 @@ class Settlements:
     def _seconds_to_wait(self) -> float:
         with self._lock:
             deadlines = [each.deadline_ns for each in self._open if each.deadline_ns > 0 and not each.settled]
-            self._wakes_at = min(deadlines) + self._grace_ns if deadlines else inf
-        left = (self._wakes_at - time.monotonic_ns()) / 1e9
+            self._wakes_at = wakes_at = min(deadlines) + self._grace_ns if deadlines else inf
+        left = (wakes_at - time.monotonic_ns()) / 1e9
         return min(max(left, 0.0), _LONGEST_WAIT_IN_S)
 
     def _answer_dropped(self, timeout_in_s: float) -> None:

@@ -86,7 +86,7 @@ def update_dtype(device: torch.device) -> torch.dtype:
     """Returns the dtype of the schedules' update.
 
     A coefficient rounded to float32 is off by the same amount at every step, in all latents, which adds up to twice the
-    reference's own rounding. On a CPU float64 costs nothing compared with the UNet. A GPU, which computes the UNet in
+    reference's own rounding. On a CPU float64 costs little compared with the UNet. A GPU, which computes the UNet in
     half precision, does not need it.
     """
     return torch.float64 if device.type == "cpu" else torch.float32

@@ -1,7 +1,7 @@
 """The layers of the lean UNet: those of diffusers, with the inputs that no step changes taken from outside.
 
 A layer keeps the parameters of the diffusers module that it is made from; `FusedInputs` collects those that are fused.
-What a layer has just made it also adds to in place: the pages of another large tensor would cost more than the sum.
+A sum is made in place, in the tensor that a layer has just created: the memory of another one costs more than the sum.
 """
 
 from __future__ import annotations
@@ -119,12 +119,13 @@ class GroupNorm(nn.Module):
 
 
 def _channels_last_norm(hidden: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """Group normalisation on a CPU in two passes: the mean first, then the squares of the distances to it.
+    """Group normalisation of a channels-last tensor on a CPU, as exact as that of a contiguous one.
 
     PyTorch's kernel for channels-last takes the variance from one pass, as the mean of the squares minus the square of
-    the mean, and loses the digits that the two have in common, and more where it adds up many values one by one; of
-    half precision none, which it computes in float32. CUDA's kernel, that for contiguous tensors, and compiled code
-    have no such pass. A small tensor is copied for that, which is fewer calls.
+    the mean. That loses the digits that the two have in common, and more by adding up many values one by one. Here the
+    mean comes first, then the squares of the distances to it. A small tensor is copied for PyTorch's contiguous kernel,
+    which has two passes as well: that is fewer calls. Half precision loses nothing: the kernel computes it in float32.
+    CUDA's kernels and compiled code have no such pass.
     """
     if torch.finfo(hidden.dtype).bits < 32:
         half: Tensor = norm(hidden)
