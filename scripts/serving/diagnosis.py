@@ -12,11 +12,11 @@ _BROKEN: Final = f"{metric_names.ENGINE_BROKEN}{{"
 # Triton's own: requests that wait for a model to take them, and how often it has taken some.
 _PENDING: Final = "nv_inference_pending_request_count{"
 _EXECUTIONS: Final = "nv_inference_exec_count{"
-_PENDING_MODEL: Final = re.compile(r'nv_inference_pending_request_count\{model="([^"]*)"')
-# Our own: the text stage takes requests at once, and batches them itself.
+# Our own: these stages take requests at once, and batch them themselves.
 _INSIDE: Final = f"{metric_names.STAGE_REQUESTS}{{"
+_INSIDE_MODEL: Final = re.compile(rf'{metric_names.STAGE_REQUESTS}\{{model="([^"]*)"')
 _TAKEN: Final = f"{metric_names.STAGE_REQUESTS_TAKEN_TOTAL}{{"
-_TEXT_STAGE: Final = f'{TEXT_CONDITIONING}"}}'  # how the names of its series end
+_BATCHING: Final = tuple(f'{stage}"}}' for stage in (TEXT_CONDITIONING, DECODER))  # how the names of their series end
 _IN_FLIGHT: Final = f"{metric_names.ROWS_IN_FLIGHT}{{"
 
 
@@ -95,20 +95,20 @@ def _symptoms(
             executions = name.replace(_PENDING, _EXECUTIONS)
             if observation.metrics.get(executions) == previous.metrics.get(executions):
                 yield f"the model{{{name.removeprefix(_PENDING)} takes no request", patience.stalled_in_s
-        if name.startswith(_INSIDE) and name.endswith(_TEXT_STAGE) and rows > 0 and previous.metrics.get(name, 0) > 0:
+        if name.startswith(_INSIDE) and name.endswith(_BATCHING) and rows > 0 and previous.metrics.get(name, 0) > 0:
             taken = name.replace(_INSIDE, _TAKEN)
             if observation.metrics.get(taken, 0) - rows == previous.metrics.get(taken, 0) - previous.metrics[name]:
                 yield f"the model{{{name.removeprefix(_INSIDE)} answers no request", patience.stalled_in_s
 
 
-MAX_WAITING_FOR_DECODER: Final = 64
-"""Requests, beside those that it works on, before no more are let in: twice as many as its largest batch."""
+MAX_INSIDE_DECODER: Final = 96
+"""Requests before no more are let in: three times as many as it decodes together."""
 
 
 def full_decoders(metrics: Mapping[str, float]) -> set[str]:
-    """Returns the decoders that fall behind. Triton's queue before them has no limit of its own that can be used."""
-    waiting = {match[1]: value for name, value in metrics.items() if (match := _PENDING_MODEL.match(name))}
-    return {name for name, value in waiting.items() if name.endswith(DECODER) and value > MAX_WAITING_FOR_DECODER}
+    """Returns the decoders that fall behind."""
+    inside = {match[1]: value for name, value in metrics.items() if (match := _INSIDE_MODEL.match(name))}
+    return {name for name, value in inside.items() if name.endswith(DECODER) and value > MAX_INSIDE_DECODER}
 
 
 @dataclass(frozen=True)

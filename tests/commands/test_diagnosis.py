@@ -3,7 +3,7 @@
 import pytest
 
 from serving.diagnosis import (
-    MAX_WAITING_FOR_DECODER,
+    MAX_INSIDE_DECODER,
     Observation,
     Patience,
     RestartLimit,
@@ -74,8 +74,9 @@ def test_a_model_that_takes_no_request_stalls_only_while_some_wait() -> None:
     assert first_failure(*series(*slow)) is None
 
 
-def test_a_text_stage_that_answers_nothing_stalls_only_with_requests_inside() -> None:
-    labels = '{model="music_text_conditioning"}'
+@pytest.mark.parametrize("model", ["music_text_conditioning", "decoder"])
+def test_a_stage_that_answers_nothing_stalls_only_with_requests_inside(model: str) -> None:
+    labels = f'{{model="{model}"}}'
 
     def inside(requests: float, answered: float) -> dict[str, float]:
         return {
@@ -107,13 +108,13 @@ def test_a_broken_engine_has_time_to_answer_what_it_held() -> None:
     assert first_failure(*series(busy, busy, *[page(0, 0, 1, 1)] * 9)) == (2.0, "all engines of denoiser are broken")
 
 
-def test_a_decoder_is_full_when_too_many_wait_for_it() -> None:
-    def waiting(model: str, requests: float) -> dict[str, float]:
-        return {f'nv_inference_pending_request_count{{model="{model}",version="1"}}': requests}
+def test_a_decoder_is_full_when_too_many_are_inside() -> None:
+    def inside(model: str, requests: float) -> dict[str, float]:
+        return {f'audioldm2_stage_requests{{model="{model}"}}': requests}
 
-    limit = MAX_WAITING_FOR_DECODER
-    pages = waiting("decoder", limit) | waiting("music-decoder", limit + 1) | waiting("denoiser", limit + 1)
-    assert full_decoders(pages) == {"music-decoder"}
+    limit = MAX_INSIDE_DECODER
+    pages = inside("decoder", limit) | inside("music_decoder", limit + 1) | inside("denoiser", limit + 1)
+    assert full_decoders(pages) == {"music_decoder"}
     assert full_decoders({}) == set()
 
 

@@ -244,6 +244,17 @@ def test_weights_that_do_not_fit_give_the_lease_back(lease: DeviceLease, tmp_pat
     other.close()
 
 
+def test_of_nested_blocks_the_outermost_leaves(lease: DeviceLease, monkeypatch: pytest.MonkeyPatch) -> None:
+    released: list[None] = []
+    monkeypatch.setattr(lease, "release", lambda: released.append(None))
+    residency = Residency(CPU, lease)
+    with residency:
+        with residency:
+            pass
+        assert not released
+    assert len(released) == 1
+
+
 def test_without_offload_nothing_is_moved_and_nobody_waits() -> None:
     layer = nn.Linear(2, 2)
     weight = layer.weight.data_ptr()

@@ -19,6 +19,7 @@ from audioldm2_pipeline import difference
 from audioldm2_triton import contract
 from audioldm2_triton.server import faults
 from audioldm2_triton.server.faults import LEAK, MEMORY, NAN, PANIC, POINTS, RAISE, STALL
+from audioldm2_triton.server.stage_thread import BATCH_ROWS
 from metrics_page import is_idle, read_metrics, wait_for_metrics
 from plain_requests import Stream, infer_inputs
 from project import ROOT
@@ -264,7 +265,7 @@ def test_every_fault_is_answered(asking: Asking, fault_directory: Path) -> None:
     assert asking.sent >= 4 * len(cases)
 
 
-def decoder_inputs(deadline_ns: int = 0) -> list[grpc.InferInput]:
+def decoder_inputs(deadline_ns: int = 0, priority: str = contract.INTERACTIVE) -> list[grpc.InferInput]:
     """Latents of 0.16 s, as another stage would send them."""
     values: dict[str, tuple[str, np.ndarray]] = {
         "latents": ("FP32", np.zeros((1, 1, 8, 4, 16), np.float32)),
@@ -272,6 +273,7 @@ def decoder_inputs(deadline_ns: int = 0) -> list[grpc.InferInput]:
         "return_scores": ("BOOL", np.array([[False]])),
         "text_embeds": ("FP32", np.zeros((1, 40), np.float32)),
         "deadline_ns": ("INT64", np.array([[deadline_ns]])),
+        "priority": ("BYTES", np.array([[priority.encode()]], np.object_)),
     }
     inputs = [grpc.InferInput(name, array.shape, kind) for name, (kind, array) in values.items()]
     for tensor, (_, array) in zip(inputs, values.values(), strict=True):
@@ -299,7 +301,7 @@ def test_a_decoder_that_falls_behind_closes_the_entrance(asking: Asking, fault_d
 
     with grpc.InferenceServerClient(f"localhost:{asking.server.grpc_port}") as client:
         try:
-            for _ in range(140):  # at most 32 are decoded, 65 more have to wait
+            for _ in range(140):  # more than may be inside
                 client.async_infer("decoder", decoder_inputs(), answer)
             wait_until(lambda: not is_open(client), "the decoder to count as full")
             for way in WAYS:
@@ -313,6 +315,67 @@ def test_a_decoder_that_falls_behind_closes_the_entrance(asking: Asking, fault_d
     request = Request("grpc")
     asking.check_right(request, asking.audio(request))
     asking.check_idle()
+
+
+def wait_until_inside(asking: Asking, model: str, requests: int) -> None:
+    gauge = f'audioldm2_stage_requests{{model="{model}"}}'
+    wait_for_metrics(asking.server, lambda page: page[gauge] == requests, f"{requests} requests in {model}")
+
+
+def test_interactive_requests_are_decoded_before_those_of_low_priority(asking: Asking, fault_directory: Path) -> None:
+    file = faults.arm(fault_directory, "decoder.VAE", STALL)
+    answers: SimpleQueue[str] = SimpleQueue()
+
+    def send(priority: str) -> None:
+        def answer(result: object, error: InferenceServerException | None) -> None:
+            answers.put(priority if result else str(error))
+
+        client.async_infer("decoder", decoder_inputs(priority=priority), answer)
+
+    with grpc.InferenceServerClient(f"localhost:{asking.server.grpc_port}") as client:
+        try:
+            for _ in range(25):
+                send(contract.BATCH)
+            wait_until_inside(asking, "decoder", 25)
+            send(contract.INTERACTIVE)
+            wait_until_inside(asking, "decoder", 26)
+        finally:
+            file.unlink()
+        order = [answers.get(timeout=WAIT_IN_S) for _ in range(26)]
+    assert sorted(order) == [contract.BATCH] * 25 + [contract.INTERACTIVE]
+    # It came last. Those of the group that was being decoded may overtake it on their way here.
+    assert order.index(contract.INTERACTIVE) <= BATCH_ROWS
+    asking.check_idle()
+
+
+def test_what_nobody_waits_for_is_not_decoded(asking: Asking, fault_directory: Path) -> None:
+    cancelled = 'audioldm2_stage_failures_total{model="decoder",reason="cancelled"}'
+    answers: SimpleQueue[InferenceServerException | None] = SimpleQueue()
+
+    def answer(result: object, error: InferenceServerException | None) -> None:
+        assert (result is None) != (error is None)
+        answers.put(error)
+
+    def is_dropped() -> bool:
+        """Cancels a request that waits, and returns whether the server knew of it when its turn came."""
+        before = read_metrics(asking.server).get(cancelled, 0)
+        file = faults.arm(fault_directory, "decoder.VAE", STALL)
+        try:
+            client.async_infer("decoder", decoder_inputs(), answer)
+            wait_until(lambda: faults.has_struck(file), "the first to be decoded")
+            call = client.async_infer("decoder", decoder_inputs(), answer)
+            wait_until_inside(asking, "decoder", 2)
+            call.cancel()
+            assert "cancelled" in str(answers.get(timeout=WAIT_IN_S)).lower()
+            client.is_server_live()
+        finally:
+            file.unlink()
+        assert answers.get(timeout=WAIT_IN_S) is None
+        asking.check_idle()
+        return read_metrics(asking.server).get(cancelled, 0) == before + 1
+
+    with grpc.InferenceServerClient(f"localhost:{asking.server.grpc_port}") as client:
+        wait_until(is_dropped, "a cancelled request to be dropped")
 
 
 def test_what_is_late_is_not_decoded(asking: Asking, fault_directory: Path) -> None:

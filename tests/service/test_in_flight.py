@@ -191,19 +191,3 @@ def test_metrics_count_what_was_done(small_server: LocalServer) -> None:
     assert gained['audioldm2_requests_total{engine="cpu",model="denoiser",outcome="success"}'] == 1
     assert 'audioldm2_engine_broken{engine="cpu",model="denoiser"}' in after
     assert gained["audioldm2_request_queue_seconds_count"] == 1
-
-
-def test_the_decoder_batches_requests_too(server: LocalServer) -> None:
-    before = read_metrics(server)
-    calls = [Call(f"sound number {index}", audio_length_in_s=0.64, num_inference_steps=1) for index in range(24)]
-    with AudioLDM2Client(server.grpc_url) as client:
-        client.server_info()
-        with ThreadPoolExecutor(24) as pool:
-            list(pool.map(lambda call: generate(client, call), calls))
-    rows, executions = (f'nv_inference_{count}{{model="decoder",version="1"}}' for count in ("count", "exec_count"))
-    # Triton counts a request some time after its answer.
-    after = wait_for_metrics(
-        server, lambda page: is_idle(page) and page[rows] >= before[rows] + 24, "an idle server that has counted"
-    )
-    assert after[rows] - before[rows] == 24
-    assert after[executions] - before[executions] < 24

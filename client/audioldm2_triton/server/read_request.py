@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from audioldm2_triton.contract import BATCH, INTERACTIVE
 from audioldm2_triton.server.deadlines import deadline_ns
 from audioldm2_triton.server.stage_tensors import CODED, CONTROL
 
@@ -25,6 +26,18 @@ class ReadRequest:
     def control(self) -> str:
         """The kind of a request between the models of one server; empty for an ordinary request."""
         return str(self.parameters.get(CONTROL, ""))
+
+    @property
+    def rows(self) -> int:
+        """The prompts of the request."""
+        return max((len(array) for array in self.inputs.values()), default=1)
+
+    @property
+    def priority(self) -> str:
+        """The priority as far as it can be read; whether it is a right one, the stage checks with all other inputs."""
+        given = self.inputs.get("priority")
+        asks_for_batch = given is not None and given.size and given.flat[0] == BATCH.encode()
+        return BATCH if asks_for_batch else INTERACTIVE
 
 
 def read_request(request: Any, default_timeout_in_s: float, arrived_ns: int) -> ReadRequest:

@@ -38,7 +38,7 @@ class Residency:
     """Controls when one stage's weights are on its device. Without a lease they always are, and this does nothing.
 
     Use it as a context manager around whatever uses the weights, or call `enter` and `leave`, which may be repeated.
-    Used by one thread at a time.
+    Of nested blocks the outermost leaves. Used by one thread at a time.
     """
 
     def __init__(self, device: "torch.device | None" = None, lease: DeviceLease | None = None) -> None:
@@ -46,14 +46,18 @@ class Residency:
         self._lease = lease
         self._store: PinnedStore | MappedStore | None = None
         self._entered_at: float | None = None
+        self._blocks = 0
 
     def __enter__(self) -> None:
         self.enter()
+        self._blocks += 1
 
     def __exit__(
         self, kind: "type[BaseException] | None", error: "BaseException | None", traceback: "TracebackType | None"
     ) -> None:
-        self.leave()
+        self._blocks -= 1
+        if not self._blocks:
+            self.leave()
 
     def adopt(self, *modules: Any) -> None:
         """Takes over the weights of modules on the device, and copies them to host memory.

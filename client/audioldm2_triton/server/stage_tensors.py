@@ -41,4 +41,4 @@ DECODED: Final[Mapping[str, tuple[str, ...]]] = {
     SCORE: ("audio", "return_scores", "text_embeds"),
 }
 """What the decoder needs for each kind of request; `DECODED_TOO` may be added to any."""
-DECODED_TOO: Final = ("deadline_ns", "audio_file", "journal")
+DECODED_TOO: Final = ("priority", "deadline_ns", "audio_file", "journal")

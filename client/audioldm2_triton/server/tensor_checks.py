@@ -1,9 +1,11 @@
 """Checks of the tensors between the stages, which anybody may send: a stage can be called directly."""
 
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
 
+from audioldm2_triton.contract import DEFAULT_PRIORITY, PRIORITIES
 from audioldm2_triton.errors import invalid
 
 MAX_MAGNITUDE: Final = 1e4
@@ -40,3 +42,14 @@ def check_equal(name: str, array: np.ndarray) -> None:
     """Raises `InvalidArgumentError` if rows of one request differ."""
     if (array != array[:1]).any():
         raise invalid(name, array[:, 0].tolist(), "the same value in all rows of one request")
+
+
+def check_priority(inputs: Mapping[str, np.ndarray]) -> str:
+    """Returns the priority of a request, or the default. Raises `InvalidArgumentError` for an unknown one."""
+    if "priority" not in inputs:
+        return DEFAULT_PRIORITY
+    check_equal("priority", inputs["priority"])
+    priority: str = inputs["priority"][0, 0].decode(errors="replace")
+    if priority not in PRIORITIES:
+        raise invalid("priority", priority, f"one of {', '.join(PRIORITIES)}")
+    return priority

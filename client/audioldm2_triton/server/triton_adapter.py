@@ -22,6 +22,7 @@ from audioldm2_triton.errors import (
     AudioLDM2Error,
     DeadlineExceededError,
     InternalError,
+    RequestCancelledError,
     UnavailableError,
     stream_message,
 )
@@ -176,7 +177,7 @@ def take(
             taken.append(TakenRequest(read, settlement, record, sender, requested))
         except BaseException as error:
             settlement.settle(error)
-    metrics.count_taken(settlements.stage, len(requests) - sum(bool(each.read.control) for each in taken))
+    metrics.count_taken(settlements.stage, len(requests) - sum(not each.record.is_watched for each in taken))
     return taken
 
 
@@ -204,6 +205,10 @@ def _send_final(sender: Any, final: Any) -> None:
     sender.send(final, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
+def rows_of(request: TakenRequest[T]) -> int:
+    return request.read.rows
+
+
 def answer_together(
     requests: Sequence[TakenRequest[Outputs]],
     parse: Callable[[ReadRequest], T],
@@ -211,15 +216,15 @@ def answer_together(
 ) -> None:
     """Answers each request; those that parse are computed together in one call.
 
-    A request that does not parse, or whose deadline has passed, fails alone. If the common call fails, it is repeated
-    in halves, so that only the faulty one fails, and what lacked memory gets by with less. Raises nothing: an exception
-    out of `execute()` would make Triton fail all of them.
+    A request that does not parse, that nobody waits for, or whose deadline has passed, fails alone. If the common call
+    fails, it is repeated in halves, so that only the faulty one fails, and what lacked memory gets by with less. Raises
+    nothing.
     """
     try:
         items: list[T] = []
         parsed: list[Settlement[Outputs]] = []
         for request in requests:
-            item = _caught(partial(_parse_in_time, parse), request.read)
+            item = _caught(partial(_parse_in_time, parse), request)
             if isinstance(item, BaseException):
                 request.settlement.settle(item)
             else:
@@ -233,10 +238,12 @@ def answer_together(
                 request.settlement.settle(error)
 
 
-def _parse_in_time(parse: Callable[[ReadRequest], T], read: ReadRequest) -> T:
-    if 0 < read.deadline_ns <= time.monotonic_ns():
+def _parse_in_time(parse: Callable[[ReadRequest], T], request: TakenRequest[Outputs]) -> T:
+    if 0 < request.read.deadline_ns <= time.monotonic_ns():
         raise DeadlineExceededError(f"{DEADLINE_EXCEEDED} while it waited")
-    return parse(read)
+    if request.is_cancelled():
+        raise RequestCancelledError("cancelled by the client")
+    return parse(request.read)
 
 
 def _compute_isolated(

@@ -88,7 +88,7 @@ class _Counters:
 
 _failures = _Counters(STAGE_FAILURES_TOTAL, "Requests that a stage has answered with an error")
 _taken = _Counters(
-    STAGE_REQUESTS_TAKEN_TOTAL, "Requests that a stage has taken, refused ones too, control requests not"
+    STAGE_REQUESTS_TAKEN_TOTAL, "Requests that a stage has taken, refused ones too; not those for progress"
 )
 
 

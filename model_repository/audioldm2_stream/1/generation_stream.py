@@ -49,7 +49,7 @@ def stream_generation(
     wanted = unpack_wanted(conditioning["audio_file"])
     audio = _send_audio(latents, conditioning, call, _drop if wanted else send, check)
     check("scoring")
-    passed_on = ("return_scores", "text_embeds", "deadline_ns", "audio_file")
+    passed_on = ("return_scores", "text_embeds", "priority", "deadline_ns", "audio_file")
     scored = {"audio": audio, **{name: conditioning[name] for name in passed_on}}
     outputs = ["score", "order", "sampling_rate", *(["encoded_audio"] if wanted else [])]
     ranking = call(StageCall(DECODER, scored, outputs, {CONTROL: SCORE}))
@@ -64,14 +64,14 @@ def _send_audio(
     latents: np.ndarray, conditioning: Tensors, call: CallStage, send: Send, check: Callable[[str], None]
 ) -> np.ndarray:
     """Sends the audio chunk by chunk; returns all of it [1, N, S], in generation order."""
-    deadline = {"deadline_ns": conditioning["deadline_ns"]}
-    inputs = {"latents": latents, "num_samples": conditioning["num_samples"], **deadline}
+    too = {name: conditioning[name] for name in ("priority", "deadline_ns")}
+    inputs = {"latents": latents, "num_samples": conditioning["num_samples"], **too}
     cut = call(StageCall(DECODER, inputs, ["mel_windows", "kept_samples", "sampling_rate"], {CONTROL: MEL}))
     num_chunks = cut["mel_windows"].shape[1]
     parts = []
     for index in range(num_chunks):
         check(f"chunk {index} of {num_chunks}")
-        window = {"mel_window": cut["mel_windows"][:, index], "kept_samples": cut["kept_samples"][:, index], **deadline}
+        window = {"mel_window": cut["mel_windows"][:, index], "kept_samples": cut["kept_samples"][:, index], **too}
         audio = call(StageCall(DECODER, window, ["audio"], {CONTROL: VOCODE}))["audio"]
         counts = {"chunk": np.array([[index]], np.int32), "num_chunks": np.array([[num_chunks]], np.int32)}
         send({"audio": audio, "sampling_rate": cut["sampling_rate"], **counts})

@@ -31,29 +31,35 @@ Chunks: TypeAlias = deque[Tensor]
 """An activation of one clip, [1, channels, frames of a chunk, width] each. A function that takes it empties it."""
 
 
-def decode_chunked(vae: Any, latents: Tensor, chunk_frames: int = CHUNK_FRAMES) -> Tensor:
+def decode_chunked(
+    vae: Any, latents: Tensor, chunk_frames: int = CHUNK_FRAMES, give_way: Callable[[], None] = lambda: None
+) -> Tensor:
     """Computes `vae.decode`.
 
     Args:
         vae: an `AutoencoderKL` that `check_followed` accepts.
         latents: `[1, channels, frames, width]`, divided by the scaling factor.
+        give_way: called before each layer of each chunk.
 
     Returns:
         `[1, out channels, frames * scale, width * scale]`.
     """
-    return torch.cat([*walk(_ChunkedLayers(), vae, deque(latents.split(chunk_frames, dim=2)))], dim=2)
+    return torch.cat([*walk(_ChunkedLayers(give_way), vae, deque(latents.split(chunk_frames, dim=2)))], dim=2)
 
 
 class _ChunkedLayers:
     """Implements `Layers` for `Chunks`."""
 
+    def __init__(self, give_way: Callable[[], None]) -> None:
+        self._give_way = give_way
+
     def convolve(self, convolution: Any, hidden: Chunks) -> Chunks:
-        return deque(_convolved(convolution, hidden, lambda window: window))
+        return deque(self._convolved(convolution, hidden, lambda window: window))
 
     def resnet(self, resnet: Any, hidden: Chunks) -> Chunks:
         # On a copy of the deque, because the chunks are read once more, for the shortcut.
-        inner = deque(_convolved(resnet.conv1, deque(hidden), _normed(resnet.norm1, resnet.nonlinearity, hidden)))
-        outer = _convolved(resnet.conv2, inner, _normed(resnet.norm2, resnet.nonlinearity, inner))
+        inner = deque(self._convolved(resnet.conv1, deque(hidden), _normed(resnet.norm1, resnet.nonlinearity, hidden)))
+        outer = self._convolved(resnet.conv2, inner, _normed(resnet.norm2, resnet.nonlinearity, inner))
         output: Chunks = deque()
         for residual in outer:
             chunk = hidden.popleft()
@@ -78,6 +84,7 @@ class _ChunkedLayers:
         )
         output: Chunks = deque()
         while hidden:
+            self._give_way()
             chunk = hidden.popleft()
             attended = functional.scaled_dot_product_attention(split(project(attention.to_q, chunk)), key, value)
             projected = attention.to_out[0](attended.transpose(1, 2).flatten(2))
@@ -89,36 +96,36 @@ class _ChunkedLayers:
         def double(window: Tensor) -> Tensor:
             return functional.interpolate(window, scale_factor=2.0, mode="nearest")
 
-        return deque(_convolved(upsampler.conv, hidden, double, scale=2))
+        return deque(self._convolved(upsampler.conv, hidden, double, scale=2))
 
     def finish(self, norm: Any, activation: Any, convolution: Any, hidden: Chunks) -> Chunks:
-        return deque(_convolved(convolution, hidden, _normed(norm, activation, hidden)))
+        return deque(self._convolved(convolution, hidden, _normed(norm, activation, hidden)))
 
+    def _convolved(
+        self, convolution: Any, hidden: Chunks, prepare: Callable[[Tensor], Tensor], scale: int = 1
+    ) -> Iterator[Tensor]:
+        """Convolves the prepared chunks as if they were one clip; empties `hidden` as it goes.
 
-def _convolved(
-    convolution: Any, hidden: Chunks, prepare: Callable[[Tensor], Tensor], scale: int = 1
-) -> Iterator[Tensor]:
-    """Convolves the prepared chunks as if they were one clip; empties `hidden` as it goes.
-
-    Args:
-        convolution: a `Conv2d` that keeps the size, with one or three frames in its kernel.
-        prepare: maps a slice [1, channels, frames, width] frame by frame, to `scale` frames each.
-    """
-    reach = convolution.kernel_size[0] // 2
-    before: Tensor | None = None
-    while hidden:
-        chunk = hidden.popleft()
-        after = hidden[0][:, :, :reach] if hidden else None
-        window = prepare(torch.cat([part for part in (before, chunk, after) if part is not None], dim=2))
-        # Crop the prepared neighbour frames to what the kernel reaches; beyond the clip's ends pad with zeros.
-        first, last = (0 if side is None else side.shape[2] * (scale - 1) for side in (before, after))
-        window = window[:, :, first : window.shape[2] - last]
-        padding = [reach if side is None else 0 for side in (before, after)]
-        if any(padding):
-            window = functional.pad(window, (0, 0, *padding))
-        before = chunk[:, :, chunk.shape[2] - reach :].clone()
-        del chunk, after
-        yield functional.conv2d(window, convolution.weight, convolution.bias, padding=(0, convolution.padding[1]))
+        Args:
+            convolution: a `Conv2d` that keeps the size, with one or three frames in its kernel.
+            prepare: maps a slice [1, channels, frames, width] frame by frame, to `scale` frames each.
+        """
+        reach = convolution.kernel_size[0] // 2
+        before: Tensor | None = None
+        while hidden:
+            self._give_way()
+            chunk = hidden.popleft()
+            after = hidden[0][:, :, :reach] if hidden else None
+            window = prepare(torch.cat([part for part in (before, chunk, after) if part is not None], dim=2))
+            # Crop the prepared neighbour frames to what the kernel reaches; beyond the clip's ends pad with zeros.
+            first, last = (0 if side is None else side.shape[2] * (scale - 1) for side in (before, after))
+            window = window[:, :, first : window.shape[2] - last]
+            padding = [reach if side is None else 0 for side in (before, after)]
+            if any(padding):
+                window = functional.pad(window, (0, 0, *padding))
+            before = chunk[:, :, chunk.shape[2] - reach :].clone()
+            del chunk, after
+            yield functional.conv2d(window, convolution.weight, convolution.bias, padding=(0, convolution.padding[1]))
 
 
 def _normed(norm: Any, activation: Callable[[Tensor], Tensor], hidden: Chunks) -> Callable[[Tensor], Tensor]:

@@ -1,6 +1,6 @@
 """Scores how well waveforms match their prompt: cosine similarity in CLAP space, on the decoder's device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +30,7 @@ class ClapScorer:
     front_end: ClapFrontEnd
     device: torch.device
     dtype: torch.dtype
+    give_way: Callable[[], None] = lambda: None  # called before each forward
 
     @property
     def text_dim(self) -> int:
@@ -97,6 +98,7 @@ def clap_features(scorer: ClapScorer, waveforms: Sequence[np.ndarray], sampling_
 
 def _embed(scorer: ClapScorer, features: Tensor) -> Tensor:
     """Computes normalised embeddings [M, D], float32 on the host."""
+    scorer.give_way()
     output = scorer.clap.get_audio_features(features.to(scorer.dtype))
     embeds: Tensor = output.pooler_output.float().cpu()
     return embeds

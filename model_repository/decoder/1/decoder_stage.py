@@ -1,8 +1,10 @@
 """Loads the stage as a server starts it: with its number of threads chosen, compiled, and warm."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -15,6 +17,9 @@ from clap_scores import ClapScorer, load_clap_scorer
 from decoder_compilation import compile_for_settings
 from decoding import warm_up
 from waveform_decoder import WaveformDecoder, load_waveform_decoder
+
+MAX_LATENT_FRAMES_THAT_GIVE_WAY: Final = 128
+"""Latent frames, 5 s of audio, that the VAE decodes together on a CPU while others may come."""
 
 
 def load_decoder_stage(
@@ -34,3 +39,15 @@ def load_decoder_stage(
             decoder = compile_for_settings(decoder, settings, geometry)
         warm_up(decoder, scorer, geometry)
     return replace(decoder, residency=residency), scorer
+
+
+def giving_way(
+    decoder: WaveformDecoder, scorer: ClapScorer, give_way: Callable[[], None]
+) -> tuple[WaveformDecoder, ClapScorer]:
+    """Returns the same parts for requests of low priority: they call `give_way` before each of their forwards.
+
+    On a CPU, whose forwards take long, those of the VAE are short ones too.
+    """
+    longest = MAX_LATENT_FRAMES_THAT_GIVE_WAY if decoder.device.type == "cpu" else decoder.max_latent_frames_per_call
+    patient = replace(decoder, give_way=give_way, max_latent_frames_per_call=longest)
+    return patient, replace(scorer, give_way=give_way)

@@ -15,7 +15,7 @@ import torch
 from audioldm2_triton.errors import invalid
 from audioldm2_triton.server.geometry import AudioGeometry
 from audioldm2_triton.server.stage_tensors import CONTROL, DECODED, MEL, SCORE, VOCODE, WHOLE
-from audioldm2_triton.server.tensor_checks import check_equal, check_floats, check_range, check_shape
+from audioldm2_triton.server.tensor_checks import check_equal, check_floats, check_priority, check_range, check_shape
 from clap_scores import ClapScorer
 from decoding import decode, fit_length, rank_all, score_all
 from vocoder_chunks import VocoderChunk
@@ -37,6 +37,7 @@ def check_decodable(control: str, inputs: Tensors, geometry: AudioGeometry, text
             raise invalid(name, None, "a tensor; it is optional only for the server's internal requests")
     mel_bins = geometry.latent_width * geometry.vae_scale_factor
     rows = len(inputs[DECODED[control][0]])
+    check_priority(inputs)
     shapes: Mapping[str, tuple[int | None, ...]] = {
         "latents": (rows, None, geometry.latent_channels, None, geometry.latent_width),
         "num_samples": (rows, 1),

@@ -60,6 +60,8 @@ class WaveformDecoder:
     dtype: torch.dtype
     compiled: CompiledParts | None = None  # runs instead for whatever fits its buckets
     residency: Residency = field(default_factory=Residency)  # of all the stage's weights, including CLAP's
+    max_latent_frames_per_call: int = MAX_LATENT_FRAMES_PER_CALL
+    give_way: Callable[[], None] = lambda: None  # called before each forward
 
     @property
     def sampling_rate(self) -> int:
@@ -107,9 +109,10 @@ def decode_mels(decoder: WaveformDecoder, latents: Sequence[Tensor]) -> list[Ten
     """
 
     def decode(batch: Tensor) -> Tensor:
+        decoder.give_way()
         scaled = batch.to(decoder.device, decoder.dtype) * (1 / decoder.vae.config.scaling_factor)
         if batch.shape[2] > MAX_WHOLE_FRAMES:
-            mel: Tensor = decode_chunked(decoder.vae, scaled).squeeze(1)
+            mel: Tensor = decode_chunked(decoder.vae, scaled, give_way=decoder.give_way).squeeze(1)
         else:
             mel = decoder.vae.decode(scaled, return_dict=False)[0].squeeze(1)
         _check_finite("VAE", mel)
@@ -117,7 +120,7 @@ def decode_mels(decoder: WaveformDecoder, latents: Sequence[Tensor]) -> list[Ten
 
     def per_call(latent: Tensor) -> int:
         frames = latent.shape[1]
-        return 1 if frames > MAX_WHOLE_FRAMES else MAX_LATENT_FRAMES_PER_CALL // frames
+        return 1 if frames > MAX_WHOLE_FRAMES else decoder.max_latent_frames_per_call // frames
 
     def decode_eagerly(items: Sequence[Tensor]) -> list[Tensor]:
         return _map_equal_shapes(decode, items, per_call)
@@ -128,7 +131,12 @@ def decode_mels(decoder: WaveformDecoder, latents: Sequence[Tensor]) -> list[Ten
 
     def decode_compiled(items: Sequence[Tensor]) -> list[Tensor]:
         scaled = [item.to(decoder.device, decoder.dtype) * (1 / decoder.vae.config.scaling_factor) for item in items]
-        padded = map_in_buckets(vae, scaled, vae.buckets, decoder.device, decoder.dtype)
+
+        def decode_padded(batch: Tensor, valid: Tensor) -> Tensor:
+            decoder.give_way()
+            return vae(batch, valid)
+
+        padded = map_in_buckets(decode_padded, scaled, vae.buckets, decoder.device, decoder.dtype)
         mels = [mel[0, : item.shape[1] * mel_frames] for mel, item in zip(padded, items, strict=True)]
         _check_finite("VAE", *mels)
         return mels
@@ -144,6 +152,7 @@ def vocode(decoder: WaveformDecoder, windows: Sequence[Tensor]) -> list[Tensor]:
     """
 
     def decode(batch: Tensor) -> Tensor:
+        decoder.give_way()
         waveforms: Tensor = decoder.vocoder(batch.to(decoder.device, decoder.dtype)).to("cpu", torch.float32)
         _check_finite("vocoder", waveforms)
         return waveforms
@@ -160,11 +169,12 @@ def vocode(decoder: WaveformDecoder, windows: Sequence[Tensor]) -> list[Tensor]:
     vocoder = decoder.compiled.vocoder
 
     def decode_compiled(items: Sequence[Tensor]) -> list[Tensor]:
-        # One copy to the host per call: each waits for the device.
-        padded = map_in_buckets(
-            lambda batch, valid: vocoder(batch, valid).to("cpu", torch.float32),
-            *(items, vocoder.buckets, decoder.device, decoder.dtype),
-        )
+        def decode_padded(batch: Tensor, valid: Tensor) -> Tensor:
+            decoder.give_way()
+            # One copy to the host per call: each waits for the device.
+            return vocoder(batch, valid).to("cpu", torch.float32)
+
+        padded = map_in_buckets(decode_padded, items, vocoder.buckets, decoder.device, decoder.dtype)
         waveforms = [
             waveform[: decoder.reach.num_samples(len(item))] for waveform, item in zip(padded, items, strict=True)
         ]

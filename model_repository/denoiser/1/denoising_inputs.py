@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audioldm2_triton.contract import DEFAULT_PRIORITY, MAX_GUIDANCE_SCALE, MAX_SEED, PRIORITIES, SCHEDULERS, Limits
+from audioldm2_triton.contract import MAX_GUIDANCE_SCALE, MAX_SEED, SCHEDULERS, Limits
 from audioldm2_triton.errors import invalid
 from audioldm2_triton.server.geometry import AudioGeometry, read_audio_geometry
 from audioldm2_triton.server.journal import TENSOR as JOURNAL
 from audioldm2_triton.server.journal import WIDTH as JOURNAL_WIDTH
 from audioldm2_triton.server.settings import Settings
 from audioldm2_triton.server.stage_tensors import COLUMNS, NEGATIVE_TEXT, OPTIONAL, TEXT
-from audioldm2_triton.server.tensor_checks import check_equal, check_floats, check_range, check_shape
+from audioldm2_triton.server.tensor_checks import check_equal, check_floats, check_priority, check_range, check_shape
 from audioldm2_triton.server.text_lengths import resolve_max_new_tokens
 from stepping.request import DenoisingRequest, DenoisingRow, TextStates
 from stepping.windows import Windowing
@@ -60,7 +60,7 @@ def parse_denoising_request(inputs: Mapping[str, np.ndarray], shapes: TensorShap
     _check(inputs, shapes)
     rows = tuple(_parse_row(inputs, row, shapes.geometry) for row in range(len(inputs["latent_frames"])))
     deadline_ns = int(inputs["deadline_ns"][0, 0]) if "deadline_ns" in inputs else 0
-    return DenoisingRequest(rows, deadline_ns, _parse_priority(inputs))
+    return DenoisingRequest(rows, deadline_ns, check_priority(inputs))
 
 
 def _check(inputs: Mapping[str, np.ndarray], shapes: TensorShapes) -> None:
@@ -123,16 +123,6 @@ def _parse_row(inputs: Mapping[str, np.ndarray], row: int, geometry: AudioGeomet
         noise=_noise(inputs, row, geometry),
         windowing=_windowing(inputs, row),
     )
-
-
-def _parse_priority(inputs: Mapping[str, np.ndarray]) -> str:
-    if "priority" not in inputs:
-        return DEFAULT_PRIORITY
-    check_equal("priority", inputs["priority"])
-    priority: str = inputs["priority"][0, 0].decode(errors="replace")
-    if priority not in PRIORITIES:
-        raise invalid("priority", priority, f"one of {', '.join(PRIORITIES)}")
-    return priority
 
 
 def _noise(inputs: Mapping[str, np.ndarray], row: int, geometry: AudioGeometry) -> Tensor:

@@ -2,9 +2,8 @@
 
 import json
 import time
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,15 +22,16 @@ from audioldm2_triton.server.read_request import ReadRequest
 from audioldm2_triton.server.request_parameters import check_parameters
 from audioldm2_triton.server.settings import resolve_device, resolved_settings
 from audioldm2_triton.server.stage_tensors import TEXT_CONDITIONING
+from audioldm2_triton.server.stage_thread import StageThread
 from audioldm2_triton.server.triton_metrics import InfoSeries, MemoryGauge, count_texts
 from audioldm2_triton.server.wanted_file import split_format
 from conditioning import condition
 from embedding_cache import EmbeddingCache
-from gathering import take_batch
 from request_rows import parse_rows
 from text_encoders import EncodedTexts
 from text_stage import load_text_stage
 
+TakenRequest: TypeAlias = adapter.TakenRequest[adapter.Outputs]
 ParsedRequest: TypeAlias = tuple[tuple[GenerationRow, ...], ReadRequest]
 
 
@@ -42,39 +42,35 @@ class TritonPythonModel:
         device = resolve_device(self.settings, args["model_instance_kind"], int(args["model_instance_device_id"]))
         self.geometry = read_audio_geometry(Path(self.settings.checkpoint))
         self.clipping = clipping_schedulers(Path(self.settings.checkpoint))
-        # One thread loads and encodes, because what is compiled or captured belongs to the thread that did it.
-        self.encoding = ThreadPoolExecutor(1, thread_name_prefix="encoding")
-        self.encoders = self.encoding.submit(load_text_stage, self.settings, device).result()
+        most_rows = int(json.loads(args["model_config"])["max_batch_size"])
+        self.thread: StageThread[TakenRequest] = StageThread(
+            "encoding", self._answer, adapter.rows_of, most_rows, self.settings.scheduling
+        )
+        self.encoders = self.thread.run(partial(load_text_stage, self.settings, device))
         self.memory = MemoryGauge(args["model_name"], device)
         self.info = InfoSeries(args["model_name"], resolved_settings(self.settings, device))
         self.settlements = adapter.open_settlements(args["model_name"])
         self.entrance = entrance_of(args["model_name"], TEXT_CONDITIONING)
         self.cache = EmbeddingCache[EncodedTexts](self.settings.embedding_cache_size)
-        self.most_rows = int(json.loads(args["model_config"])["max_batch_size"])
         count_texts(self.model_name, 0, 0)
-        self.waiting: deque[adapter.TakenRequest[adapter.Outputs]] = deque()
 
     def execute(self, requests: Sequence[Any]) -> None:
         # Never blocks, and takes one request at a time: see `config.pbtxt`.
         timeout_in_s = self.settings.default_timeout_in_s
         for taken in adapter.take(requests, adapter.unchanged, self.settlements, timeout_in_s, entrance=self.entrance):
             try:
-                self.waiting.append(taken)
-                self.encoding.submit(self._answer_waiting)
+                self.thread.add(taken, taken.read.priority)
             except BaseException as error:
                 taken.settlement.settle(error)
 
     def finalize(self) -> None:
-        self.encoding.shutdown(wait=False, cancel_futures=True)
+        self.thread.close()
         adapter.close_settlements(self.settlements)
 
-    def _answer_waiting(self) -> None:
-        """Answers together all that have come while the last batch was encoded; there may be none left."""
-        batch = take_batch(self.waiting, _num_rows, self.most_rows)
-        if batch:
-            adapter.answer_together(batch, self._parse, self._condition)
-            self.memory.update()
-            count_texts(self.model_name, *self.cache.take_counts())
+    def _answer(self, requests: list[TakenRequest], _priority: str) -> None:
+        adapter.answer_together(requests, self._parse, self._condition)
+        self.memory.update()
+        count_texts(self.model_name, *self.cache.take_counts())
 
     def _parse(self, request: ReadRequest) -> ParsedRequest:
         faults.at("text_conditioning.parse")
@@ -107,7 +103,3 @@ def _journal(rows: Sequence[GenerationRow], arrived_ns: int) -> Journal:
         steps=max(row.num_inference_steps for row in rows),
         audio_ms=round(rows[0].audio_length_in_s * 1000),
     )
-
-
-def _num_rows(request: adapter.TakenRequest[adapter.Outputs]) -> int:
-    return max((array.size for array in request.read.inputs.values()), default=1)  # each is [rows, 1]
