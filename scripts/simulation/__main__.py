@@ -17,9 +17,10 @@ add_stages_to_path()
 from audioldm2_triton.server.settings import ARRIVAL, LAXITY  # noqa: E402
 from engine.laxity import OBJECTIVE  # noqa: E402
 from engine.limits import EngineLimits  # noqa: E402
-from simulation.costs import measure_costs, read_costs, write_costs  # noqa: E402
+from simulation.costs import measure_costs, read_costs, scaled_costs, write_costs  # noqa: E402
 from simulation.engine import SimulatedEngine, simulate  # noqa: E402
 from simulation.goodput_plot import save_goodput_plot  # noqa: E402
+from simulation.pace import pace_of  # noqa: E402
 from simulation.report import Report, report, time_alone, worst_share_of_bound  # noqa: E402
 from simulation.workload import LOADS, Request, mixed_requests, read_trace, shortened  # noqa: E402
 from stepping.forward_plan import ForwardCosts  # noqa: E402
@@ -31,6 +32,7 @@ HEAD: Final = (
 CHECK_HEAD: Final = "| policy | load | | per s | p50 s | p99 s | good |"
 SHORTER: Final = 8  # the lengths and steps of a real run
 SATURATING: Final = 200  # requests at once
+PACE_INTERVAL_IN_S: Final = 5.0
 
 
 def main() -> int:
@@ -96,37 +98,40 @@ def run(requests: list[Request], costs: ForwardCosts, limits: EngineLimits, devi
 
 def _check(arguments: argparse.Namespace) -> int:
     """Prints what the engine did, and below it what the simulator says of the same requests."""
-    from simulation.check import RealEngine
+    from simulation.check import RealEngine, figures
 
     real = RealEngine(arguments.checkpoint)
     limits = EngineLimits(32, arguments.requests, 256)
     saturating = shortened(mixed_requests(arguments.requests, inf, "poisson", 0), SHORTER, SHORTER)
-    saturated = real.run(saturating, limits)
-    rate = saturated.throughput
-    print(f"{saturated.costs.plain}; capacity {rate:.4g} requests per s, measured\n{CHECK_HEAD}\n{'|---' * 7}|")
+    rate = figures(saturating, real.run(saturating, limits)[0], real.costs).throughput
+    print(f"{real.costs.plain}; capacity {rate:.4g} requests per s, measured\n{CHECK_HEAD}\n{'|---' * 7}|")
     for load in arguments.loads:
         requests = shortened(
             mixed_requests(arguments.requests, load * rate, "poisson", arguments.seed), SHORTER, SHORTER
         )
         for policy in (ARRIVAL, LAXITY):
             scheduled = replace(limits, scheduling=policy)
-            measured = real.run(requests, scheduled)
-            for name, found in (("engine", measured), ("simulated", run(requests, measured.costs, scheduled, 1))):
-                figures = f"{found.throughput:.3g} | {found.p50:.3g} | {found.p99:.3g} | {found.goodput:.1%}"
-                print(f"| {policy} | {load:g} | {name} | {figures} |", flush=True)
+            measured, steps = real.run(requests, scheduled)
+            costs = scaled_costs(real.costs, pace_of(steps).at(0))
+            jobs = simulate(requests, [SimulatedEngine(real.costs, scheduled, pace_of(steps, PACE_INTERVAL_IN_S))])
+            simulated = [inf if job is None else job.latency for job in jobs]
+            for name, latencies in (("engine", measured), ("simulated", simulated)):
+                found = figures(requests, latencies, costs)
+                cells = f"{found.throughput:.3g} | {found.p50:.3g} | {found.p99:.3g} | {found.goodput:.1%}"
+                print(f"| {policy} | {load:g} | {name} | {cells} |", flush=True)
     return 0
 
 
 def _bound(arguments: argparse.Namespace) -> int:
     """Prints which share of its bound the worst of many requests took on the engine, by laxity."""
-    from simulation.check import RealEngine
+    from simulation.check import RealEngine, figures
 
     real = RealEngine(arguments.checkpoint)
     saturating = shortened(mixed_requests(SATURATING, inf, "poisson", 0), SHORTER, SHORTER)
     limits = EngineLimits(32, max(SATURATING, arguments.requests), 256, LAXITY)
-    rate = real.run(saturating, replace(limits, scheduling=ARRIVAL)).throughput
+    rate = figures(saturating, real.run(saturating, replace(limits, scheduling=ARRIVAL))[0], real.costs).throughput
     requests = shortened(mixed_requests(arguments.requests, rate, arguments.arrivals, 1), SHORTER, SHORTER)
-    latencies = real.latencies(requests, limits)
+    latencies, _ = real.run(requests, limits)
     simulated = SimulatedEngine(real.costs, limits)
     simulate(requests, [simulated])
     worst = worst_share_of_bound(requests, latencies, real.costs, simulated.longest_round)

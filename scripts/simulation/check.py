@@ -20,7 +20,7 @@ from denoising_inputs import draw_noise, read_tensor_shapes
 from engine.engine import Engine
 from engine.laxity import OBJECTIVE
 from engine.limits import EngineLimits, EngineLoad
-from simulation.costs import scaled_costs
+from simulation.pace import Step
 from simulation.report import time_alone
 from simulation.workload import Request
 from stepping.denoising_unet import DenoisingUNet, load_unet
@@ -30,16 +30,28 @@ from stepping.step_batch import StepInputs
 
 
 @dataclass(frozen=True)
-class Measured:
-    costs: ForwardCosts  # in this run: the pace of a shared machine changes
+class Figures:
+    """What came of the requests of a run, on the engine or simulated."""
+
     throughput: float  # requests per second
-    p50: float
+    p50: float  # seconds, as `p99`
     p99: float
     goodput: float
 
 
+def figures(requests: Sequence[Request], latencies: Sequence[float], costs: ForwardCosts) -> Figures:
+    """Returns the figures of requests that were all answered; by the costs follows what is good."""
+    ends = [request.arrived + latency for request, latency in zip(requests, latencies, strict=True)]
+    good = [
+        latency <= OBJECTIVE * time_alone(request, costs)
+        for request, latency in zip(requests, latencies, strict=True)
+    ]
+    p50, p99 = (float(value) for value in np.percentile(latencies, (50, 99)))
+    return Figures(len(requests) / (max(ends) - requests[0].arrived), p50, p99, sum(good) / len(good))
+
+
 class Watch:
-    """Learns what an engine's steps take, as a multiple of what their forwards took when they were timed.
+    """Learns what an engine's steps take, and what their forwards took when they were timed.
 
     It is the engine's UNet, which knows what each forward should cost, and its observer, which is told what each step
     took, with all that is done between two forwards.
@@ -47,22 +59,20 @@ class Watch:
 
     def __init__(self, unet: DenoisingUNet, costs: ForwardCosts) -> None:
         self._unet, self._costs = unet, costs
-        self._seconds, self._expected = 0.0, 0.0
+        self._expected = 0.0
+        self.began = time.monotonic()
+        self.steps: list[Step] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._unet, name)
 
-    @property
-    def pace(self) -> float:
-        return self._seconds / self._expected
-
     def denoise(self, inputs: StepInputs, bucket: Bucket | None) -> Tensor:
         items, frames = len(inputs.row_of_item), inputs.history.shape[4]
-        self._expected += self._costs.cheapest(items, frames, inputs.masks is not None)[0]
+        self._expected = self._costs.cheapest(items, frames, inputs.masks is not None)[0]
         return self._unet.denoise(inputs, bucket)
 
     def stepped(self, rows: int, seconds: float) -> None:  # noqa: ARG002
-        self._seconds += seconds
+        self.steps.append(Step(time.monotonic() - self.began, self._expected, seconds))
 
     def admitted(self, waited_s: float) -> None: ...
 
@@ -86,29 +96,18 @@ class RealEngine:
         with torch.inference_mode():
             self.costs: ForwardCosts = self._unet.warm_up()
 
-    def run(self, requests: Sequence[Request], limits: EngineLimits) -> Measured:
-        """Sends each request when it arrives; nothing may be refused."""
-        watch = Watch(self._unet, self.costs)
-        latencies = self.latencies(requests, limits, watch)
-        costs = scaled_costs(self.costs, watch.pace)
-        ends = [request.arrived + latency for request, latency in zip(requests, latencies, strict=True)]
-        good = [
-            latency <= OBJECTIVE * time_alone(request, costs)
-            for request, latency in zip(requests, latencies, strict=True)
-        ]
-        p50, p99 = (float(value) for value in np.percentile(latencies, (50, 99)))
-        throughput = len(requests) / (max(ends) - requests[0].arrived)
-        return Measured(costs, throughput, p50, p99, sum(good) / len(good))
+    def run(self, requests: Sequence[Request], limits: EngineLimits) -> tuple[list[float], list[Step]]:
+        """Sends each request when it arrives; nothing may be refused.
 
-    def latencies(self, requests: Sequence[Request], limits: EngineLimits, watch: Watch | None = None) -> list[float]:
-        """Returns the seconds from each request's arrival to its latents. Raises `RuntimeError` if there are none."""
-        unet = watch or self._unet
-        engine = Engine(unet, self._tables, limits, lambda: self.costs, self._device, self._dtype, watch)
+        Returns the seconds from each arrival to the latents, and the steps. Raises `RuntimeError` without latents.
+        """
+        watch = Watch(self._unet, self.costs)
+        engine = Engine(watch, self._tables, limits, lambda: self.costs, self._device, self._dtype, watch)
         engine.wait_until_warm()
         made = [self._request(request, seed) for seed, request in enumerate(requests)]
         latencies = [math.nan] * len(requests)
         done = Semaphore(0)
-        start = time.monotonic()
+        start = watch.began = time.monotonic()
 
         def answer(index: int, outcome: Tensor | Exception) -> None:
             if isinstance(outcome, Tensor):
@@ -123,7 +122,7 @@ class RealEngine:
         engine.close()
         if any(map(math.isnan, latencies)):
             raise RuntimeError("got an error from the engine but expected latents")
-        return latencies
+        return latencies, watch.steps
 
     def _request(self, request: Request, seed: int) -> DenoisingRequest:
         shapes = self._shapes

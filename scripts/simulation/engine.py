@@ -9,6 +9,7 @@ from engine.foresight import Ahead, lateness, rounds_until_entry, seconds_ahead
 from engine.laxity import Held, HeldWaveform, Room, round_seconds, schedule, seconds_alone
 from engine.limits import EngineLimits
 from engine.policy import InFlight, Waiting, admit, next_group, plan_groups
+from simulation.pace import STEADY, Pace
 from simulation.workload import Request
 from stepping.forward_plan import ForwardCosts
 
@@ -54,6 +55,7 @@ class SimulatedEngine:
 
     costs: ForwardCosts
     limits: EngineLimits
+    pace: Pace = STEADY  # of the machine; what is decided goes by the costs alone
     now: float = 0.0
     forwards: int = 0
     pauses: int = 0
@@ -100,12 +102,14 @@ class SimulatedEngine:
                     break
                 self._decide()
             group = self._groups[next_group([min(part.last_step for _, part in g.members) for g in self._groups])]
+            seconds = group.seconds * self.pace.at(self.now)
             steps = 1
             if len(self._groups) == 1:  # nothing can change before
-                horizon = min(until, self._review_at, *(job.deadline for job in self.jobs))
+                changes = (until, self._review_at, self.pace.changes_after(self.now))
+                horizon = min(*changes, *(job.deadline for job in self.jobs))
                 left = min(part.left for _, part in group.members)
-                steps = left if horizon == inf else max(1, min(left, ceil((horizon - self.now) / group.seconds)))
-            self.now += steps * group.seconds
+                steps = left if horizon == inf else max(1, min(left, ceil((horizon - self.now) / seconds)))
+            self.now += steps * seconds
             self.forwards += steps
             for _, part in group.members:
                 part.last_step, part.left = self.now, part.left - steps

@@ -12,6 +12,7 @@ from engine.limits import EngineLimits
 from project import ROOT
 from simulation.costs import read_costs, write_costs
 from simulation.engine import SimulatedEngine, simulate
+from simulation.pace import Pace, Step, pace_of
 from simulation.report import report, worst_share_of_bound
 from simulation.workload import Request, mixed_requests, read_trace
 from stepping.forward_plan import Bucket, ForwardCosts, LaunchBoundCost, LinearCost
@@ -89,6 +90,27 @@ def test_each_device_takes_its_share() -> None:
 def test_what_finds_no_room_waits_and_more_is_refused() -> None:
     limits = EngineLimits(max_active_rows=1, max_waiting=1, row_frames=1)
     assert ends([one(0, 4), one(1, 4), one(2, 4), one(5, 1)], LINEAR, ARRIVAL, limits=limits) == [4, 8, None, 9]
+
+
+def test_the_pace_of_a_run_is_read_interval_by_interval() -> None:
+    steps = [Step(1, 2.0, 2.0), Step(4, 2.0, 4.0), Step(6, 1.0, 3.0), Step(26, 4.0, 4.0)]
+    assert pace_of(steps) == Pace((13 / 9,), inf)
+    pace = pace_of(steps, 5)
+    assert pace == Pace((1.5, 3.0, 3.0, 3.0, 3.0, 1.0), 5)  # in those from 10 to 25 s there is no step
+    assert [pace.at(now) for now in (0, 4.9, 5, 24, 25, 1000)] == [1.5, 1.5, 3.0, 3.0, 1.0, 1.0]
+    assert [pace.changes_after(now) for now in (0, 5, 24, 25)] == [5, 10, 25, inf]
+
+
+@pytest.mark.parametrize("policy", [ARRIVAL, LAXITY])
+def test_forwards_take_what_the_machine_lets_them(policy: str) -> None:
+    def end(pace: Pace, *requests: Request) -> list[float | None]:
+        engine = SimulatedEngine(LINEAR, replace(LIMITS, scheduling=policy), pace)
+        return [None if job is None else job.finished for job in simulate(list(requests), [engine])]
+
+    assert end(Pace((2.0,)), one(0, 10)) == [20]
+    # Six forwards of 1 s, of which the last begins at 5 s, and four of 2 s.
+    assert end(Pace((1.0, 2.0), 6), one(0, 10)) == [14]
+    assert end(Pace((1.0, 2.0), 6), one(0, 3), one(7, 1)) == [3, 9]
 
 
 def test_the_report_counts() -> None:

@@ -2,6 +2,8 @@
 
 import threading
 from collections import deque
+from concurrent.futures import CancelledError
+from contextlib import suppress
 
 import pytest
 
@@ -36,10 +38,10 @@ class Answering:
         self.answered: list[tuple[str, list[int]]] = []
         self.forwards = forwards  # before each of which a group of low priority gives way
         self.fails = False
+        self.closes = False
         self.come: list[int] = []  # interactive requests that come while it works, one before each forward
         self.thread: StageThread[int] = StageThread("answering", self.answer, int, 4, scheduling)
         self._may_begin = threading.Event()
-        self._done = threading.Event()
         self._executor = self.thread._executor
         self._executor.submit(self._may_begin.wait)
 
@@ -52,12 +54,15 @@ class Answering:
                 self.thread.add(self.come.pop(0), INTERACTIVE)
             self.thread.give_way()
         self.answered.append((priority, requests))
+        if self.closes:
+            self.thread.close()
 
     def run(self) -> list[tuple[str, list[int]]]:
+        last = self._executor.submit(lambda: None)
         self._may_begin.set()
-        self._executor.submit(self._done.set)
-        assert self._done.wait(WAIT_IN_S)
-        self.thread.close()
+        with suppress(CancelledError):
+            last.result(WAIT_IN_S)
+        self._executor.shutdown()
         return self.answered
 
 
@@ -94,6 +99,16 @@ def test_an_answer_that_fails_holds_up_nobody(caplog: pytest.LogCaptureFixture) 
         answering.thread.add(rows, INTERACTIVE)
     assert answering.run() == [(INTERACTIVE, [4])]
     assert "could not be answered" in caplog.text
+
+
+def test_nothing_more_is_answered_once_it_is_closed() -> None:
+    answering = Answering(forwards=2)
+    answering.come = [1]
+    for priority in (INTERACTIVE, BATCH, BATCH):
+        answering.thread.add(5, priority)
+    answering.closes = True
+    assert answering.run() == [(INTERACTIVE, [5])]
+    assert answering.come == [1]
 
 
 def test_what_is_loaded_belongs_to_the_thread_that_answers() -> None:

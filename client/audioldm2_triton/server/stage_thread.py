@@ -45,6 +45,7 @@ class StageThread(Generic[T]):
         self._by_priority = scheduling == LAXITY
         self._most_rows = {INTERACTIVE: most_rows, BATCH: BATCH_ROWS}
         self._waiting: dict[str, deque[T]] = {priority: deque() for priority in PRIORITIES}
+        self._closed = False
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
 
     def run(self, function: Callable[[], R]) -> R:
@@ -62,6 +63,7 @@ class StageThread(Generic[T]):
 
     def close(self) -> None:
         """Starts nothing more. Waits for nothing."""
+        self._closed = True
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _take_turn(self) -> None:
@@ -70,6 +72,8 @@ class StageThread(Generic[T]):
         self._answer_first(BATCH)
 
     def _answer_first(self, priority: str) -> None:
+        if self._closed:  # whoever waits is answered by the settlements
+            return
         batch = take_batch(self._waiting[priority], self._num_rows, self._most_rows[priority])
         try:
             if batch:
