@@ -1,4 +1,4 @@
-"""Items that wait are computed together: in one process, what Triton's dynamic batching does between processes."""
+"""Items that wait are computed together, in order of arrival, as in a stage's thread on a server."""
 
 import threading
 from collections.abc import Callable, Sequence

@@ -109,7 +109,7 @@ def parse_arguments() -> argparse.Namespace:
         "--stall-timeout-in-s",
         type=float,
         default=Patience.stalled_in_s,
-        help="after how long without a step, with waveforms in flight, or with a stage taking none of its requests, "
+        help="after how long without a step, with waveforms in flight, or without progress in another stage, "
         f"the server is restarted; longer than the longest step and decoding (default: {Patience.stalled_in_s:g})",
     )
     parser.add_argument(

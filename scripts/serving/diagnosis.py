@@ -1,23 +1,37 @@
 """What is wrong with a server that was ready, and what is full: decided from what was observed, touching nothing."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from audioldm2_triton.server import metric_names
-from audioldm2_triton.server.stage_tensors import DECODER, TEXT_CONDITIONING
+from audioldm2_triton.server.stage_tensors import DECODER
 
 _BROKEN: Final = f"{metric_names.ENGINE_BROKEN}{{"
-# Triton's own: requests that wait for a model to take them, and how often it has taken some.
-_PENDING: Final = "nv_inference_pending_request_count{"
-_EXECUTIONS: Final = "nv_inference_exec_count{"
-# Our own: these stages take requests at once, and batch them themselves.
 _INSIDE: Final = f"{metric_names.STAGE_REQUESTS}{{"
+_WORK_AND_WHAT_SHOWS_IT: Final = (
+    (
+        f"{metric_names.ROWS_IN_FLIGHT}{{",
+        f"{metric_names.STEPS_TOTAL}{{",
+        "the engine{{{} makes no step",
+    ),
+    # Triton's own: requests that wait for a model to take them, and how often it has taken some.
+    (
+        "nv_inference_pending_request_count{",
+        "nv_inference_exec_count{",
+        "the model{{{} takes no request",
+    ),
+    # The text stage and the decoder take requests at once; a thread works on them.
+    (
+        _INSIDE,
+        f"{metric_names.STAGE_PROGRESS_TOTAL}{{",
+        "the model{{{} makes no progress",
+    ),
+)
+"""What a stalled stage has more than 0 of, what then does not change, and what that is called."""
 _INSIDE_MODEL: Final = re.compile(rf'{metric_names.STAGE_REQUESTS}\{{model="([^"]*)"')
-_TAKEN: Final = f"{metric_names.STAGE_REQUESTS_TAKEN_TOTAL}{{"
-_BATCHING: Final = tuple(f'{stage}"}}' for stage in (TEXT_CONDITIONING, DECODER))  # how the names of their series end
-_IN_FLIGHT: Final = f"{metric_names.ROWS_IN_FLIGHT}{{"
 
 
 @dataclass(frozen=True)
@@ -86,29 +100,29 @@ def _symptoms(
     yield from ((f"all engines of {model} are broken", allowed) for model, engines in broken.items() if all(engines))
     if previous is None or previous.metrics is None:
         return
-    for name, rows in observation.metrics.items():
-        if name.startswith(_IN_FLIGHT) and rows > 0 and previous.metrics.get(name, 0) > 0:
-            steps = name.replace(_IN_FLIGHT, f"{metric_names.STEPS_TOTAL}{{")
-            if observation.metrics.get(steps) == previous.metrics.get(steps):
-                yield f"the engine{{{name.removeprefix(_IN_FLIGHT)} makes no step", patience.stalled_in_s
-        if name.startswith(_PENDING) and rows > 0 and previous.metrics.get(name, 0) > 0:
-            executions = name.replace(_PENDING, _EXECUTIONS)
-            if observation.metrics.get(executions) == previous.metrics.get(executions):
-                yield f"the model{{{name.removeprefix(_PENDING)} takes no request", patience.stalled_in_s
-        if name.startswith(_INSIDE) and name.endswith(_BATCHING) and rows > 0 and previous.metrics.get(name, 0) > 0:
-            taken = name.replace(_INSIDE, _TAKEN)
-            if observation.metrics.get(taken, 0) - rows == previous.metrics.get(taken, 0) - previous.metrics[name]:
-                yield f"the model{{{name.removeprefix(_INSIDE)} answers no request", patience.stalled_in_s
+    for name in observation.metrics:
+        for work, done, symptom in _WORK_AND_WHAT_SHOWS_IT:
+            shows = name.replace(work, done)
+            if name.startswith(work) and shows in observation.metrics:
+                pages = (previous.metrics, observation.metrics)
+                if all(page.get(name, 0) > 0 for page in pages) and pages[0].get(shows) == pages[1][shows]:
+                    yield symptom.format(name.removeprefix(work)), patience.stalled_in_s
 
 
 MAX_INSIDE_DECODER: Final = 96
-"""Requests before no more are let in: three times as many as it decodes together."""
+"""Requests in one of its processes before no more are let in: three times as many as it decodes together."""
 
 
-def full_decoders(metrics: Mapping[str, float]) -> set[str]:
-    """Returns the decoders that fall behind."""
+def full_decoders(observation: Observation) -> set[str]:
+    """Returns the decoders that fall behind. With several GPUs a decoder has as many processes."""
+    metrics = observation.metrics or {}
     inside = {match[1]: value for name, value in metrics.items() if (match := _INSIDE_MODEL.match(name))}
-    return {name for name, value in inside.items() if name.endswith(DECODER) and value > MAX_INSIDE_DECODER}
+    processes = Counter(stage.model for stage in observation.stages)
+    return {
+        name
+        for name, value in inside.items()
+        if name.endswith(DECODER) and value > MAX_INSIDE_DECODER * max(1, processes[name])
+    }
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,7 @@ def _watch(
                     return reason
                 previous = observation
                 if observation.metrics is not None:  # else nothing is known that should change it
-                    show_full_decoders(command.directory, full_decoders(observation.metrics))
+                    show_full_decoders(command.directory, full_decoders(observation))
             elif _is_ready(command):
                 running.ready, running.stages = True, find_stages(running.process.pid)
                 health.state = states.READY

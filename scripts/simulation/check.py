@@ -40,7 +40,7 @@ class Figures:
 
 
 def figures(requests: Sequence[Request], latencies: Sequence[float], costs: ForwardCosts) -> Figures:
-    """Returns the figures of requests that were all answered; by the costs follows what is good."""
+    """Returns the figures of requests that were all answered. `costs` decide which latencies count as good."""
     ends = [request.arrived + latency for request, latency in zip(requests, latencies, strict=True)]
     good = [
         latency <= OBJECTIVE * time_alone(request, costs)
@@ -99,7 +99,7 @@ class RealEngine:
     def run(self, requests: Sequence[Request], limits: EngineLimits) -> tuple[list[float], list[Step]]:
         """Sends each request when it arrives; nothing may be refused.
 
-        Returns the seconds from each arrival to the latents, and the steps. Raises `RuntimeError` without latents.
+        Returns the seconds from each arrival to the latents, and the steps. Raises `RuntimeError` if one got none.
         """
         watch = Watch(self._unet, self.costs)
         engine = Engine(watch, self._tables, limits, lambda: self.costs, self._device, self._dtype, watch)

@@ -38,24 +38,28 @@ class Answering:
         self.answered: list[tuple[str, list[int]]] = []
         self.forwards = forwards  # before each of which a group of low priority gives way
         self.fails = False
-        self.closes = False
+        self.closes = False  # at its first answer
+        self.progress = 0
         self.come: list[int] = []  # interactive requests that come while it works, one before each forward
-        self.thread: StageThread[int] = StageThread("answering", self.answer, int, 4, scheduling)
+        self.thread: StageThread[int] = StageThread("stage", self.answer, int, 4, self.show_progress, scheduling)
         self._may_begin = threading.Event()
         self._executor = self.thread._executor
-        self._executor.submit(self._may_begin.wait)
+        self._executor.submit(self._may_begin.wait, WAIT_IN_S)
+
+    def show_progress(self) -> None:
+        self.progress += 1
 
     def answer(self, requests: list[int], priority: str) -> None:
         if self.fails:
             self.fails = False
             raise RuntimeError("no answer")
+        if self.closes:
+            self.thread.close()
         for _ in range(self.forwards if priority == BATCH else 0):
             if self.come:
                 self.thread.add(self.come.pop(0), INTERACTIVE)
             self.thread.give_way()
         self.answered.append((priority, requests))
-        if self.closes:
-            self.thread.close()
 
     def run(self) -> list[tuple[str, list[int]]]:
         last = self._executor.submit(lambda: None)
@@ -83,6 +87,7 @@ def test_a_group_of_low_priority_lets_in_those_that_come_while_it_is_computed() 
     for rows in (5, 3):
         answering.thread.add(rows, BATCH)
     assert answering.run() == [(INTERACTIVE, [1]), (INTERACTIVE, [2]), (BATCH, [5, 3])]
+    assert answering.progress == 3 + answering.forwards  # at each group, and each forward
 
 
 def test_by_arrival_nothing_overtakes() -> None:
@@ -101,19 +106,22 @@ def test_an_answer_that_fails_holds_up_nobody(caplog: pytest.LogCaptureFixture) 
     assert "could not be answered" in caplog.text
 
 
-def test_nothing_more_is_answered_once_it_is_closed() -> None:
+@pytest.mark.parametrize("priority", [INTERACTIVE, BATCH])
+def test_nothing_more_is_begun_once_it_is_closed(priority: str, caplog: pytest.LogCaptureFixture) -> None:
     answering = Answering(forwards=2)
-    answering.come = [1]
-    for priority in (INTERACTIVE, BATCH, BATCH):
-        answering.thread.add(5, priority)
+    for each in (priority, BATCH, BATCH):
+        answering.thread.add(5, each)
     answering.closes = True
-    assert answering.run() == [(INTERACTIVE, [5])]
-    assert answering.come == [1]
+    # A group of low priority ends at its next forward.
+    assert answering.run() == ([(INTERACTIVE, [5])] if priority == INTERACTIVE else [])
+    assert ("stage is shutting down" in caplog.text) == (priority == BATCH)
 
 
 def test_what_is_loaded_belongs_to_the_thread_that_answers() -> None:
     found: list[int] = []
-    thread: StageThread[int] = StageThread("own", lambda _, __: found.append(threading.get_ident()), int, 4)
+    thread: StageThread[int] = StageThread(
+        "stage", lambda _, __: found.append(threading.get_ident()), int, 4, lambda: None
+    )
     found.append(thread.run(threading.get_ident))
     thread.add(1, BATCH)
     thread.run(lambda: None)

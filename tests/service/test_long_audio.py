@@ -101,9 +101,9 @@ def test_chunks_are_exact_but_for_rounding() -> None:
 def test_only_long_clips_go_in_chunks(decoder: WaveformDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     chunked: list[int] = []
 
-    def decode(vae: Any, scaled: Tensor) -> Tensor:
+    def decode(vae: Any, scaled: Tensor, between_chunks: Callable[[], None]) -> Tensor:
         chunked.append(scaled.shape[2])
-        return decode_chunked(vae, scaled, 16)
+        return decode_chunked(vae, scaled, 16, between_chunks)
 
     monkeypatch.setattr(waveform_decoder, "decode_chunked", decode)
     monkeypatch.setattr(waveform_decoder, "MAX_WHOLE_FRAMES", 40)

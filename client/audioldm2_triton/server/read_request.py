@@ -34,7 +34,7 @@ class ReadRequest:
 
     @property
     def priority(self) -> str:
-        """The priority as far as it can be read; whether it is a right one, the stage checks with all other inputs."""
+        """The priority as far as it can be read; the stage validates it with all other inputs."""
         given = self.inputs.get("priority")
         asks_for_batch = given is not None and given.size and given.flat[0] == BATCH.encode()
         return BATCH if asks_for_batch else INTERACTIVE

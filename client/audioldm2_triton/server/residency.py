@@ -38,7 +38,7 @@ class Residency:
     """Controls when one stage's weights are on its device. Without a lease they always are, and this does nothing.
 
     Use it as a context manager around whatever uses the weights, or call `enter` and `leave`, which may be repeated.
-    Of nested blocks the outermost leaves. Used by one thread at a time.
+    Of nested blocks, only the outermost leaves. Used by one thread at a time.
     """
 
     def __init__(self, device: "torch.device | None" = None, lease: DeviceLease | None = None) -> None:
@@ -96,11 +96,16 @@ class Residency:
             self._entered_at = None
             self._lease.release()
 
+    @property
+    def is_wanted(self) -> bool:
+        """Returns whether another stage waits for the device."""
+        return self._lease is not None and self._lease.is_wanted()
+
     def give_way(self) -> None:
         """Leaves if another stage waits and this one has had `TURN_IN_S`; for a stage that may always be busy."""
         if self._lease is None or self._entered_at is None:
             return
-        if time.monotonic() - self._entered_at >= TURN_IN_S and self._lease.is_wanted():
+        if time.monotonic() - self._entered_at >= TURN_IN_S and self.is_wanted:
             self.leave()
 
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Generic, TypeVar
 
 from audioldm2_triton.contract import BATCH, INTERACTIVE, PRIORITIES
+from audioldm2_triton.errors import UnavailableError
 from audioldm2_triton.server.settings import LAXITY
 
 BATCH_ROWS: Final = 8
@@ -25,28 +26,32 @@ class StageThread(Generic[T]):
     waits for ever. That group lets those in that have come since, wherever its computation calls `give_way`.
 
     Args:
-        name: of the thread.
+        stage: its name, for messages.
         answer: answers requests of one priority, which it is given; it should raise nothing.
         num_rows: the rows of a request.
         most_rows: of interactive requests that are answered together.
+        show_progress: called whenever the thread gets on.
         scheduling: the setting; by `arrival`, all requests count as interactive.
     """
 
     def __init__(
         self,
-        name: str,
+        stage: str,
         answer: Callable[[list[T], str], None],
         num_rows: Callable[[T], int],
         most_rows: int,
+        show_progress: Callable[[], None],
         scheduling: str = LAXITY,
     ) -> None:
+        self._stage = stage
         self._answer = answer
+        self._show_progress = show_progress
         self._num_rows = num_rows
         self._by_priority = scheduling == LAXITY
         self._most_rows = {INTERACTIVE: most_rows, BATCH: BATCH_ROWS}
         self._waiting: dict[str, deque[T]] = {priority: deque() for priority in PRIORITIES}
         self._closed = False
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=stage)
 
     def run(self, function: Callable[[], R]) -> R:
         """Returns the result of `function`, called on the thread that owns what is compiled or captured there."""
@@ -57,8 +62,18 @@ class StageThread(Generic[T]):
         self._waiting[priority if self._by_priority else INTERACTIVE].append(request)
         self._executor.submit(self._take_turn)
 
+    def go_on(self) -> None:
+        """Shows progress; for `answer` to call on the thread, before each of its forwards."""
+        self._show_progress()
+
     def give_way(self) -> None:
-        """Answers the interactive requests that wait; for `answer` to call on the thread, at low priority only."""
+        """Does the same at low priority, and answers the interactive requests that wait.
+
+        Raises `UnavailableError` once it is closed, since nobody waits for the rest.
+        """
+        if self._closed:
+            raise UnavailableError(f"{self._stage} is shutting down; try again")
+        self._show_progress()
         self._answer_first(INTERACTIVE)
 
     def close(self) -> None:
@@ -77,6 +92,7 @@ class StageThread(Generic[T]):
         batch = take_batch(self._waiting[priority], self._num_rows, self._most_rows[priority])
         try:
             if batch:
+                self._show_progress()
                 self._answer(batch, priority)
         except BaseException:  # a future would keep it, and nobody asks for that
             logger.exception("requests of the priority %s could not be answered", priority)

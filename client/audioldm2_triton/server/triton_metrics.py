@@ -5,6 +5,7 @@ Imports `triton_python_backend_utils`, which exists only inside Triton's Python 
 
 import logging
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from audioldm2_triton.server.metric_names import (
     STAGE_DURATION_SECONDS,
     STAGE_FAILURES_TOTAL,
     STAGE_INFO,
+    STAGE_PROGRESS_TOTAL,
     STAGE_REQUESTS,
     STAGE_REQUESTS_TAKEN_TOTAL,
     TEXT_CACHE_HITS_TOTAL,
@@ -102,6 +104,25 @@ def count_failure(model: str, reason: str) -> None:
     _failures.add(1, model=model, reason=reason)
 
 
+_progress = _Counters(STAGE_PROGRESS_TOTAL, "Grows up to once a second while a stage works on its requests")
+
+
+class Progress:
+    """Shows that a stage gets on, however long its requests take and whoever answers them."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._shown = -_PROGRESS_INTERVAL_IN_S
+        _progress.add(0, model=model)
+
+    def show(self) -> None:
+        """Is called by one thread as often as it likes. Raises nothing, and waits for nothing."""
+        now = time.monotonic()
+        if now - self._shown >= _PROGRESS_INTERVAL_IN_S:
+            self._shown = now
+            _reports().put(lambda: _progress.add(1, model=self._model))
+
+
 _hits = _Counters(TEXT_CACHE_HITS_TOTAL, "Texts whose encoding was in the cache")
 _misses = _Counters(TEXT_CACHE_MISSES_TOTAL, "Texts that had to be encoded")
 
@@ -112,6 +133,7 @@ def count_texts(model: str, hits: int, misses: int) -> None:
     _misses.add(misses, model=model)
 
 
+_PROGRESS_INTERVAL_IN_S: Final = 1.0
 SECONDS_BUCKETS: Final = tuple(0.01 * 2**power for power in range(17))
 """From 0.01 to 81.92 as OpenTelemetry has them for generated contents, and on to 655.36 for long clips."""
 STEPS_BUCKETS: Final = tuple(float(2**power) for power in range(11))

@@ -34,7 +34,7 @@ def split_format(given: str) -> tuple[str, bool]:
 
 def pack_wanted(rows: Sequence[GenerationRow]) -> np.ndarray:
     """Returns UINT8 [B, L]: JSON, filled up with blanks; an empty object for a row that wants samples."""
-    # Numbers, not BYTES: of those, one whose length is a lie would fail the whole batch that Triton puts it in.
+    # Numbers, not BYTES: their length cannot be a lie.
     texts = [_pack(row) for row in rows]
     longest = max(map(len, texts))
     return np.stack([np.frombuffer(text.ljust(longest), np.uint8) for text in texts])

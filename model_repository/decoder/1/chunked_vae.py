@@ -11,7 +11,7 @@ The result equals the decoder's for the whole clip, except for rounding:
 **Memory.** A layer frees each chunk that it has read for the last time, and what it needs besides its input and output
 does not grow with the clip. The peak is in the first residual block of the last resolution: its input and half as much
 again. At the official widths (128, 256, 512) that is 96 Ki numbers per latent frame, at 25 frames per second: 9.4 MiB
-per second of audio in float32, half of that in float16.
+per second of audio in float32, half of that in float16. What `between_chunks` needs comes on top.
 """
 
 from collections import deque
@@ -32,26 +32,26 @@ Chunks: TypeAlias = deque[Tensor]
 
 
 def decode_chunked(
-    vae: Any, latents: Tensor, chunk_frames: int = CHUNK_FRAMES, give_way: Callable[[], None] = lambda: None
+    vae: Any, latents: Tensor, chunk_frames: int = CHUNK_FRAMES, between_chunks: Callable[[], None] = lambda: None
 ) -> Tensor:
     """Computes `vae.decode`.
 
     Args:
         vae: an `AutoencoderKL` that `check_followed` accepts.
         latents: `[1, channels, frames, width]`, divided by the scaling factor.
-        give_way: called before each layer of each chunk.
+        between_chunks: called before each chunk, in each layer.
 
     Returns:
         `[1, out channels, frames * scale, width * scale]`.
     """
-    return torch.cat([*walk(_ChunkedLayers(give_way), vae, deque(latents.split(chunk_frames, dim=2)))], dim=2)
+    return torch.cat([*walk(_ChunkedLayers(between_chunks), vae, deque(latents.split(chunk_frames, dim=2)))], dim=2)
 
 
 class _ChunkedLayers:
     """Implements `Layers` for `Chunks`."""
 
-    def __init__(self, give_way: Callable[[], None]) -> None:
-        self._give_way = give_way
+    def __init__(self, between_chunks: Callable[[], None]) -> None:
+        self._between_chunks = between_chunks
 
     def convolve(self, convolution: Any, hidden: Chunks) -> Chunks:
         return deque(self._convolved(convolution, hidden, lambda window: window))
@@ -84,7 +84,7 @@ class _ChunkedLayers:
         )
         output: Chunks = deque()
         while hidden:
-            self._give_way()
+            self._between_chunks()
             chunk = hidden.popleft()
             attended = functional.scaled_dot_product_attention(split(project(attention.to_q, chunk)), key, value)
             projected = attention.to_out[0](attended.transpose(1, 2).flatten(2))
@@ -113,7 +113,7 @@ class _ChunkedLayers:
         reach = convolution.kernel_size[0] // 2
         before: Tensor | None = None
         while hidden:
-            self._give_way()
+            self._between_chunks()
             chunk = hidden.popleft()
             after = hidden[0][:, :, :reach] if hidden else None
             window = prepare(torch.cat([part for part in (before, chunk, after) if part is not None], dim=2))

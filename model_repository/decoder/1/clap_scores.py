@@ -30,7 +30,7 @@ class ClapScorer:
     front_end: ClapFrontEnd
     device: torch.device
     dtype: torch.dtype
-    give_way: Callable[[], None] = lambda: None  # called before each forward
+    before_forward: Callable[[], None] = lambda: None
 
     @property
     def text_dim(self) -> int:
@@ -87,6 +87,7 @@ def clap_features(scorer: ClapScorer, waveforms: Sequence[np.ndarray], sampling_
         size = 1 if on_cpu else max(1, int(MAX_WINDOWS_PER_CALL * window_samples / max(length, window_samples)))
         for first in range(0, len(indices), size):
             part = indices[first : first + size]
+            scorer.before_forward()
             batch = torch.from_numpy(np.stack([waveforms[index] for index in part])).to(scorer.device)
             windows = audio_windows(resample(batch, sampling_rate, scorer.front_end.sampling_rate), scorer.front_end)
             parts = windows.flatten(0, 1).split(MAX_WINDOWS_PER_TRANSFORM)
@@ -98,7 +99,7 @@ def clap_features(scorer: ClapScorer, waveforms: Sequence[np.ndarray], sampling_
 
 def _embed(scorer: ClapScorer, features: Tensor) -> Tensor:
     """Computes normalised embeddings [M, D], float32 on the host."""
-    scorer.give_way()
+    scorer.before_forward()
     output = scorer.clap.get_audio_features(features.to(scorer.dtype))
     embeds: Tensor = output.pooler_output.float().cpu()
     return embeds

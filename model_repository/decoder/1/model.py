@@ -15,11 +15,12 @@ from audioldm2_triton.server import triton_adapter as adapter
 from audioldm2_triton.server.geometry import read_audio_geometry
 from audioldm2_triton.server.read_request import ReadRequest
 from audioldm2_triton.server.settings import checkpoint_name, resolve_device, resolved_settings
+from audioldm2_triton.server.stage_tensors import DECODED, MEL, SCORE, VOCODE, WHOLE
 from audioldm2_triton.server.stage_thread import StageThread
-from audioldm2_triton.server.triton_metrics import InfoSeries, MemoryGauge
+from audioldm2_triton.server.triton_metrics import InfoSeries, MemoryGauge, Progress
 from audioldm2_triton.server.wanted_file import WantedFile, unpack_wanted
 from clap_scores import ClapScorer
-from decoder_stage import giving_way, load_decoder_stage
+from decoder_stage import giving_way, interrupted, load_decoder_stage
 from decoding_parts import check_decodable, decode_parts
 from waveform_decoder import WaveformDecoder
 
@@ -36,11 +37,15 @@ class TritonPythonModel:
         self.geometry = read_audio_geometry(Path(settings.checkpoint))
         most_rows = int(json.loads(args["model_config"])["max_batch_size"])
         self.thread: StageThread[TakenRequest] = StageThread(
-            "decoding", self._answer, adapter.rows_of, most_rows, settings.scheduling
+            *(args["model_name"], self._answer, adapter.rows_of, most_rows),
+            *(Progress(args["model_name"]).show, settings.scheduling),
         )
         parts = self.thread.run(partial(load_decoder_stage, settings, self.geometry, device))
         self.text_dim = parts[1].text_dim
-        self.parts = {INTERACTIVE: parts, BATCH: giving_way(*parts, self.thread.give_way)}
+        self.parts = {
+            INTERACTIVE: interrupted(*parts, self.thread.go_on),
+            BATCH: giving_way(*parts, self.thread.give_way, self.thread.go_on),
+        }
         self.memory = MemoryGauge(args["model_name"], device)
         self.info = InfoSeries(args["model_name"], resolved_settings(settings, device))
         self.settlements = adapter.open_settlements(args["model_name"])
@@ -58,7 +63,10 @@ class TritonPythonModel:
         adapter.close_settlements(self.settlements)
 
     def _answer(self, requests: list[TakenRequest], priority: str) -> None:
-        adapter.answer_together(requests, self._parse, partial(self._decode, *self.parts[priority]))
+        # The parts of streams first, since they are short, and each kind is answered when it is done.
+        for kind in (VOCODE, MEL, SCORE, WHOLE):
+            of_kind = [request for request in requests if _kind(request) == kind]
+            adapter.answer_together(of_kind, self._parse, partial(self._decode, *self.parts[priority]))
         self.memory.update()
 
     def _parse(self, request: ReadRequest) -> ParsedRequest:
@@ -70,7 +78,13 @@ class TritonPythonModel:
         self, decoder: WaveformDecoder, scorer: ClapScorer, requests: list[ParsedRequest]
     ) -> list[dict[str, np.ndarray]]:
         results = decode_parts(decoder, scorer, [(control, inputs) for control, inputs, _ in requests])
-        return [
-            with_files(wanted, inputs, outputs, self.checkpoint)
-            for (_, inputs, wanted), outputs in zip(requests, results, strict=True)
-        ]
+        answers = []
+        for (_, inputs, wanted), outputs in zip(requests, results, strict=True):
+            decoder.before_forward()  # files take time too
+            answers.append(with_files(wanted, inputs, outputs, self.checkpoint))
+        return answers
+
+
+def _kind(request: TakenRequest) -> str:
+    """What it asks for; an unknown kind is refused as an ordinary request."""
+    return request.read.control if request.read.control in DECODED else WHOLE

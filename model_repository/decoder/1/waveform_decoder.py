@@ -61,7 +61,7 @@ class WaveformDecoder:
     compiled: CompiledParts | None = None  # runs instead for whatever fits its buckets
     residency: Residency = field(default_factory=Residency)  # of all the stage's weights, including CLAP's
     max_latent_frames_per_call: int = MAX_LATENT_FRAMES_PER_CALL
-    give_way: Callable[[], None] = lambda: None  # called before each forward
+    before_forward: Callable[[], None] = lambda: None
 
     @property
     def sampling_rate(self) -> int:
@@ -109,10 +109,12 @@ def decode_mels(decoder: WaveformDecoder, latents: Sequence[Tensor]) -> list[Ten
     """
 
     def decode(batch: Tensor) -> Tensor:
-        decoder.give_way()
+        decoder.before_forward()
         scaled = batch.to(decoder.device, decoder.dtype) * (1 / decoder.vae.config.scaling_factor)
         if batch.shape[2] > MAX_WHOLE_FRAMES:
-            mel: Tensor = decode_chunked(decoder.vae, scaled, give_way=decoder.give_way).squeeze(1)
+            # On a GPU whoever is let in would need memory beside that of the whole clip.
+            between = decoder.before_forward if decoder.device.type == "cpu" else lambda: None
+            mel: Tensor = decode_chunked(decoder.vae, scaled, between_chunks=between).squeeze(1)
         else:
             mel = decoder.vae.decode(scaled, return_dict=False)[0].squeeze(1)
         _check_finite("VAE", mel)
@@ -133,7 +135,7 @@ def decode_mels(decoder: WaveformDecoder, latents: Sequence[Tensor]) -> list[Ten
         scaled = [item.to(decoder.device, decoder.dtype) * (1 / decoder.vae.config.scaling_factor) for item in items]
 
         def decode_padded(batch: Tensor, valid: Tensor) -> Tensor:
-            decoder.give_way()
+            decoder.before_forward()
             return vae(batch, valid)
 
         padded = map_in_buckets(decode_padded, scaled, vae.buckets, decoder.device, decoder.dtype)
@@ -152,7 +154,7 @@ def vocode(decoder: WaveformDecoder, windows: Sequence[Tensor]) -> list[Tensor]:
     """
 
     def decode(batch: Tensor) -> Tensor:
-        decoder.give_way()
+        decoder.before_forward()
         waveforms: Tensor = decoder.vocoder(batch.to(decoder.device, decoder.dtype)).to("cpu", torch.float32)
         _check_finite("vocoder", waveforms)
         return waveforms
@@ -170,7 +172,7 @@ def vocode(decoder: WaveformDecoder, windows: Sequence[Tensor]) -> list[Tensor]:
 
     def decode_compiled(items: Sequence[Tensor]) -> list[Tensor]:
         def decode_padded(batch: Tensor, valid: Tensor) -> Tensor:
-            decoder.give_way()
+            decoder.before_forward()
             # One copy to the host per call: each waits for the device.
             return vocoder(batch, valid).to("cpu", torch.float32)
 

@@ -23,7 +23,7 @@ from audioldm2_triton.server.request_parameters import check_parameters
 from audioldm2_triton.server.settings import resolve_device, resolved_settings
 from audioldm2_triton.server.stage_tensors import TEXT_CONDITIONING
 from audioldm2_triton.server.stage_thread import StageThread
-from audioldm2_triton.server.triton_metrics import InfoSeries, MemoryGauge, count_texts
+from audioldm2_triton.server.triton_metrics import InfoSeries, MemoryGauge, Progress, count_texts
 from audioldm2_triton.server.wanted_file import split_format
 from conditioning import condition
 from embedding_cache import EmbeddingCache
@@ -44,7 +44,8 @@ class TritonPythonModel:
         self.clipping = clipping_schedulers(Path(self.settings.checkpoint))
         most_rows = int(json.loads(args["model_config"])["max_batch_size"])
         self.thread: StageThread[TakenRequest] = StageThread(
-            "encoding", self._answer, adapter.rows_of, most_rows, self.settings.scheduling
+            *(self.model_name, self._answer, adapter.rows_of, most_rows),
+            *(Progress(self.model_name).show, self.settings.scheduling),
         )
         self.encoders = self.thread.run(partial(load_text_stage, self.settings, device))
         self.memory = MemoryGauge(args["model_name"], device)
