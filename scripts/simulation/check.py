@@ -43,8 +43,7 @@ def figures(requests: Sequence[Request], latencies: Sequence[float], costs: Forw
     """Returns the figures of requests that were all answered. `costs` decide which latencies count as good."""
     ends = [request.arrived + latency for request, latency in zip(requests, latencies, strict=True)]
     good = [
-        latency <= OBJECTIVE * time_alone(request, costs)
-        for request, latency in zip(requests, latencies, strict=True)
+        latency <= OBJECTIVE * time_alone(request, costs) for request, latency in zip(requests, latencies, strict=True)
     ]
     p50, p99 = (float(value) for value in np.percentile(latencies, (50, 99)))
     return Figures(len(requests) / (max(ends) - requests[0].arrived), p50, p99, sum(good) / len(good))

@@ -11,6 +11,7 @@ import torch
 import waveform_decoder
 from audioldm2_triton.server.geometry import read_audio_geometry
 from audioldm2_triton.server.residency import Residency
+from audioldm2_triton.server.stage_tensors import WHOLE
 from chunked_vae import decode_chunked
 from clap_scores import ClapScorer, load_clap_scorer
 from decoder_buckets import Buckets
@@ -29,9 +30,9 @@ def parts(tiny_checkpoint: Path) -> tuple[WaveformDecoder, ClapScorer]:
     return loaded, load_clap_scorer(tiny_checkpoint, CPU, torch.float32)
 
 
-def request(scorer: ClapScorer, seed: int, frames: int, waveforms: int = 1) -> tuple[str, Tensors]:
+def request(scorer: ClapScorer, seed: int, frames: int, waveforms: int = 1) -> Tensors:
     generator = np.random.default_rng(seed)
-    return "", {
+    return {
         "latents": generator.standard_normal((1, waveforms, 8, frames, 16)).astype(np.float32),
         "num_samples": np.array([[frames * 640]], np.int32),
         "return_scores": np.array([[True]]),
@@ -44,7 +45,7 @@ def test_others_are_let_in_before_each_forward(parts: tuple[WaveformDecoder, Cla
     calls: list[None] = []
     patient = giving_way(decoder, scorer, lambda: calls.append(None), lambda: None)
     frames = MAX_LATENT_FRAMES_THAT_GIVE_WAY // 2
-    decode_parts(*patient, [request(scorer, seed, frames) for seed in range(3)])
+    decode_parts(*patient, WHOLE, [request(scorer, seed, frames) for seed in range(3)])
     windows = len(decoder.plan_chunks(4 * frames))
     # Two and one through the VAE, each window through the vocoder; each waveform to CLAP's features, and through CLAP.
     assert len(calls) == 2 + 3 * windows + 2 * 3
@@ -56,12 +57,12 @@ def test_nobody_is_let_in_while_another_stage_waits_for_the_device(parts: tuple[
     residency = mock.Mock(Residency, is_wanted=True)
     patient, _ = giving_way(
         *(replace(decoder, residency=residency), scorer),
-        *(lambda: calls.append("give way"), lambda: calls.append("go on")),
+        *(lambda: calls.append("give way"), lambda: calls.append("keep on")),
     )
     patient.before_forward()
     residency.is_wanted = False
     patient.before_forward()
-    assert calls == ["go on", "give way"]
+    assert calls == ["keep on", "give way"]
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
@@ -77,12 +78,12 @@ def test_those_let_in_change_no_bit(
     other = request(scorer, 9, 24, waveforms=2)
     # Four of 32 frames are one call of the VAE, however they are decoded.
     own = [request(scorer, seed, 32) for seed in range(4)]
-    alone, others_alone = decode_parts(decoder, scorer, own), decode_parts(decoder, scorer, [other])[0]
+    alone, others_alone = decode_parts(decoder, scorer, WHOLE, own), decode_parts(decoder, scorer, WHOLE, [other])[0]
     let_in: list[dict[str, np.ndarray]] = []
     patient = giving_way(
-        *(decoder, scorer, lambda: let_in.extend(decode_parts(decoder, scorer, [other]))), lambda: None
+        *(decoder, scorer, lambda: let_in.extend(decode_parts(decoder, scorer, WHOLE, [other]))), lambda: None
     )
-    for result, expected in zip(decode_parts(*patient, own), alone, strict=True):
+    for result, expected in zip(decode_parts(*patient, WHOLE, own), alone, strict=True):
         assert all(np.array_equal(result[name], expected[name]) for name in expected)
     assert let_in
     assert all(np.array_equal(each[name], others_alone[name]) for each in let_in for name in others_alone)

@@ -158,12 +158,12 @@ def check_parts(decoder: WaveformDecoder, frames: int) -> None:
         "text_embeds": np.ones((1, 16), np.float32),
     }
     scorer: Any = None  # not asked
-    [whole] = decode_parts(decoder, scorer, [("", inputs)])
-    [cut] = decode_parts(decoder, scorer, [("mel", inputs)])
+    [whole] = decode_parts(decoder, scorer, "", [inputs])
+    [cut] = decode_parts(decoder, scorer, "mel", [inputs])
     parts = []
     for index in range(cut["mel_windows"].shape[1]):
         request = {"mel_window": cut["mel_windows"][:, index], "kept_samples": cut["kept_samples"][:, index]}
-        parts += decode_parts(decoder, scorer, [("vocode", request)])
+        parts += decode_parts(decoder, scorer, "vocode", [request])
     assert len(parts) == len(plan_chunks(decoder.reach, 4 * frames))
     np.testing.assert_array_equal(np.concatenate([part["audio"] for part in parts], axis=2), whole["audio"])
 

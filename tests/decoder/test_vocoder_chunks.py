@@ -118,14 +118,14 @@ def test_the_parts_make_the_whole(frames: int, missing: int, decoder: WaveformDe
         "text_embeds": np.ones((1, 16), np.float32),
     }
     scorer = None  # not asked
-    [whole] = decode_parts(decoder, scorer, [("", inputs)])  # type: ignore[arg-type]
-    [cut] = decode_parts(decoder, scorer, [("mel", inputs)])  # type: ignore[arg-type]
+    [whole] = decode_parts(decoder, scorer, "", [inputs])  # type: ignore[arg-type]
+    [cut] = decode_parts(decoder, scorer, "mel", [inputs])  # type: ignore[arg-type]
     requests = [
-        ("vocode", {"mel_window": cut["mel_windows"][:, index], "kept_samples": cut["kept_samples"][:, index]})
+        {"mel_window": cut["mel_windows"][:, index], "kept_samples": cut["kept_samples"][:, index]}
         for index in range(cut["mel_windows"].shape[1])
     ]
     assert len(requests) == len(plan_chunks(decoder.reach, 4 * frames))
-    parts = decode_parts(decoder, scorer, requests)  # type: ignore[arg-type]
+    parts = decode_parts(decoder, scorer, "vocode", requests)  # type: ignore[arg-type]
     audio = np.concatenate([part["audio"] for part in parts], axis=2)
     assert audio.shape == (1, 3, made + missing)
     np.testing.assert_array_equal(audio, whole["audio"])

@@ -30,7 +30,7 @@ class StageThread(Generic[T]):
         answer: answers requests of one priority, which it is given; it should raise nothing.
         num_rows: the rows of a request.
         most_rows: of interactive requests that are answered together.
-        show_progress: called whenever the thread gets on.
+        show_progress: called whenever the thread gets on; `answer` may call it too.
         scheduling: the setting; by `arrival`, all requests count as interactive.
     """
 
@@ -62,12 +62,8 @@ class StageThread(Generic[T]):
         self._waiting[priority if self._by_priority else INTERACTIVE].append(request)
         self._executor.submit(self._take_turn)
 
-    def go_on(self) -> None:
-        """Shows progress; for `answer` to call on the thread, before each of its forwards."""
-        self._show_progress()
-
     def give_way(self) -> None:
-        """Does the same at low priority, and answers the interactive requests that wait.
+        """Answers the interactive requests that wait; for `answer` to call at low priority before each forward.
 
         Raises `UnavailableError` once it is closed, since nobody waits for the rest.
         """

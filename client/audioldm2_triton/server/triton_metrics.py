@@ -104,6 +104,7 @@ def count_failure(model: str, reason: str) -> None:
     _failures.add(1, model=model, reason=reason)
 
 
+_PROGRESS_INTERVAL_IN_S: Final = 1.0
 _progress = _Counters(STAGE_PROGRESS_TOTAL, "Grows up to once a second while a stage works on its requests")
 
 
@@ -133,7 +134,6 @@ def count_texts(model: str, hits: int, misses: int) -> None:
     _misses.add(misses, model=model)
 
 
-_PROGRESS_INTERVAL_IN_S: Final = 1.0
 SECONDS_BUCKETS: Final = tuple(0.01 * 2**power for power in range(17))
 """From 0.01 to 81.92 as OpenTelemetry has them for generated contents, and on to 655.36 for long clips."""
 STEPS_BUCKETS: Final = tuple(float(2**power) for power in range(11))

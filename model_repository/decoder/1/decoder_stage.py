@@ -49,17 +49,17 @@ def interrupted(
 
 
 def giving_way(
-    decoder: WaveformDecoder, scorer: ClapScorer, give_way: Callable[[], None], go_on: Callable[[], None]
+    decoder: WaveformDecoder, scorer: ClapScorer, give_way: Callable[[], None], keep_on: Callable[[], None]
 ) -> tuple[WaveformDecoder, ClapScorer]:
     """Returns the parts for requests of low priority, which call `give_way` before each of their forwards.
 
-    While another stage waits for the device (`offload`), they call `go_on` instead, to be done sooner. On a CPU the VAE
-    decodes fewer of them together; one clip of up to 41 s is still one forward.
+    While another stage waits for the device (`offload`), they call `keep_on` instead, to be done sooner. On a CPU the
+    VAE decodes fewer of them together; one clip of up to 41 s is still one forward.
     """
 
     def let_in() -> None:
         if decoder.residency.is_wanted:
-            go_on()
+            keep_on()
         else:
             give_way()
 

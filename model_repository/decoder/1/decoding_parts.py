@@ -62,11 +62,11 @@ def check_decodable(control: str, inputs: Tensors, geometry: AudioGeometry, text
 
 
 def decode_parts(
-    decoder: WaveformDecoder, scorer: ClapScorer, requests: Sequence[tuple[str, Tensors]]
+    decoder: WaveformDecoder, scorer: ClapScorer, kind: str, requests: Sequence[Tensors]
 ) -> list[dict[str, np.ndarray]]:
-    """Returns the output tensors of each request, by name; a request is its kind, one of `DECODED`, and its inputs.
+    """Returns the output tensors of each request, by name; all are of one kind of `DECODED`, and computed together.
 
-    Requests of a kind are computed together. Raises `InvalidArgumentError`, and `InternalError` for non-finite values.
+    Raises `InvalidArgumentError`, and `InternalError` for non-finite values.
     """
     compute = {
         WHOLE: partial(decode, decoder, scorer),
@@ -74,13 +74,8 @@ def decode_parts(
         VOCODE: partial(_vocode_windows, decoder),
         SCORE: partial(_score, decoder, scorer),
     }
-    results: list[dict[str, np.ndarray]] = [{} for _ in requests]
     with decoder.residency:
-        for kind in dict.fromkeys(kind for kind, _ in requests):
-            indices = [index for index, (other, _) in enumerate(requests) if other == kind]
-            for index, result in zip(indices, compute[kind]([requests[index][1] for index in indices]), strict=True):
-                results[index] = result
-    return results
+        return compute[kind](requests)
 
 
 def _cut_mels(decoder: WaveformDecoder, requests: Sequence[Tensors]) -> list[dict[str, np.ndarray]]:

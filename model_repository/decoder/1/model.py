@@ -25,7 +25,7 @@ from decoding_parts import check_decodable, decode_parts
 from waveform_decoder import WaveformDecoder
 
 TakenRequest: TypeAlias = adapter.TakenRequest[adapter.Outputs]
-ParsedRequest: TypeAlias = tuple[str, dict[str, np.ndarray], list[WantedFile]]  # its control and its inputs first
+ParsedRequest: TypeAlias = tuple[dict[str, np.ndarray], list[WantedFile]]  # its inputs first
 
 
 class TritonPythonModel:
@@ -36,15 +36,15 @@ class TritonPythonModel:
         device = resolve_device(settings, args["model_instance_kind"], int(args["model_instance_device_id"]))
         self.geometry = read_audio_geometry(Path(settings.checkpoint))
         most_rows = int(json.loads(args["model_config"])["max_batch_size"])
+        progress = Progress(args["model_name"])
         self.thread: StageThread[TakenRequest] = StageThread(
-            *(args["model_name"], self._answer, adapter.rows_of, most_rows),
-            *(Progress(args["model_name"]).show, settings.scheduling),
+            *(args["model_name"], self._answer, adapter.rows_of, most_rows), *(progress.show, settings.scheduling)
         )
         parts = self.thread.run(partial(load_decoder_stage, settings, self.geometry, device))
         self.text_dim = parts[1].text_dim
         self.parts = {
-            INTERACTIVE: interrupted(*parts, self.thread.go_on),
-            BATCH: giving_way(*parts, self.thread.give_way, self.thread.go_on),
+            INTERACTIVE: interrupted(*parts, progress.show),
+            BATCH: giving_way(*parts, self.thread.give_way, progress.show),
         }
         self.memory = MemoryGauge(args["model_name"], device)
         self.info = InfoSeries(args["model_name"], resolved_settings(settings, device))
@@ -66,20 +66,20 @@ class TritonPythonModel:
         # The parts of streams first, since they are short, and each kind is answered when it is done.
         for kind in (VOCODE, MEL, SCORE, WHOLE):
             of_kind = [request for request in requests if _kind(request) == kind]
-            adapter.answer_together(of_kind, self._parse, partial(self._decode, *self.parts[priority]))
+            adapter.answer_together(of_kind, self._parse, partial(self._decode, *self.parts[priority], kind))
         self.memory.update()
 
     def _parse(self, request: ReadRequest) -> ParsedRequest:
         faults.at("decoder.parse")
         check_decodable(request.control, request.inputs, self.geometry, self.text_dim)
-        return request.control, request.inputs, unpack_wanted(request.inputs.get("audio_file"))
+        return request.inputs, unpack_wanted(request.inputs.get("audio_file"))
 
     def _decode(
-        self, decoder: WaveformDecoder, scorer: ClapScorer, requests: list[ParsedRequest]
+        self, decoder: WaveformDecoder, scorer: ClapScorer, kind: str, requests: list[ParsedRequest]
     ) -> list[dict[str, np.ndarray]]:
-        results = decode_parts(decoder, scorer, [(control, inputs) for control, inputs, _ in requests])
+        results = decode_parts(decoder, scorer, kind, [inputs for inputs, _ in requests])
         answers = []
-        for (_, inputs, wanted), outputs in zip(requests, results, strict=True):
+        for (inputs, wanted), outputs in zip(requests, results, strict=True):
             decoder.before_forward()  # files take time too
             answers.append(with_files(wanted, inputs, outputs, self.checkpoint))
         return answers
